@@ -1,0 +1,78 @@
+# Agent farm: many coding agents on one git repo, and a main branch that is never red. `make` alone prints the help.
+
+N      ?= 10
+# how many agents
+BASE   ?=
+# the target branch: agents start from it, work lands on it (default: the branch that REPO has checked out)
+AGENT  ?=
+# a preset (claude, codex, gemini, opencode, aider) or any command (default: claude when it is on PATH)
+GATE   ?=
+# the test command that must pass before anything lands, such as 'make test'
+TASKS  ?=
+# a file of tasks to add first: a Markdown checklist, JSON lines or plain lines
+REPO   ?= .
+# the git repo to work on; ../app works without copying anything there
+A      ?= 1
+# which agent: 3 means agent-003
+DEST   ?=
+# where install-into copies the toolkit to
+TOOLKIT := $(patsubst %/,%,$(dir $(realpath $(lastword $(MAKEFILE_LIST)))))
+# where farm.py and scripts/ are
+PYTHON ?= python3
+# the interpreter that .venv is made from
+
+VENV   := $(TOOLKIT)/.venv
+PY     := $(VENV)/bin/python
+FARM   := $(PY) $(TOOLKIT)/farm.py --repo '$(REPO)'
+quote   = '$(subst ','\'',$(1))'
+option  = $(if $(2),$(1) $(call quote,$(2)))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo farm add status watch attach logs merge stop clean doctor test lint bench chaos install-into
+
+##@ Use
+help: ## print this help
+	@awk 'BEGIN { FS = ":.*## " } /^##@ / { printf "\n%s\n", substr($$0, 5) } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@printf '\nVariables\n'; awk '/^[A-Z]+ +\?=/ { name = $$1; getline; sub(/^# /, ""); printf "  %-18s %s\n", name, $$0 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(VENV)/ready ## check the tools, make .venv with the run-time packages
+demo: setup ## a throw-away repo, ten scripted agents, twelve tasks: see it work in half a minute
+	@$(PY) $(TOOLKIT)/tests/demo.py
+farm: setup ## start N agents on REPO: make farm N=10 TASKS=tasks.md AGENT=claude GATE='make test'
+	@$(if $(TASKS),$(FARM) add -f $(call quote,$(TASKS)))
+	@$(FARM) up -n $(call quote,$(N)) $(call option,--into,$(BASE)) $(call option,--agent,$(AGENT)) $(call option,--gate,$(GATE))
+add: setup ## add the tasks of a file: make add TASKS=tasks.md
+	@$(FARM) add -f $(call quote,$(TASKS))
+status: setup ## agents, tasks, merge queue, loop
+	@$(FARM) status
+watch: setup ## the same, again and again, until Ctrl-C
+	@while :; do clear; $(FARM) status; sleep 2; done
+attach: setup ## go into an agent's session: make attach A=3 (leave with Ctrl-b d)
+	@$(FARM) attach $(call quote,$(A))
+logs: setup ## what an agent printed: make logs A=3
+	@$(FARM) logs $(call quote,$(A))
+merge: setup ## land what is ready, once
+	@$(FARM) merge $(call option,--into,$(BASE)) $(call option,--gate,$(GATE))
+stop: setup ## let agents finish, stop everything, keep all work
+	@$(FARM) down
+clean: setup ## remove the worktrees and branches that are safe to remove
+	@$(FARM) clean
+doctor: setup ## what is missing or damaged, and the command that mends it
+	@$(FARM) doctor
+
+##@ Work on the toolkit
+test: $(VENV)/tests-ready ## the whole test suite
+	@cd $(TOOLKIT) && $(PY) -m pytest -q -n 2 tests
+lint: $(VENV)/tests-ready ## ruff, and shellcheck where it is installed
+	@cd $(TOOLKIT) && $(VENV)/bin/ruff check farm.py tests
+	@cd $(TOOLKIT) && if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh tests/*.sh .ci/run; else echo 'shellcheck is not installed: scripts were not checked'; fi
+bench: $(VENV)/tests-ready ## measure the speed figures beside their floors
+	@$(PY) $(TOOLKIT)/tests/bench.py
+install-into: ## copy farm.py and scripts/ into another repo: make install-into DEST=../app
+	@bash $(TOOLKIT)/scripts/install-into.sh $(call quote,$(DEST))
+
+$(VENV)/ready: $(TOOLKIT)/farm.py
+	@bash $(TOOLKIT)/scripts/make-venv.sh $(VENV) $(PYTHON) $(TOOLKIT)/farm.py
+$(VENV)/tests-ready: $(VENV)/ready $(TOOLKIT)/tests/requirements.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r $(TOOLKIT)/tests/requirements.txt
+	@touch $@

@@ -1,0 +1,3444 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["psutil>=5.9", "portalocker>=2.7", "tabulate>=0.9"]
+# ///
+"""farm.py - many coding agents on one git repo, and a main branch that is never red.
+
+    add -> pending --claim--> claimed --submit--> ready --gate--> landed
+              ^                 | fail, agent died     | conflict, gate red
+              +-----------------+----------------------+   (attempts + 1, reason kept; then `failed`)
+
+Files, all below coordination/ in the repo's main worktree, plain JSON, one record a line:
+
+    agent_locks/agent-001.lock          what one agent holds: task, named locks, owner, fence
+    task_queue/pending.json             tasks that nobody holds
+    merge_queue/ready-to-merge.json     submitted work, and what became of it
+    events.jsonl                        history, append-only
+    .lock                               the one mutex (flock)
+
+Invariants:
+  1. A task has one or more copies; the one with the highest `rev` is the task (on a tie: done > ready > claimed > pending).
+     A move makes the destination durable first and removes the source last, so a kill at any point leaves a state that the
+     next transaction heals. There is no journal: the destination is the intent.
+  2. The mutex guards milliseconds: no git, tmux, agent or gate runs inside a transaction.
+  3. The target branch moves by compare-and-swap only, to a commit whose exact tree passed the gate.
+  4. A live owner's lock is never taken; a dead one's is taken by whoever comes first.
+
+Exit codes: 0 ok, 1 failed, 2 usage, 3 nothing to do or not found, 4 refused, 5 rejected, 6 a tool or package is missing,
+7 damaged state file, 130/143 signals.
+"""
+from __future__ import annotations
+
+import collections
+import errno
+import fcntl
+import heapq
+import functools
+import json
+import math
+import os
+import re
+import sys
+import time
+from enum import Enum
+
+SCHEMA = 1
+TOOLKIT = os.path.dirname(os.path.abspath(__file__))
+SCRIPTS = os.path.join(TOOLKIT, "scripts")
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+class FarmError(Exception):
+    """What happened, to what; `hint` is what to type next. Subclasses fix the exit code.
+
+    FarmError 1 > UsageError 2, NotFound 3, Refused 4, Rejected 5, MissingTool 6, DamagedState 7.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(FarmError):
+    exit_code = 2
+
+
+class NotFound(FarmError):
+    exit_code = 3
+
+
+class Refused(FarmError):
+    exit_code = 4
+
+
+class Rejected(FarmError):
+    exit_code = 5
+
+
+class MissingTool(FarmError):
+    exit_code = 6
+
+
+class DamagedState(FarmError):
+    exit_code = 7
+
+
+ERROR_OF_EXIT = {kind.exit_code: kind for kind in FarmError.__subclasses__()}
+
+# ---------------------------------------------------------------------------------------------- settings
+
+Setting = collections.namedtuple("Setting", "kind default meaning")
+
+SETTINGS = {
+    "n": Setting(int, 10, "how many agents"),
+    "agent": Setting(str, "", "a preset's name or a command (default: claude when it is on PATH)"),
+    "gate": Setting(str, "", "the test command that a tree must pass before it lands (default: none)"),
+    "into": Setting(str, "", "the target branch (default: the one that the main worktree has checked out)"),
+    "slots": Setting(int, 0, "gates at once (default: from cores and memory)"),
+    "style": Setting(str, "merge", "how work lands: merge, squash or rebase"),
+    "strict": Setting(bool, False, "gate every commit of the target's first-parent line by itself"),
+    "remote": Setting(str, "", "push what lands to this remote first, with a lease"),
+    "gate_timeout": Setting(float, 1800.0, "seconds until a gate and its whole process group are ended"),
+    "gate_env": Setting(str, "", "names of environment variables that a verdict depends on"),
+    "max_attempts": Setting(int, 3, "attempts until a task is failed"),
+    "lease_seconds": Setting(float, 900.0, "until an owner on another host counts as dead without a renew"),
+    "grace_seconds": Setting(float, 30.0, "how long `down` lets agents finish"),
+    "min_free_mib": Setting(int, 512, "no new agent starts and no gate runs below this much free disk or memory"),
+    "worktrees": Setting(str, "", "folder of the worktrees (default: ../<repo>-farm)"),
+}
+
+Settings = collections.namedtuple("Settings", SETTINGS)
+
+
+def convert_setting(name: str, text, origin: str):
+    """`text` as the setting's kind. Raises UsageError that names where it came from."""
+    kind = SETTINGS[name].kind
+    if not isinstance(text, str):
+        return text
+    try:
+        return text.lower() in ("1", "true", "yes", "on") if kind is bool else kind(text)
+    except ValueError:
+        raise UsageError(f"{name} must be a number, not {text!r} (from {origin})") from None
+
+
+def read_env_file(path: str) -> dict:
+    """KEY=VALUE lines of farm.env; blank lines and # comments are passed over, quotes around a value dropped."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file]
+    except FileNotFoundError:
+        return {}
+    pairs = {}
+    for number, line in enumerate(lines, 1):
+        if not line or line.startswith("#"):
+            continue
+        key, equals, value = line.partition("=")
+        if not equals:
+            raise UsageError(f"{path}, line {number}: expected KEY=VALUE, found {line[:60]!r}")
+        value = value.strip()
+        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+        pairs[key.removeprefix("export ").strip()] = value[1:-1] if quoted else value
+    return pairs
+
+
+def load_settings(repo: str, flags: dict | None = None, remembered: dict | None = None) -> Settings:
+    """flag > FARM_* in the environment > farm.env > what the last `up` was told > default."""
+    env_file = read_env_file(os.path.join(repo, "farm.env"))
+    values = {}
+    for name, setting in SETTINGS.items():
+        variable = "FARM_" + name.upper()
+        sources = (("the command line", (flags or {}).get(name)), ("the environment", os.environ.get(variable)),
+                   ("farm.env", env_file.get(variable)), ("the last up", (remembered or {}).get(name)))
+        origin, found = next(((o, v) for o, v in sources if v not in (None, "")), ("", setting.default))
+        values[name] = convert_setting(name, found, origin)
+    if values["n"] < 1:
+        raise UsageError(f"a farm needs at least one agent, not {values['n']}", "./farm.py up -n 10")
+    if values["style"] not in ("merge", "squash", "rebase"):
+        raise UsageError(f"style is merge, squash or rebase, not {values['style']!r}")
+    return Settings(**values)
+
+
+def find_repo(start: str) -> str:
+    """The main worktree of the repo that `start` is in (a linked worktree names its own through .git).
+
+    Read from files, not by asking git, because every agent's verb comes through here.
+    """
+    folder = os.path.realpath(start)
+    while not os.path.exists(os.path.join(folder, ".git")):
+        if folder == os.path.dirname(folder):
+            raise NotFound(f"{os.path.realpath(start)} is not inside a git repository",
+                           "git init, or name a repo: farm.py --repo DIR VERB")
+        folder = os.path.dirname(folder)
+    dot_git = os.path.join(folder, ".git")
+    if os.path.isdir(dot_git):
+        return folder
+    with open(dot_git, encoding="utf-8", errors="surrogateescape") as file:
+        git_dir = os.path.join(folder, file.read().removeprefix("gitdir:").strip("\n").strip(" "))
+    common = os.path.dirname(os.path.dirname(os.path.realpath(git_dir)))
+    is_linked = os.path.basename(os.path.dirname(os.path.realpath(git_dir))) == "worktrees"
+    return os.path.dirname(common) if is_linked and os.path.basename(common) == ".git" else folder
+
+
+# ---------------------------------------------------------------------------------------------- seams
+
+
+class Clock:
+    """Wall and monotonic seconds; tests put their own in its place."""
+
+    now = staticmethod(time.time)
+    monotonic = staticmethod(time.monotonic)
+
+
+CLOCK = Clock()
+
+
+def utc(seconds: float) -> str:
+    """Epoch seconds as stored text, `2026-03-01T14:02:10Z`; such texts sort as the times do."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def epoch(text: str) -> float:
+    """The inverse of `utc`; 0 for text that is no time."""
+    import calendar
+
+    try:
+        return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def escape_field(text: str) -> str:
+    """A TSV field for a script: backslash, tab, newline and return as two characters."""
+    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def unescape_field(text: str) -> str:
+    """The inverse of `escape_field`."""
+    return re.sub(r"\\(.)", lambda match: {"t": "\t", "n": "\n", "r": "\r"}.get(match[1], match[1]), text)
+
+
+def read_tsv(text: str) -> list[list[str]]:
+    """Lines of unescaped fields, as every script prints them."""
+    return [[unescape_field(field) for field in line.split("\t")] for line in text.split("\n") if line]
+
+
+ScriptResult = collections.namedtuple("ScriptResult", "code stdout stderr")
+
+
+def script_error(name: str, result: ScriptResult) -> FarmError:
+    """A script's exit code and its stderr (`farm: what`, `  try: command`) as the error that it is."""
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    said = [line.removeprefix("farm: ") for line in lines if not line.startswith("  try: ")]
+    hints = [line.removeprefix("  try: ") for line in lines if line.startswith("  try: ")]
+    message = "\n".join(said[-8:]) or f"{name} ended with exit code {result.code}"
+    return ERROR_OF_EXIT.get(result.code, FarmError)(message, hints[-1] if hints else "")
+
+
+def run_script(name: str, *args: str, stdin: str = "", timeout: float = 600.0, env: dict | None = None,
+               allow: tuple = (0,), detach: bool = False) -> ScriptResult:
+    """Run scripts/`name`; raises the FarmError of its exit code when that is not in `allow`.
+
+    detach: in a session of its own, so that a signal to our process group does not reach it.
+    """
+    import subprocess
+
+    path = os.path.join(SCRIPTS, name)
+    try:
+        done = subprocess.run(["bash", path, *args], input=stdin.encode("utf-8", "surrogateescape"), capture_output=True,
+                              timeout=timeout, env={**os.environ, **(env or {})}, cwd=TOOLKIT, start_new_session=detach)
+    except subprocess.TimeoutExpired:
+        raise FarmError(f"{name} took longer than {timeout:.0f} s and was ended") from None
+    except FileNotFoundError:
+        raise MissingTool("bash is not installed", "apt install bash, dnf install bash or brew install bash") from None
+    result = ScriptResult(done.returncode, *(out.decode("utf-8", "surrogateescape") for out in (done.stdout, done.stderr)))
+    if result.code not in allow:
+        raise script_error(name, result)
+    return result
+
+
+def spawn_script(name: str, *args: str) -> str:
+    """Run a short script and return what it printed; raises its FarmError.
+
+    For the agents' verbs: importing subprocess would cost a third of what they may take.
+    """
+    read_end, write_end = os.pipe()
+    try:
+        actions = [(os.POSIX_SPAWN_DUP2, write_end, 1), (os.POSIX_SPAWN_CLOSE, read_end)]
+        pid = os.posix_spawnp("bash", ["bash", os.path.join(SCRIPTS, name), *args], os.environ, file_actions=actions)
+    finally:
+        os.close(write_end)
+    with open(read_end, "rb") as pipe:
+        output = pipe.read().decode("utf-8", "surrogateescape")
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code:
+        raise ERROR_OF_EXIT.get(code, FarmError)(f"{name} {' '.join(args)}: exit code {code}")
+    return output
+
+
+def import_package(name: str):
+    """psutil, portalocker or tabulate; from the toolkit's .venv when this interpreter lacks it. Raises MissingTool."""
+    try:
+        return __import__(name)
+    except ImportError:
+        venv_python = os.path.join(TOOLKIT, ".venv", "bin", "python")
+        if os.path.exists(venv_python) and not os.environ.get("FARM_REEXEC"):
+            os.environ["FARM_REEXEC"] = "1"
+            os.execv(venv_python, [venv_python, os.path.join(TOOLKIT, "farm.py"), *sys.argv[1:]])
+    raise MissingTool(f"the Python package {name} is not installed for {sys.executable}",
+                      f"make -C {TOOLKIT} setup, or: uv run farm.py ..., or: pip install {name}")
+
+
+# ---------------------------------------------------------------------------------------------- records
+
+
+class TaskState(str, Enum):
+    """Where a task's winning copy lies, and what became of it."""
+
+    PENDING = "pending"
+    CLAIMED = "claimed"
+    READY = "ready"
+    LANDED = "landed"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+
+class Record:
+    """What namedtuples below share: JSON both ways, unknown keys kept in `extra`, defaults left out.
+
+    namedtuple rather than dataclass: importing dataclasses costs an agent's verb 10 ms of its 32.
+    """
+
+    __slots__ = ()
+    always = ("schema", "id", "title", "state", "agent", "rev")
+
+    @classmethod
+    def from_json(cls, data: dict):
+        """Raises ValueError that names the field when a known one has another type than its default."""
+        if not isinstance(data, dict):
+            raise ValueError(f"a {cls.__name__} is an object, not {type(data).__name__}")
+        known, extra = {}, {}
+        for key, value in data.items():
+            (known if key in cls._fields and key != "extra" else extra)[key] = value
+        for key, value in known.items():
+            default = cls._field_defaults[key]
+            if not isinstance(value, type(default)) or isinstance(value, bool):
+                raise ValueError(f"{cls.__name__}.{key} must be {type(default).__name__}, not {json.dumps(value)[:60]}")
+        return cls(**known, extra=extra)
+
+    def to_json(self) -> dict:
+        full = self._asdict()
+        extra = full.pop("extra")
+        kept = {key: value for key, value in full.items() if value != self._field_defaults[key] or key in self.always}
+        return {**kept, **extra}
+
+
+TASK_DEFAULTS = {
+    "id": "", "title": "", "prompt": "", "state": "pending", "priority": 0, "after": [], "paths": [], "max_attempts": 0,
+    "attempts": 0, "rev": 0, "seq": 0, "queue_seq": 0, "not_before": "", "reason": "", "agent": "", "fence": "", "ended_by": "", "start": "",
+    "branch": "", "commit": "", "rescue": "", "submitted_at": "", "landed_commit": "", "landed_at": "", "added_at": "",
+    "source": "", "extra": {},
+}
+
+
+class Task(Record, collections.namedtuple("Task", TASK_DEFAULTS, defaults=TASK_DEFAULTS.values())):
+    """A unit of work and all that is known of it, wherever it lies.
+
+    attempts: ended ones. start: commit or branch that the next attempt begins from. fence, ended_by: the last claim's token and
+    the verb that ended it. seq, queue_seq: first come, first served, in either queue. source: where `add -f` read it, so that it is not added twice.
+    """
+
+    __slots__ = ()
+
+
+OWNER_DEFAULTS = {"pid": 0, "start": "", "boot": "", "host": "", "namespace": "", "session": "", "extra": {}}
+
+
+class Owner(Record, collections.namedtuple("Owner", OWNER_DEFAULTS, defaults=OWNER_DEFAULTS.values())):
+    """The long-lived process behind a lock. start: field 22 of /proc/PID/stat, elsewhere what ps says."""
+
+    __slots__ = ()
+
+
+CLAIM_DEFAULTS = {"schema": SCHEMA, "agent": "", "fence": "", "claimed_at": "", "renewals": 0, "owner": {}, "locks": [],
+                  "task": {}, "extra": {}}
+
+
+class Claim(Record, collections.namedtuple("Claim", CLAIM_DEFAULTS, defaults=CLAIM_DEFAULTS.values())):
+    """One lock file: at most one task (a JSON object, empty for none), and named locks."""
+
+    __slots__ = ()
+
+    def get_task(self) -> Task | None:
+        return Task.from_json(self.task) if self.task else None
+
+    def names(self) -> list[str]:
+        """Every name that this claim excludes others from: its named locks and its task's paths."""
+        return [*self.locks, *("path:" + glob for glob in self.task.get("paths", []))]
+
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def checked_name(text: str, what: str) -> str:
+    """`text`, when it can be a file name and a part of a git ref. Raises UsageError."""
+    if not NAME.fullmatch(text) or ".." in text or text.endswith((".", ".lock")):
+        raise UsageError(f"{what} {text!r}: use letters, digits, '.', '_' and '-' only")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def boot_id() -> str:
+    """Changes at each boot; FARM_BOOT_ID stands in for it where a test models a reboot."""
+    if os.environ.get("FARM_BOOT_ID"):
+        return os.environ["FARM_BOOT_ID"]
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return os.popen("sysctl -n kern.bootsessionuuid 2>/dev/null").read().strip()
+
+
+def pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def start_of(pid: int) -> str:
+    """The process's start, as a text that no clock change moves; empty when it is gone or a zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    except (OSError, IndexError):
+        if os.path.exists("/proc/self/stat"):
+            return ""
+        line = os.popen(f"ps -o stat= -o lstart= -p {int(pid)} 2>/dev/null").read().split()
+        return "" if not line or line[0].startswith("Z") else " ".join(line[1:])
+
+
+def identify(pid: int) -> Owner:
+    """The Owner that `pid` is. Raises UsageError when no such process lives."""
+    start = start_of(pid)
+    if not start:
+        raise UsageError(f"no process {pid} to own the lock", "name one that lives as long as the agent: --owner-pid PID")
+    return Owner(pid, start, boot_id(), os.uname().nodename, pid_namespace(), os.environ.get("FARM_SESSION", ""))
+
+
+def caller(owner_pid: int | None = None) -> Owner:
+    """The owner of what this command acquires: --owner-pid, else the session leader (in a pane: the pane's own process)."""
+    if owner_pid is not None:
+        return identify(owner_pid)
+    leader = os.getsid(0)
+    if leader in (0, os.getpid()):
+        raise UsageError("this command leads its own session, so nothing would be left to own the lock",
+                         "name the process that lives as long as the agent: --owner-pid PID")
+    return identify(leader)
+
+
+def find_liveness(owner: Owner) -> bool | None:
+    """True alive, False dead, None when it cannot be seen from here (another host or pid namespace)."""
+    if owner.host != os.uname().nodename:
+        return None
+    if owner.boot != boot_id():
+        return False
+    if owner.namespace != pid_namespace():
+        return None
+    return start_of(owner.pid) == owner.start != ""
+
+
+# ---------------------------------------------------------------------------------------------- store
+
+PENDING_FILE = os.path.join("task_queue", "pending.json")
+READY_FILE = os.path.join("merge_queue", "ready-to-merge.json")
+LOCK_FOLDER = "agent_locks"
+FOLDERS = ("task_queue", "merge_queue", LOCK_FOLDER, "results", "returns", "prompts", "logs", "mailbox")
+
+
+class Disk:
+    """The file system calls of a move, one method each: the seam where tests cut the power."""
+
+    def write_temp(self, path: str, data: bytes) -> None:
+        """Write and fsync a new file at `path`.
+
+        Only the mutex's holder writes, so a temp file that is there was left by a killed one. It is unlinked, never truncated:
+        it may share its inode with the lock file that it was linked to.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            descriptor = os.open(path, flags, 0o666)
+        except FileExistsError:
+            os.unlink(path)
+            descriptor = os.open(path, flags, 0o666)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view):]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def fsync_folder(self, path: str) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def append(self, path: str, data: bytes) -> None:
+        """One write at the end; a torn last line of a killed writer is closed first."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
+            os.write(descriptor, b"\n" + data if torn else data)
+        finally:
+            os.close(descriptor)
+
+    def read(self, path: str) -> bytes:
+        with open(path, "rb") as file:
+            return file.read()
+
+    rename = staticmethod(os.replace)
+    link = staticmethod(os.link)
+    unlink = staticmethod(os.unlink)
+    list_folder = staticmethod(os.listdir)
+
+
+def dump_line(data) -> str:
+    """Compact JSON with no raw control character, C1 and DEL included."""
+    text = json.dumps(data, ensure_ascii=False, separators=(", ", ": "))
+    return re.sub("[\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def dump_records(head: dict, lists: dict) -> bytes:
+    """A document with one record a line: `head`'s keys first, then each list of `lists`."""
+    parts = [f" {json.dumps(key)}: {dump_line(value)}" for key, value in head.items()]
+    for key, records in lists.items():
+        body = ",\n  ".join(dump_line(record) for record in records)
+        parts.append(f" {json.dumps(key)}: [\n  {body}\n ]" if records else f" {json.dumps(key)}: []")
+    return ("{\n" + ",\n".join(parts) + "\n}\n").encode("utf-8")
+
+
+def describe_damage(path: str, error: ValueError) -> DamagedState:
+    """The error with path, line and column where the JSON parser can tell them."""
+    where = f", line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+    what = error.msg if isinstance(error, json.JSONDecodeError) else error
+    return DamagedState(f"{path}{where}: {what}; nothing was written",
+                        "mend it in an editor, or see: ./farm.py doctor  (doctor --fix keeps it aside and rebuilds it)")
+
+
+class State:
+    """All that lies on disk, in memory: each task once, its losing copies in `losers`.
+
+    pending, ready, landed: id -> Task; claims: agent -> Claim; done: id -> rev; heads: unknown top-level keys of a file.
+    """
+
+    def __init__(self):
+        self.pending: dict[str, Task] = {}
+        self.ready: dict[str, Task] = {}
+        self.landed: dict[str, Task] = {}
+        self.claims: dict[str, Claim] = {}
+        self.done: dict[str, int] = {}
+        self.heads: dict[str, dict] = {}
+        self.losers: list[tuple[str, str]] = []
+
+    def claimed(self) -> dict[str, Task]:
+        """id -> Task of what agents hold."""
+        return {claim.task["id"]: claim.get_task() for claim in self.claims.values() if claim.task}
+
+    def all_tasks(self) -> list[Task]:
+        """Every task in every state, in the order they were added."""
+        tasks = [*self.pending.values(), *self.claimed().values(), *self.ready.values(), *self.landed.values()]
+        return sorted(tasks, key=lambda task: (task.seq, task.id))
+
+    def find_task(self, task_id: str) -> Task | None:
+        for place in (self.pending, self.ready, self.landed, self.claimed()):
+            if task_id in place:
+                return place[task_id]
+        return None
+
+    def get_task(self, task_id: str) -> Task:
+        task = self.find_task(task_id)
+        if task is None:
+            raise NotFound(f"there is no task {task_id}", "./farm.py tasks")
+        return task
+
+    def find_holder(self, task_id: str) -> Claim | None:
+        return next((claim for claim in self.claims.values() if claim.task.get("id") == task_id), None)
+
+    def next_seq(self) -> int:
+        return 1 + max((task.seq for task in self.all_tasks()), default=0)
+
+    def next_id(self) -> str:
+        """Numbers are never used again: `done` keeps those of finished work."""
+        known = [*self.done, *(task.id for task in self.all_tasks())]
+        numbers = [int(name[2:]) for name in known if re.fullmatch(r"t-\d{1,9}", name)]
+        return f"t-{1 + max(numbers, default=0):04d}"
+
+    def drop_losers(self) -> None:
+        """Keep of each task the copy that wins, remember the others: (place, id) in `losers`."""
+        best: dict[str, tuple] = {}
+        copies = [(task.rev, rank, place, task.id) for rank, place in enumerate(("pending", "claimed", "ready", "landed"))
+                  for task in (self.claimed() if place == "claimed" else getattr(self, place)).values()]
+        copies += [(rev, 4, "done", task_id) for task_id, rev in self.done.items() if task_id not in self.landed]
+        for copy in copies:
+            best[copy[3]] = max(best.get(copy[3], copy), copy)
+        self.losers = [(place, task_id) for rev, rank, place, task_id in copies if best[task_id][2] != place]
+        for place, task_id in self.losers:
+            self.forget(place, task_id)
+
+    def forget(self, place: str, task_id: str) -> None:
+        """Take the copy of a task at `place` out of memory; a claim without task and locks goes whole."""
+        if place != "claimed":
+            getattr(self, place).pop(task_id, None)
+            return
+        claim = self.find_holder(task_id)
+        if claim.locks:
+            self.claims[claim.agent] = claim._replace(task={}, fence="")
+        else:
+            del self.claims[claim.agent]
+
+
+class Store:
+    """coordination/ on disk: durable writes under one mutex, read back healed. Nothing else writes there what a task is."""
+
+    def __init__(self, repo: str, disk: Disk | None = None):
+        self.repo = repo
+        self.folder = os.path.join(repo, "coordination")
+        self.disk = disk or Disk()
+
+    def path(self, *parts: str) -> str:
+        return os.path.join(self.folder, *parts)
+
+    def make_folders(self) -> None:
+        """What is missing below coordination/. Queue files are made only where there is no history that knows of them."""
+        if os.path.exists(self.path("events.jsonl")):
+            return
+        for name in FOLDERS:
+            os.makedirs(self.path(name), exist_ok=True)
+        ignore = self.path(".gitignore")
+        if not os.path.exists(ignore):
+            self.disk.write_temp(ignore, b"*\n")
+        state = State()
+        for name, data in ((PENDING_FILE, self.pending_bytes(state)), (READY_FILE, self.ready_bytes(state))):
+            if not os.path.exists(self.path(name)):
+                self.write_durably(name, data)
+        self.append_event("created", None)
+
+    # -- reading
+
+    def read_json(self, name: str):
+        """The parsed file; None when there is none. Raises DamagedState after 3 looks: an editor may be in mid-save."""
+        path = self.path(name)
+        for attempts_left in (2, 1, 0):
+            try:
+                return json.loads(self.disk.read(path).decode("utf-8"))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except ValueError as error:
+                if not attempts_left:
+                    raise describe_damage(path, error) from None
+                time.sleep(0.05)
+
+    def read_queue(self, name: str, lists: tuple) -> dict:
+        """A queue file's document, each of `lists` checked to be a list. A file that history knows of may not be missing."""
+        data = self.read_json(name)
+        if data is None:
+            if os.path.exists(self.path("events.jsonl")):
+                raise DamagedState(f"{self.path(name)} is gone, but events.jsonl knows of it", "./farm.py doctor --fix")
+            data = {}
+        try:
+            if not isinstance(data, dict) or data.get("schema", SCHEMA) != SCHEMA:
+                raise ValueError(f'expected an object with "schema": {SCHEMA}')
+            for key in lists:
+                if not isinstance(data.setdefault(key, []), list):
+                    raise ValueError(f"{key} must be a list")
+        except ValueError as error:
+            raise describe_damage(self.path(name), error) from None
+        return data
+
+    def read_tasks(self, name: str, records: list) -> list[Task]:
+        tasks = []
+        for number, record in enumerate(records, 1):
+            try:
+                task = Task.from_json(record)
+                if task.state not in TaskState._value2member_map_ or not task.title and not task.id:
+                    raise ValueError("it needs a title, and a state that there is")
+                tasks.append(task)
+            except ValueError as error:
+                raise describe_damage(self.path(name), ValueError(f"record {number}: {error}")) from None
+        return tasks
+
+    def read_claims(self) -> dict[str, Claim]:
+        """Every lock file, by agent. A damaged one stops all claims: what it holds is not known."""
+        claims = {}
+        try:
+            names = sorted(self.disk.list_folder(self.path(LOCK_FOLDER)))
+        except FileNotFoundError:
+            return claims
+        for name in names:
+            if not name.endswith(".lock") or name.startswith("."):
+                continue
+            file = os.path.join(LOCK_FOLDER, name)
+            data = self.read_json(file)
+            if data is None:
+                continue
+            try:
+                claim = Claim.from_json(data)
+                Owner.from_json(claim.owner)
+                if claim.agent + ".lock" != name or (claim.task and not claim.get_task().id):
+                    raise ValueError("its agent is not the file's name, or its task has no id")
+            except ValueError as error:
+                raise describe_damage(self.path(file), error) from None
+            claims[claim.agent] = claim
+        return claims
+
+    def load(self) -> State:
+        """What is on disk, losing copies dropped in memory. Consistent only under the mutex. Raises DamagedState."""
+        state = State()
+        pending = self.read_queue(PENDING_FILE, ("tasks",))
+        ready = self.read_queue(READY_FILE, ("ready", "landed"))
+        state.done = dict(ready.get("done", {}))
+        unnamed = []
+        for task in self.read_tasks(PENDING_FILE, pending["tasks"]):
+            (unnamed.append(task) if not task.id else state.pending.__setitem__(task.id, task))
+        for key in ("ready", "landed"):
+            getattr(state, key).update((task.id, task) for task in self.read_tasks(READY_FILE, ready[key]))
+        state.claims = self.read_claims()
+        for name, data in ((PENDING_FILE, pending), (READY_FILE, ready)):
+            state.heads[name] = {key: value for key, value in data.items()
+                                 if key not in ("schema", "tasks", "ready", "landed", "done")}
+        for task in unnamed:  # written by hand as {"title": ...}
+            task_id = state.next_id()
+            state.pending[task_id] = task._replace(id=task_id, rev=1, seq=state.next_seq())
+        state.drop_losers()
+        return state
+
+    def snapshot(self) -> State:
+        """A consistent view without the mutex, for those who only look: read again while files change underneath."""
+        for _ in range(5):
+            before = self.signature()
+            state = self.load()
+            if before == self.signature():
+                break
+        return state
+
+    def signature(self) -> tuple:
+        """Changes whenever a move was made; costs a few stat calls."""
+        marks = []
+        for name in (PENDING_FILE, READY_FILE, LOCK_FOLDER, "events.jsonl"):
+            try:
+                status = os.stat(self.path(name))
+                marks.append((status.st_ino, status.st_size, status.st_mtime_ns))
+            except OSError:
+                marks.append(None)
+        return tuple(marks)
+
+    # -- writing
+
+    def write_durably(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
+        """Temp file, fsync, rename (exclusive: link, which never replaces), fsync of the folder."""
+        path = self.path(name)
+        folder, base = os.path.split(path)
+        temp = os.path.join(folder, f".{base}.tmp")
+        try:
+            self.disk.write_temp(temp, data)
+            if exclusive:
+                self.disk.link(temp, path)
+            else:
+                self.disk.rename(temp, path)
+        except OSError:
+            self.discard(temp)
+            raise
+        self.disk.fsync_folder(folder)
+        if exclusive:
+            self.disk.unlink(temp)
+
+    def discard(self, path: str) -> None:
+        try:
+            self.disk.unlink(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EROFS, errno.EACCES):
+                raise
+
+    def append_event(self, event: str, task: Task | None, **details) -> None:
+        """One line of history with the task's full record. Not fsynced: the queues are the truth, this is their story."""
+        record = {"at": utc(CLOCK.now()), "event": event, **details}
+        if task is not None:
+            record["task"] = task.to_json()
+        self.disk.append(self.path("events.jsonl"), (dump_line(record) + "\n").encode("utf-8"))
+
+    def pending_bytes(self, state: State) -> bytes:
+        head = {"schema": SCHEMA, **state.heads.get(PENDING_FILE, {})}
+        return dump_records(head, {"tasks": [task.to_json() for task in state.pending.values()]})
+
+    def ready_bytes(self, state: State) -> bytes:
+        head = {"schema": SCHEMA, **state.heads.get(READY_FILE, {}), "done": state.done}
+        return dump_records(head, {key: [task.to_json() for task in getattr(state, key).values()] for key in ("ready", "landed")})
+
+    def transaction(self) -> Transaction:
+        """`with store.transaction() as tx:` holds the mutex; inside, state is read and healed, and moves are made."""
+        return Transaction(self)
+
+
+class Transaction:
+    """One hold of the mutex: `state`, and the moves. Every move is durable when its method returns."""
+
+    def __init__(self, store: Store):
+        self.store = store
+        self.state = State()
+
+    def __enter__(self) -> Transaction:
+        store = self.store
+        if not os.path.isdir(store.repo):
+            raise NotFound(f"{store.repo} is not there")
+        store.make_folders()
+        self.mutex = os.open(store.path(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(self.mutex, fcntl.LOCK_EX)
+            self.state = store.load()
+            self.heal()
+        except BaseException:
+            os.close(self.mutex)
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.close(self.mutex)
+
+    def heal(self) -> None:
+        """Drop outranked copies for good. First make every folder durable: the winner may exist only in a killed writer's cache."""
+        if not self.state.losers:
+            return
+        for name in ("task_queue", "merge_queue", LOCK_FOLDER):
+            self.store.disk.fsync_folder(self.store.path(name))
+        places = {place for place, _ in self.state.losers}
+        if "pending" in places:
+            self.write("pending")
+        if places & {"ready", "landed"}:
+            self.write("ready")
+        if "claimed" in places:
+            self.prune_lock_files()
+        self.state.losers = []
+
+    def prune_lock_files(self) -> None:
+        """Make the lock folder what `state.claims` says, where healing took a task away from a claim."""
+        for name in self.store.disk.list_folder(self.store.path(LOCK_FOLDER)):
+            if not name.endswith(".lock") or name.startswith("."):
+                continue
+            claim = self.state.claims.get(name.removesuffix(".lock"))
+            if claim is None:
+                self.remove_lock(name.removesuffix(".lock"))
+            elif not claim.task:
+                self.write_lock(claim)
+
+    def write(self, place: str) -> None:
+        """Make one queue file durable as `state` has it."""
+        if place == "pending":
+            self.store.write_durably(PENDING_FILE, self.store.pending_bytes(self.state))
+        else:
+            self.store.write_durably(READY_FILE, self.store.ready_bytes(self.state))
+
+    def write_lock(self, claim: Claim) -> None:
+        """A claim's lock file: linked into place when new, renamed over our own when there is one."""
+        data = (dump_line(claim.to_json()) + "\n").encode("utf-8")
+        is_new = claim.agent not in self.state.claims
+        self.store.write_durably(os.path.join(LOCK_FOLDER, claim.agent + ".lock"), data, exclusive=is_new)
+        self.state.claims[claim.agent] = claim
+
+    def remove_lock(self, agent: str) -> None:
+        self.store.disk.unlink(self.store.path(LOCK_FOLDER, agent + ".lock"))
+        self.store.disk.fsync_folder(self.store.path(LOCK_FOLDER))
+        self.state.claims.pop(agent, None)
+
+    def drop_source(self, place: str, task_id: str) -> None:
+        """Remove the copy that a durable new one outranks."""
+        if place != "claimed":
+            self.state.forget(place, task_id)
+            return self.write(place)
+        claim = self.state.find_holder(task_id)
+        if claim.locks:
+            return self.write_lock(claim._replace(task={}, fence=""))
+        self.remove_lock(claim.agent)
+
+    def move(self, task: Task, place: str, event: str, **details) -> Task:
+        """Make `task` (rev + 1) durable at `place`, "pending", "ready" or "landed", then remove it from where it was."""
+        state = self.state
+        source = next((name for name in ("pending", "ready") if task.id in getattr(state, name)),
+                      "claimed" if state.find_holder(task.id) else None)
+        task = task._replace(rev=task.rev + 1)
+        getattr(state, place)[task.id] = task
+        if place == "landed":  # ready and landed share a file: one rename is the whole move
+            state.done[task.id] = task.rev
+            state.ready.pop(task.id, None)
+            source = None if source == "ready" else source
+        self.write("pending" if place == "pending" else "ready")
+        self.store.append_event(event, task, **details)
+        if source and source != place:
+            self.drop_source(source, task.id)
+        return task
+
+    def claim(self, task: Task, claim: Claim) -> Claim:
+        """Make `claim` on `task` (rev + 1, which is its fence) durable, then take the task off the pending list."""
+        task = task._replace(rev=task.rev + 1, state=TaskState.CLAIMED.value, agent=claim.agent, ended_by="",
+                             fence=f"{task.id}.{task.rev + 1}")
+        claim = claim._replace(task=task.to_json(), fence=task.fence, claimed_at=utc(CLOCK.now()))
+        self.write_lock(claim)
+        self.store.append_event("claimed", task, agent=claim.agent)
+        self.drop_source("pending", task.id)
+        return claim
+
+# ---------------------------------------------------------------------------------------------- lock registry
+
+
+def segments_overlap(a: str, b: str) -> bool:
+    """Whether one file name can match both patterns (`*`, `?`, `[...]` taken as any one character)."""
+    a, b = re.sub(r"\[[^]]+\]", "?", a), re.sub(r"\[[^]]+\]", "?", b)
+    reached = {(0, 0)}
+    frontier = [(0, 0)]
+    while frontier:
+        i, j = frontier.pop()
+        left, right = a[i:i + 1], b[j:j + 1]
+        steps = {(i + 1, j)} if left == "*" else set()
+        steps |= {(i, j + 1)} if right == "*" else set()
+        if left and right and (left == right or "?" in (left, right) or "*" in (left, right)):
+            steps.add((i + (left != "*"), j + (right != "*")))
+        frontier += steps - reached
+        reached |= steps
+    return (len(a), len(b)) in reached
+
+
+def globs_overlap(a: str, b: str) -> bool:
+    """Whether one path can match both globs; `**` stands for any number of folders, a name covers all below it."""
+    def overlap(left: tuple, right: tuple) -> bool:
+        if not left or not right:
+            return True  # a lock on a folder holds what is in it
+        if left[0] == "**":
+            return overlap(left[1:], right) or overlap(left, right[1:])
+        if right[0] == "**":
+            return overlap(right, left)
+        return segments_overlap(left[0], right[0]) and overlap(left[1:], right[1:])
+
+    return overlap(*(tuple(part for part in glob.split("/") if part not in ("", ".")) for glob in (a, b)))
+
+
+def names_exclude(a: str, b: str) -> bool:
+    """Whether two lock names cannot be held by two agents at once."""
+    if a.startswith("path:") and b.startswith("path:"):
+        return globs_overlap(a[5:], b[5:])
+    return a == b
+
+
+class LockRegistry:
+    """Who holds what, and who of them is dead. Every method takes an open Transaction."""
+
+    def __init__(self, tx: Transaction):
+        self.tx = tx
+
+    def find_conflict(self, agent: str, names: list) -> tuple[Claim, str] | None:
+        """Another agent's claim that excludes one of `names`, with that name."""
+        for claim in self.tx.state.claims.values():
+            for held in claim.names() if claim.agent != agent else ():
+                for name in names:
+                    if names_exclude(held, name):
+                        return claim, held
+        return None
+
+    def get_own(self, agent: str, owner: Owner) -> Claim:
+        """The agent's claim as it is, or an empty one. Raises Refused when another live owner has the agent's lock file."""
+        claim = self.tx.state.claims.get(agent)
+        if claim is None:
+            return Claim(agent=agent, owner=owner.to_json())
+        holder = Owner.from_json(claim.owner)
+        if (holder.pid, holder.start, holder.boot) != (owner.pid, owner.start, owner.boot):
+            raise Refused(describe_holder(claim), "./farm.py locks")
+        return claim
+
+    def acquire(self, agent: str, names: list, owner: Owner) -> Claim:
+        """Hold all of `names` or none. Raises Refused that says who holds what is in the way."""
+        claim = self.get_own(agent, owner)
+        conflict = self.find_conflict(agent, names)
+        if conflict:
+            raise Refused(f"{conflict[1]} is held: {describe_holder(conflict[0])}", "./farm.py locks")
+        claim = claim._replace(locks=sorted({*claim.locks, *names}), claimed_at=claim.claimed_at or utc(CLOCK.now()))
+        self.tx.write_lock(claim)
+        return claim
+
+    def release(self, agent: str, names: list) -> None:
+        """Give up `names`; those that are not held are passed over."""
+        claim = self.tx.state.claims.get(agent)
+        if claim is None or not set(claim.locks) & set(names):
+            return
+        claim = claim._replace(locks=[name for name in claim.locks if name not in names])
+        self.tx.write_lock(claim) if claim.locks or claim.task else self.tx.remove_lock(agent)
+
+    def expire(self, is_lapsed=lambda claim: False, rescues: dict | None = None) -> list[Claim]:
+        """End the claims of dead owners, and of unseen ones whose lease `is_lapsed`; their tasks are pending again.
+
+        rescues: agent -> ref of the unsaved work that was kept.
+        """
+        ended = []
+        for claim in list(self.tx.state.claims.values()):
+            owner = Owner.from_json(claim.owner)
+            alive = find_liveness(owner)
+            if alive or alive is None and not is_lapsed(claim):
+                continue
+            task = claim.get_task()
+            if task:
+                self.requeue_orphan(task, claim, owner, (rescues or {}).get(claim.agent, ""))
+            if claim.agent in self.tx.state.claims:
+                self.tx.remove_lock(claim.agent)
+            ended.append(claim)
+        return ended
+
+    def requeue_orphan(self, task: Task, claim: Claim, owner: Owner, rescue: str) -> None:
+        """A dead owner's task goes on from its own branch. A reboot is nobody's fault and costs no attempt."""
+        task = task._replace(rescue=rescue or task.rescue)
+        is_reboot = owner.boot != boot_id()
+        what = "the machine was restarted" if is_reboot else f"{claim.agent} died (pid {owner.pid} is gone)"
+        TaskQueue(self.tx).give_back(task, what, "died", counts=not is_reboot,
+                                     start=f"farm/{claim.agent}/{task.id}")
+
+    def give_up(self, claim: Claim, rescue: str = "") -> None:
+        """End a claim whose agent the farm itself has stopped: no attempt is counted, the branch is the next one's start."""
+        task = claim.get_task()
+        if task:
+            task = task._replace(rescue=rescue or task.rescue)
+            TaskQueue(self.tx).give_back(task, task.reason, "release", counts=False, start=f"farm/{claim.agent}/{task.id}")
+        if claim.agent in self.tx.state.claims:
+            self.tx.remove_lock(claim.agent)
+
+
+def describe_holder(claim: Claim) -> str:
+    """Who holds a lock file, in words."""
+    what = f"task {claim.task['id']}" if claim.task else ", ".join(claim.locks) or "its lock"
+    return f"{what} is held by {claim.agent} (pid {claim.owner.get('pid')}) since {claim.claimed_at}"
+
+
+class LeaseWatch:
+    """Leases of owners that cannot be seen, counted on this process's monotonic clock from the first look at each renewal."""
+
+    def __init__(self, lease_seconds: float):
+        self.lease_seconds = lease_seconds
+        self.first_seen: dict[tuple, float] = {}
+
+    def is_lapsed(self, claim: Claim) -> bool:
+        key = (claim.agent, claim.fence, claim.claimed_at, claim.renewals)
+        return CLOCK.monotonic() - self.first_seen.setdefault(key, CLOCK.monotonic()) >= self.lease_seconds
+
+
+# ---------------------------------------------------------------------------------------------- task queue
+
+RETRY_SECONDS_MAX = 300
+GIVE_BACK_EVENTS = {"fail": "attempt-failed", "release": "released", "died": "owner-died", "return": "returned"}
+
+
+class TaskQueue:
+    """The moves of a task between pending, claimed and ready. Every method takes an open Transaction."""
+
+    def __init__(self, tx: Transaction):
+        self.tx = tx
+        self.state = tx.state
+
+    def add(self, drafts: list[Task], max_attempts: int) -> list[tuple[Task, bool]]:
+        """Add tasks, all or none; returns (task, whether it is new). A `source` that is known already is not added again.
+
+        Raises UsageError for an id that is taken or an `after` that names nothing.
+        """
+        state, now = self.state, utc(CLOCK.now())
+        sources = {task.source: task for task in state.all_tasks() if task.source}
+        answers, seq = [], state.next_seq()
+        for draft in drafts:
+            known = sources.get(draft.source)
+            if known is None:
+                if draft.id and (state.find_task(draft.id) or draft.id in state.done):
+                    raise UsageError(f"there is a task {draft.id} already", "./farm.py tasks")
+                known = draft._replace(id=draft.id or state.next_id(), seq=seq + len(answers), added_at=now,
+                                       max_attempts=draft.max_attempts or max_attempts, rev=1)
+                state.pending[known.id] = known
+                answers.append((known, True))
+            else:
+                answers.append((known, False))
+        new = self.resolve_after([task for task, is_new in answers if is_new], drafts, answers)
+        if new:
+            self.tx.write("pending")
+        for task in new:
+            self.tx.store.append_event("added", task)
+        return [(state.get_task(task.id), is_new) for task, is_new in answers]
+
+    def resolve_after(self, new: list[Task], drafts: list[Task], answers: list) -> list[Task]:
+        """`after` entries as ids; `#3` in a draft means the file's item with that index."""
+        resolved = []
+        for task in new:
+            after = [answers[int(name[1:])][0].id if name.startswith("#") else name for name in task.after]
+            for name in after:
+                if not self.state.find_task(name) and name not in self.state.done:
+                    raise UsageError(f"task {task.title!r} comes after {name}, and there is no such task", "./farm.py tasks")
+            self.state.pending[task.id] = task._replace(after=after)
+            resolved.append(self.state.pending[task.id])
+        return resolved
+
+    def is_unblocked(self, task: Task) -> bool:
+        """All that it comes after has landed."""
+        return all(name in self.state.done for name in task.after)
+
+    def claimable(self, agent: str) -> list[Task]:
+        """What `agent` may claim now, best first: priority, then first come."""
+        registry, now = LockRegistry(self.tx), utc(CLOCK.now())
+        tasks = [task for task in self.state.pending.values()
+                 if task.state == "pending" and task.not_before <= now and self.is_unblocked(task)
+                 and not registry.find_conflict(agent, ["path:" + glob for glob in task.paths])]
+        return sorted(tasks, key=lambda task: (-task.priority, task.seq))
+
+    def claim(self, agent: str, owner: Owner, task_id: str = "") -> Claim:
+        """Lease the best task, or `task_id`, to `agent`; the same claim again when its owner asks twice.
+
+        Raises NotFound when there is none, Refused when the task or the agent's lock file is held.
+        """
+        own = LockRegistry(self.tx).get_own(agent, owner)
+        if own.task:
+            return own
+        if task_id:
+            holder = self.state.find_holder(task_id)
+            if holder:
+                raise Refused(describe_holder(holder), "./farm.py locks")
+            self.state.get_task(task_id)
+        tasks = [task for task in self.claimable(agent) if task_id in ("", task.id)]
+        if not tasks:
+            raise NotFound(f"task {task_id} cannot be claimed now" if task_id else "no task can be claimed now",
+                           "./farm.py tasks")
+        return self.tx.claim(tasks[0], own)
+
+    def get_claimed(self, agent: str, fence: str, verb: str) -> Task | None:
+        """The task behind the current claim `fence`; None when `verb` has ended exactly this claim before.
+
+        Raises Refused for any other fence.
+        """
+        claim = self.state.claims.get(agent)
+        if claim and claim.task and claim.fence == fence:
+            return claim.get_task()
+        task = self.state.find_task(fence.rpartition(".")[0])
+        if task and task.fence == fence and task.ended_by == verb and task.state != "claimed":
+            return None
+        now = f"; {agent} holds {claim.fence}" if claim and claim.task else ""
+        raise Refused(f"fence {fence} is not the current claim of {agent}{now}", "./farm.py tasks")
+
+    def renew(self, agent: str, fence: str) -> None:
+        self.get_claimed(agent, fence, "renew")
+        claim = self.state.claims[agent]
+        self.tx.write_lock(claim._replace(renewals=claim.renewals + 1))
+
+    def submit(self, agent: str, fence: str, branch: str, commit: str) -> Task:
+        """Hand `commit`, which is pinned already, to the merge queue."""
+        task = self.get_claimed(agent, fence, "submit")
+        if task is None:
+            return self.state.get_task(fence.rpartition(".")[0])
+        task = task._replace(state="ready", branch=branch, commit=commit, submitted_at=utc(CLOCK.now()), ended_by="submit",
+                             queue_seq=1 + max((other.queue_seq for other in self.state.all_tasks()), default=0))
+        return self.tx.move(task, "ready", "submitted")
+
+    def fail(self, agent: str, fence: str, why: str, *, retry: bool = True, start: str = "", rescue: str = "") -> Task:
+        """End an attempt without result; the task waits for a while, or is failed when its attempts are used up."""
+        task = self.get_claimed(agent, fence, "fail")
+        if task is None:
+            return self.state.get_task(fence.rpartition(".")[0])
+        task = task._replace(rescue=rescue or task.rescue)
+        return self.give_back(task, why, "fail", retry=retry, start=start)
+
+    def release(self, agent: str, fence: str) -> Task:
+        """Give a task back unharmed: no attempt is counted; the next one goes on from its branch."""
+        task = self.get_claimed(agent, fence, "release")
+        if task is None:
+            return self.state.get_task(fence.rpartition(".")[0])
+        return self.give_back(task, task.reason, "release", counts=False, start=f"farm/{agent}/{task.id}")
+
+    def give_back(self, task: Task, reason: str, ended_by: str, *, counts: bool = True, retry: bool = True,
+                  start: str = "") -> Task:
+        """The way back to pending, from a claim or from the merge queue, with the reason."""
+        attempts = task.attempts + counts
+        is_over = counts and (not retry or attempts >= max(1, task.max_attempts))
+        wait = min(2.0 ** (attempts - 1), RETRY_SECONDS_MAX) if counts else 0
+        task = task._replace(state="failed" if is_over else "pending", attempts=attempts, reason=reason, ended_by=ended_by,
+                             start=start or task.start, not_before=utc(CLOCK.now() + wait) if wait and not is_over else "")
+        return self.tx.move(task, "pending", GIVE_BACK_EVENTS[ended_by], why=reason)
+
+    def cancel(self, task_id: str) -> Task:
+        """Raises Refused while an agent holds it or once it has landed."""
+        task = self.state.get_task(task_id)
+        holder = self.state.find_holder(task_id)
+        if holder:
+            raise Refused(describe_holder(holder), f"./farm.py send {holder.agent} 'please stop', or: ./farm.py down")
+        if task.state == "landed":
+            raise Refused(f"task {task_id} has landed as {task.landed_commit[:10]}", f"git revert -m 1 {task.landed_commit[:10]}")
+        if task.state == "canceled":
+            return task
+        return self.tx.move(task._replace(state="canceled"), "pending", "canceled")
+
+    def retry(self, task_id: str) -> Task:
+        """A failed or canceled task (or one in backoff) may be claimed at once, with all its attempts again."""
+        task = self.state.get_task(task_id)
+        if task_id not in self.state.pending:
+            raise Refused(f"task {task_id} is {task.state}; only failed, canceled and pending tasks can be retried",
+                          "./farm.py tasks")
+        return self.tx.move(task._replace(state="pending", attempts=0, not_before=""), "pending", "retried")
+
+
+# ---------------------------------------------------------------------------------------------- task files
+
+CHECKBOX = re.compile(r"^(\s*)[-*+] \[([ xX])\]\s+(.*)$")
+
+
+def parse_checklist(text: str) -> list[Task]:
+    """`- [ ] title`, deeper text below it is the prompt; a deeper checkbox comes first: the item is `after` it.
+
+    Checked items are passed over.
+    """
+    drafts: list[Task] = []
+    open_items: list[tuple[int, int | None]] = []
+    for line in text.splitlines():
+        item, indent = CHECKBOX.match(line), len(line) - len(line.lstrip())
+        if item:
+            while open_items and open_items[-1][0] >= indent:
+                open_items.pop()
+            index = None if item[2] in "xX" else len(drafts)
+            parent = open_items[-1][1] if open_items else None
+            if index is not None:
+                drafts.append(Task(title=item[3].strip()))
+                if parent is not None:
+                    drafts[parent] = drafts[parent]._replace(after=[*drafts[parent].after, f"#{index}"])
+            open_items.append((indent, index))
+        elif line.strip() and indent == 0:
+            open_items = []
+        elif open_items and open_items[-1][1] is not None and (line.strip() or drafts[open_items[-1][1]].prompt):
+            draft = drafts[open_items[-1][1]]
+            drafts[open_items[-1][1]] = draft._replace(prompt=(draft.prompt + "\n" + line.strip()).lstrip("\n"))
+    return [draft._replace(prompt=draft.prompt.rstrip()) for draft in drafts]
+
+
+def parse_json_item(item, where: str) -> Task:
+    """One object: a task's own keys, or an issue as `gh issue list --json number,title,body` prints it."""
+    if isinstance(item, str):
+        item = {"title": item}
+    if not isinstance(item, dict) or not isinstance(item.get("title"), str) or not item["title"].strip():
+        raise UsageError(f"{where}: a task needs a title; nothing was added")
+    fields = {key: item[key] for key in ("id", "title", "prompt", "priority", "after", "paths", "max_attempts") if key in item}
+    fields.setdefault("prompt", item.get("body") or "")
+    if "number" in item:
+        fields["source"] = f"issue {item['number']}"
+    try:
+        draft = Task.from_json(fields)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}; nothing was added") from None
+    return draft._replace(id=draft.id and checked_name(draft.id, "task id"))
+
+
+def parse_json_tasks(text: str, name: str) -> list[Task]:
+    """A JSON array, or one JSON object a line. Raises UsageError that names the line or item."""
+    if text.lstrip().startswith("["):
+        try:
+            return [parse_json_item(item, f"{name}, item {number}") for number, item in enumerate(json.loads(text), 1)]
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{name}, line {error.lineno}: {error.msg}; nothing was added") from None
+    drafts = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            if line.strip():
+                drafts.append(parse_json_item(json.loads(line), f"{name}, line {number}"))
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{name}, line {number}: {error.msg}; nothing was added") from None
+    return drafts
+
+
+def parse_tasks(text: str, name: str) -> list[Task]:
+    """Drafts from a checklist, JSON or plain lines, each with the `source` that keeps it from being added twice."""
+    import zlib
+
+    if any(CHECKBOX.match(line) for line in text.splitlines()):
+        drafts = parse_checklist(text)
+    elif text.lstrip().startswith(("{", "[")):
+        drafts = parse_json_tasks(text, name)
+    else:
+        lines = [line.strip() for line in text.splitlines()]
+        drafts = [Task(title=line) for line in lines if line and not line.startswith("#")]
+    seen = collections.Counter()
+    for index, draft in enumerate(drafts):
+        mark = f"{name}:{zlib.crc32(json.dumps([draft.title, draft.prompt]).encode()):08x}"
+        seen[mark] += 1
+        drafts[index] = draft._replace(source=draft.source or f"{mark}:{seen[mark]}")
+    return drafts
+
+
+# ---------------------------------------------------------------------------------------------- prompts
+
+PROMPT_TEMPLATE = """\
+{body}
+
+---
+You are {agent}, one of several agents on this repository. Your task is {task}, attempt {attempt}.
+- You stand in your own worktree, on branch {branch}. Work and commit here. Touch no other worktree and no other branch.
+- Never use `git stash`, and never switch branches: all worktrees share one repository.
+- Run the project's tests before you finish{gate}.
+- When the work is done and committed, run:  farm submit {agent} --fence {fence}
+- When you cannot do it, run:  farm fail {agent} --fence {fence} --why "the reason in a sentence"
+- Before you use something that only one may use at a time:  farm lock {agent} NAME  and afterwards  farm unlock {agent} NAME
+{history}"""
+
+
+def describe_history(store: Store, task: Task) -> str:
+    """What the next attempt should know of those before it; empty for a first one."""
+    if not task.attempts and not task.reason:
+        return ""
+    lines = ["", "This task has been tried before. " + (f"It came back: {task.reason}" if task.reason else "")]
+    if task.start:
+        lines.append(f"Its commits are the start of your branch (from {task.start}).")
+    if task.rescue:
+        lines.append(f"Unsaved work of that attempt is kept: git show --stat {task.rescue}")
+    try:
+        with open(store.path("returns", f"{task.id}.{task.attempts}.txt"), encoding="utf-8", errors="replace") as file:
+            lines.append("\n" + file.read(20_000))
+    except FileNotFoundError:
+        pass
+    return "\n".join(lines) + "\n"
+
+
+def write_prompt(store: Store, claim: Claim, gate: str) -> str:
+    """Write what the agent is told to prompts/ID.ATTEMPT.md; returns the path."""
+    task = claim.get_task()
+    path = store.path("prompts", f"{task.id}.{task.attempts + 1}.md")
+    text = PROMPT_TEMPLATE.format(
+        body=f"{task.title}\n\n{task.prompt}".strip(), agent=claim.agent, task=task.id, attempt=task.attempts + 1,
+        branch=f"farm/{claim.agent}/{task.id}", fence=claim.fence, gate=f" (the merge gate is: {gate})" if gate else "",
+        history=describe_history(store, task))
+    with open(path, "w", encoding="utf-8", errors="replace") as file:
+        file.write(text)
+    return path
+
+# ---------------------------------------------------------------------------------------------- sessions
+
+CONTROL = "control"
+
+Session = collections.namedtuple("Session", "name pane pid dead exit_status signal activity path")
+Usage = collections.namedtuple("Usage", "cpu_percent rss_bytes processes is_zombie")
+
+
+def farm_socket(repo: str) -> str:
+    """The farm's private tmux server, `farm-<repo>-<hash4>`; the scripts compute the same from the folder's path."""
+    import hashlib
+
+    path = os.fsencode(repo)
+    digest = hashlib.sha1(b"blob %d\0" % len(path) + path, usedforsecurity=False).hexdigest()[:4]
+    return f"farm-{re.sub('[^A-Za-z0-9_-]', '-', os.path.basename(repo))[:30]}-{digest}"
+
+
+def probe_sessions(socket: str) -> dict[str, Session]:
+    """name -> Session of every session on the farm's server; empty when no server runs."""
+    result = run_script("probe-tmux.sh", "-L", socket, allow=(0, 3))
+    sessions = {}
+    for name, pane, pid, dead, status, signal, activity, path in (row[:8] for row in read_tsv(result.stdout)):
+        exit_status = int(status) if status.isdigit() else None
+        sessions[name] = Session(name, pane, int(pid), dead == "1", exit_status, signal.strip("-"), float(activity or 0), path)
+    return sessions
+
+
+def process_children() -> dict[int, list]:
+    """pid -> its children's psutil.Process, from one pass over the machine's processes."""
+    psutil = import_package("psutil")
+    children = collections.defaultdict(list)
+    for process in psutil.process_iter(["ppid"]):
+        children[process.info["ppid"]].append(process)
+    return children
+
+
+def tree_of(pid: int, children: dict) -> list:
+    """The processes at and below `pid`, parents first."""
+    psutil = import_package("psutil")
+    try:
+        found = [psutil.Process(pid)]
+    except psutil.NoSuchProcess:
+        return []
+    for process in found:
+        found += children.get(process.pid, [])
+    return found
+
+
+def measure(tree: list) -> Usage:
+    """CPU since each process started (percent of one core), memory and count of a process tree."""
+    psutil = import_package("psutil")
+    cpu = rss = 0.0
+    zombie, now = False, CLOCK.now()
+    for index, process in enumerate(tree):
+        try:
+            with process.oneshot():
+                times = process.cpu_times()
+                cpu += 100 * (times.user + times.system) / max(now - process.create_time(), 1)
+                rss += process.memory_info().rss
+                zombie |= index == 0 and process.status() == psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            continue
+    return Usage(round(cpu, 1), int(rss), len(tree), zombie)
+
+
+def find_strays(repo: str, agent: str) -> list:
+    """Processes that this farm's agent left behind: its session's environment names both the repo and the agent."""
+    psutil = import_package("psutil")
+    found = []
+    for process in psutil.process_iter():
+        try:
+            environment = process.environ()
+        except (psutil.Error, OSError):
+            continue
+        if environment.get("FARM_REPO") == repo and environment.get("FARM_AGENT_NAME") == agent:
+            found.append(process)
+    return [process for process in found if process.pid != os.getpid()]
+
+
+def end_processes(processes: list, seconds: float = 3.0) -> None:
+    """SIGTERM, then SIGKILL to what is left. psutil checks pid and start time before each signal."""
+    psutil = import_package("psutil")
+    for signal_name in ("terminate", "kill"):
+        for process in processes:
+            try:
+                getattr(process, signal_name)()
+            except psutil.Error:
+                continue
+        processes = psutil.wait_procs(processes, timeout=seconds)[1]
+
+
+def end_cause(session: Session | None) -> str:
+    """Why a session is over, from what tmux knows of its process."""
+    if session is None:
+        return "its session is gone"
+    if session.signal or (session.exit_status or 0) > 128:
+        number = session.signal or str(session.exit_status - 128)
+        return f"killed by signal {number}" + (" (out of memory?)" if number in ("9", "KILL") else "")
+    return "done" if session.exit_status == 0 else f"crashed with exit code {session.exit_status}"
+
+
+class RestartPolicy:
+    """When a session that ended may start again: backoff 1 s, 2 s, ... 5 min; five ends in 15 min park it."""
+
+    PARK_AFTER, WINDOW_SECONDS, DELAY_MAX = 5, 900.0, 300.0
+
+    def recent(self, ends: list, now: float) -> list:
+        return [end for end in ends if now - end < self.WINDOW_SECONDS]
+
+    def start_at(self, ends: list, now: float) -> float | None:
+        """Epoch seconds of the next start; None: parked."""
+        recent = self.recent(ends, now)
+        if len(recent) >= self.PARK_AFTER:
+            return None
+        return recent[-1] + min(2.0 ** (len(recent) - 1), self.DELAY_MAX) if recent else now
+
+
+# ---------------------------------------------------------------------------------------------- planner
+
+Evidence = collections.namedtuple("Evidence", "greens reds")
+Evidence.__doc__ = "How often one tree passed and failed the gate; a time-out or a killed gate counts as neither."
+
+Test = collections.namedtuple("Test", "entries kind chance")
+Test.__doc__ = """A gate run to start: `entries` merged in this order on the target, () for the target as it is.
+
+`kind` is main (the next step), confirm (a single suspect again), target (is it the target itself?) or speculative
+(useful if gates that have no verdict yet go as expected); `chance` that its verdict will be used, 1.0 for the next.
+"""
+
+Plan = collections.namedtuple("Plan", "land guilty target_red tests abandon")
+Plan.__doc__ = """What to do now: land the first `land` entries, return the entry `guilty` (or None), start `tests`.
+
+`target_red` pauses the queue. `abandon` are running tests that no branch can use any more. Landing and returning change
+the queue, so plan again after them; `tests` holds meanwhile (say, while a file in the checkout is in the way).
+"""
+
+Node = collections.namedtuple("Node", "good rest bound reds trusted")
+Node.__doc__ = """A place in the decision tree: `good` entries pass together, `rest` is open, in landing order.
+
+`good + rest[:bound]` is known to fail (0: nothing is) and was red `reds` times; `trusted`: `good` was seen green.
+"""
+
+Known = collections.namedtuple("Known", "look rate reds strict")
+Known.__doc__ = "What one call of `plan` takes for granted: tuple -> Evidence, failure rate, reds that prove, strict."
+
+Question = collections.namedtuple("Question", "entries green_chance if_green if_red")
+Question.__doc__ = "The test that a node asks for, and the nodes after either answer (None: nothing left to plan)."
+
+TARGET_REDS = 2  # a pause calls a person: one unlucky run is not enough
+CHANCE_OF_FLAKE = 0.03  # a guess that only ranks speculation: that a repeated run answers otherwise than expected
+LEAST_CHANCE = 0.1  # rarer than this, a spare slot is better left to a lone diagnostic run: it saves < 1 % of time
+WRONG_RETURN_ODDS = 1e-5  # how seldom chance alone may return a good entry, once the gate is known to flake
+
+
+def failure_rate(returned: int, done: int) -> float:
+    """Estimate the chance that an entry fails, from the `returned` ones among those `done` (landed or returned)."""
+    return (0.5 + returned) / (10 + done)
+
+
+def reds_needed(flaky_trees: int, green_trees: int) -> int:
+    """Say how many reds prove a failure, when `flaky_trees` of the `green_trees` ever gated were also red.
+
+    Two for a gate that was never seen to contradict itself. One that was needs as many as make a wrong return rarer
+    than WRONG_RETURN_ODDS, at least three. Count over the farm's whole memory: what one queue sees is too little.
+    """
+    if not flaky_trees:
+        return 2
+    rate = min(0.3, flaky_trees / max(flaky_trees, green_trees))
+    return max(3, math.ceil(math.log(WRONG_RETURN_ODDS) / math.log(rate)))
+
+
+def group_size(rate: float, available: int) -> int:
+    """Choose how many untested entries to test at once so that green is as likely as red."""
+    return max(1, min(available, round(math.log(2) / -math.log(1 - rate))))
+
+
+def median_cut(rate: float, bound: int) -> int:
+    """Choose where to cut `bound` entries that fail together: the median of the first failing one's place.
+
+    The place follows the geometric distribution truncated at `bound`; the result is in 1 .. bound - 1.
+    """
+    passes = 1 - rate
+    half = (1 + passes**bound) / 2
+    return max(1, min(bound - 1, round(math.log(half) / math.log(passes))))
+
+
+def count_green(evidence: list, strict: bool) -> int:
+    """Count the leading entries that are good, given the Evidence of each prefix: up to the last green prefix.
+
+    A prefix passes for all in it, so a fault that a later entry mends is none; `strict` stops at the first not green.
+    """
+    greens = [found.greens > 0 for found in evidence]
+    if strict:
+        return [*greens, False].index(False)
+    return max((length for length, green in enumerate(greens, 1) if green), default=0)
+
+
+def settle(node: Node, known: Known) -> Node:
+    """Move `node` past all that existing verdicts answer: more entries known good, a closer failing bound."""
+    good, rest, bound, reds, trusted = node
+    evidence = [known.look(good + rest[:length]) for length in range(1, len(rest) + 1)]
+    green = count_green(evidence, known.strict)
+    if green:
+        good, rest, evidence, trusted = good + rest[:green], rest[green:], evidence[green:], True
+        bound, reds = (bound - green, reds) if bound > green else (0, 0)
+    red = next((length for length, found in enumerate(evidence, 1) if found.reds and not found.greens), 0)
+    if red and red == bound:
+        reds = max(reds, evidence[red - 1].reds)
+    elif red and (not bound or red < bound):
+        bound, reds = red, evidence[red - 1].reds
+    return Node(good, rest, bound, reds, trusted)
+
+
+def drop_guilty(node: Node, known: Known) -> tuple[Node, tuple]:
+    """Settle `node` and take out every entry whose guilt is proven; gives the node and those entries.
+
+    Proof: without the entry the tree is green, with it red as often as needed and never green.
+    """
+    guilty = ()
+    node = settle(node, known)
+    while node.bound == 1 and node.reds >= known.reds and node.trusted:
+        guilty += node.rest[:1]
+        node = settle(Node(node.good, node.rest[1:], 0, 0, True), known)
+    return node, guilty
+
+
+def ask(node: Node, known: Known) -> Question:
+    """Choose the test that tells most at `node`, which is settled and has entries left."""
+    good, rest, bound, reds, trusted = node
+    if bound == 1 and reds >= known.reds:  # only the target's own tree has no verdict yet
+        return Question((), 1 - CHANCE_OF_FLAKE, Node(good, rest[1:], 0, 0, True), None)
+    passes = 1 - known.rate
+    if bound == 1:
+        size, green_chance = 1, CHANCE_OF_FLAKE
+    elif bound:
+        size = 1 if known.strict else median_cut(known.rate, bound)
+        green_chance = (passes**size - passes**bound) / (1 - passes**bound)
+    else:
+        size = 1 if known.strict else group_size(known.rate, len(rest))
+        green_chance = passes**size
+    entries = good + rest[:size]
+    left = bound - size if bound > size else 0
+    if_green = Node(entries, rest[size:], left, reds if left else 0, True)
+    return Question(entries, green_chance, if_green, Node(good, rest, size, reds + 1 if bound == size else 1, trusted))
+
+
+def can_use(node: Node, entries: tuple) -> bool:
+    """Say whether a branch below the settled `node` may still ask for `entries`.
+
+    It must go on from what is known good and leave out only entries that may yet prove guilty. More than the failing
+    bound is of no use: it can only pass if that red was chance, and then the repeated run will say so.
+    """
+    good, rest, bound, _, trusted = node
+    if not entries:
+        return not trusted
+    tail = entries[len(good):]
+    if entries[: len(good)] != good or not tail or (0 < bound < len(tail) and tail[:bound] == rest[:bound]):
+        return False
+    places = iter(rest)
+    return all(entry in places for entry in tail)  # a shared iterator: the same order, gaps allowed
+
+
+def kind_of_test(question: Question, node: Node, order: int) -> str:
+    """Name what a test is for (see `Test`); `order` is 0 at the root of the decision tree."""
+    if not question.entries:
+        return "target"
+    if node.bound == 1:
+        return "confirm"
+    return "speculative" if order else "main"
+
+
+def speculate(root: Node, known: Known, free: int, started: set) -> list[Test]:
+    """Choose up to `free` tests not in `started`: walk the decision tree, the likeliest node first."""
+    tests, serial = [], 0
+    heap = [(-1.0, serial, root)]
+    while heap and len(tests) < free:
+        minus_chance, order, node = heapq.heappop(heap)
+        node, _ = drop_guilty(node, known)
+        if not node.rest:
+            continue
+        question = ask(node, known)
+        if question.entries not in started:
+            tests.append(Test(question.entries, kind_of_test(question, node, order), -minus_chance))
+            started = started | {question.entries}
+        shares = ((question.if_green, question.green_chance), (question.if_red, 1 - question.green_chance))
+        for branch, share in shares:
+            serial += 1
+            if branch and -minus_chance * share >= LEAST_CHANCE:
+                heapq.heappush(heap, (minus_chance * share, serial, branch))
+    return tests
+
+
+def plan(
+    queue: tuple, verdict_of, slots: int, rate: float, running: tuple = (), *, reds: int = 2, strict: bool = False
+) -> Plan:
+    """Decide what lands, who is guilty and which trees to gate next: adaptive group testing of the merge queue.
+
+    `queue`: entry ids in landing order. `verdict_of(entries) -> Evidence` of the tree that merging these entries on the
+    target gives, `verdict_of(())` of the target itself. `slots`: gates that may run at once, `running` those that do
+    (as tuples). `rate`: see `failure_rate`. `reds`: see `reds_needed`. `strict`: each prefix lands by its own green.
+
+    Sources: generalised binary splitting (Hwang 1972) with groups sized and cut by the entries' failure rate (Sobel and
+    Groll 1959); running ahead of verdicts as in Zuul's dependent pipeline, the likeliest outcomes first as in Uber's
+    SubmitQueue. Added here: tests are prefixes in landing order, so each green one lands as it is; guilt takes a
+    repeated red and a green tree without the entry, so neither a flake nor a red target gets anyone returned.
+    """
+    known = Known(functools.lru_cache(maxsize=None)(verdict_of), min(max(rate, 1e-6), 0.99), reds, strict)
+    target = known.look(())
+    start = settle(Node((), tuple(queue), 0, 0, target.greens > 0), known)
+    if not start.trusted and target.reds >= TARGET_REDS:
+        return Plan(0, None, True, (), tuple(running))
+    root, guilty = drop_guilty(start, known)
+    useful = [entries for entries in running if can_use(root, entries)]
+    tests = speculate(root, known, slots - len(useful), set(useful))
+    abandon = tuple(entries for entries in running if entries not in useful)
+    return Plan(len(start.good), guilty[0] if guilty else None, False, tuple(tests), abandon)
+
+# ---------------------------------------------------------------------------------------------- verdicts and gates
+
+OUTPUT_HEAD, OUTPUT_TAIL = 64 * 1024, 256 * 1024
+
+Verdict = collections.namedtuple("Verdict", "colour exit_code seconds note")
+
+
+class Verdicts:
+    """What gates said of trees: results/TREE-KEY.json, KEY for the gate's command and the environment names that count.
+
+    A verdict is evidence for ever. A gate that was killed or timed out gave none.
+    """
+
+    def __init__(self, store: Store, gate: str, env_names: str):
+        import hashlib
+
+        self.store, self.gate = store, gate
+        named = [[name, os.environ.get(name)] for name in sorted(env_names.replace(",", " ").split())]
+        self.key = hashlib.sha1(json.dumps([gate, named]).encode(), usedforsecurity=False).hexdigest()[:8]
+        self.memo: dict[str, Evidence] = {}
+        self.known = self.count_known()
+
+    def count_known(self) -> collections.Counter:
+        """How many trees were ever green, and how many of them flaky: both green and red."""
+        known = collections.Counter()
+        for name in self.store.disk.list_folder(self.store.path("results")):
+            if name.endswith(f"-{self.key}.json"):
+                found = self.evidence_in(os.path.join("results", name))
+                known.update(green=bool(found.greens), flaky=bool(found.greens and found.reds))
+        return known
+
+    def name_of(self, tree: str, ending: str) -> str:
+        return os.path.join("results", f"{tree[:16]}-{self.key}.{ending}")
+
+    def evidence(self, tree: str) -> Evidence:
+        """Greens and reds of a tree. Without a gate every tree counts as green."""
+        if not self.gate:
+            return Evidence(1, 0)
+        if tree not in self.memo:
+            self.memo[tree] = self.evidence_in(self.name_of(tree, "json"))
+        return self.memo[tree]
+
+    def evidence_in(self, name: str) -> Evidence:
+        colours = [run.get("colour") for run in (self.store.read_json(name) or {}).get("runs", [])]
+        return Evidence(colours.count("green"), colours.count("red"))
+
+    def record(self, tree: str, verdict: Verdict) -> None:
+        """Add one run's verdict, durably."""
+        name = self.name_of(tree, "json")
+        data = self.store.read_json(name) or {"schema": SCHEMA, "tree": tree, "gate": self.gate, "runs": []}
+        data["runs"].append({"at": utc(CLOCK.now()), **verdict._asdict()})
+        self.store.write_durably(name, (json.dumps(data) + "\n").encode("utf-8"))
+        self.memo.pop(tree, None)
+        self.known = self.count_known()
+
+    def tail(self, tree: str, lines: int = 60) -> str:
+        """The end of what the gate printed about a tree."""
+        try:
+            with open(self.store.path(self.name_of(tree, "log")), encoding="utf-8", errors="replace") as file:
+                return printable("".join(file.readlines()[-lines:]))
+        except FileNotFoundError:
+            return ""
+
+
+def printable(text: str) -> str:
+    """`text` without escape sequences and control characters, newlines and tabs kept."""
+    text = re.sub(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[PX^_][^\x1b]*\x1b\\|[@-Z\\^_=>])", "", text)
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "", text)
+
+
+class Gate:
+    """One run of the gate on one tree, in a slot: a process group of its own, time-out, bounded output."""
+
+    def __init__(self, slot: int, ids: tuple, commit: str, tree: str, diagnosis: Task | None = None):
+        self.slot, self.ids, self.commit, self.tree, self.diagnosis = slot, ids, commit, tree, diagnosis
+        self.is_diagnosis = diagnosis is not None
+        self.started = CLOCK.monotonic()
+        self.is_done = self.is_abandoned = False
+        self.verdict: Verdict | None = None
+
+    def start(self, folder: str, settings: Settings, log: str, pid_file: str, wake) -> None:
+        """Run the gate in `folder` (a worktree at the commit) on a thread of its own; `wake` is set when it is over."""
+        import subprocess
+        import threading
+
+        temp = folder + ".tmp"
+        os.makedirs(temp, exist_ok=True)
+        env = {key: value for key, value in os.environ.items() if not key.startswith("FARM_")}
+        env.update(TMPDIR=temp, FARM_PORT=str(gate_port(folder)), GIT_TERMINAL_PROMPT="0")
+        self.folder, self.process = folder, subprocess.Popen(
+            ["bash", os.path.join(SCRIPTS, "run-gate.sh"), pid_file, settings.gate], cwd=folder, env=env,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        threads = [threading.Thread(target=self.keep_output, args=(log,), daemon=True)]
+        threads.append(threading.Thread(target=self.watch, args=(settings.gate_timeout, threads[0], wake), daemon=True))
+        for thread in threads:
+            thread.start()
+
+    def keep_output(self, log: str) -> None:
+        """The head and the tail of the output into `log`; whatever lies between is counted, not kept."""
+        head, tail, dropped = b"", b"", 0
+        while chunk := os.read(self.process.stdout.fileno(), 65536):
+            room = OUTPUT_HEAD - len(head)
+            head, tail = head + chunk[:room], tail + chunk[room:]
+            dropped += max(0, len(tail) - OUTPUT_TAIL)
+            tail = tail[-OUTPUT_TAIL:]
+        with open(log, "wb") as file:
+            file.write(head + (b"\n[... %d bytes left out ...]\n" % dropped if dropped else b"") + tail)
+
+    def watch(self, seconds: float, reader, wake) -> None:
+        """Wait for the end or the time-out, end the whole group, judge."""
+        import subprocess
+
+        try:
+            code = self.process.wait(seconds)
+            kind = "green" if code == 0 else "red" if code > 0 else "none"
+            note = f"the gate was killed by signal {-code}" if code < 0 else ""
+        except subprocess.TimeoutExpired:
+            code, kind, note = -1, "none", f"the gate took longer than {seconds:.0f} s and was ended"
+        self.end_group()
+        reader.join(5)
+        self.verdict = Verdict(kind, code, round(CLOCK.monotonic() - self.started, 2), note)
+        self.is_done = True
+        wake.set()
+
+    def end_group(self) -> None:
+        """Kill what is left of the gate's process group: a gate that is over has no business running."""
+        import signal
+
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        self.process.wait()
+
+
+def gate_port(folder: str) -> int:
+    """A port of a slot's or an agent's own, the same at each start, in 10000-29999."""
+    import zlib
+
+    return 10000 + zlib.crc32(os.fsencode(folder)) % 20000
+
+
+# ---------------------------------------------------------------------------------------------- merge queue
+
+AGEING_SECONDS = 600.0
+
+Step = collections.namedtuple("Step", "id status commit tree detail")
+
+
+def merge_order(tasks: list[Task], now: float) -> list[Task]:
+    """Priority, then first come; each AGEING_SECONDS of waiting lift an entry by one, so that none starves."""
+    def key(task: Task) -> tuple:
+        return -task.priority - int((now - epoch(task.submitted_at)) // AGEING_SECONDS), task.queue_seq
+
+    return sorted(tasks, key=key)
+
+
+def chain_line(task: Task) -> str:
+    """One entry of merge-chain.sh's input."""
+    fields = (task.id, task.commit, str(int(epoch(task.submitted_at))), task.agent, task.title)
+    return "\t".join(escape_field(field) for field in fields) + "\n"
+
+
+class MergeQueue:
+    """Lands ready tasks on the target, never through a red tree. Crash-only: durable are git, the queue file, the verdicts
+    and the intent of a landing; everything else is computed again.
+    """
+
+    def __init__(self, store: Store, settings: Settings, target: str, slots_folder: str):
+        import threading
+
+        self.store, self.settings, self.target, self.slots_folder = store, settings, target, slots_folder
+        self.verdicts = Verdicts(store, settings.gate, settings.gate_env)
+        self.steps: dict[tuple, Step] = {}
+        self.gates: list[Gate] = []
+        self.slots = settings.slots or default_slots()
+        self.wake = threading.Event()
+        self.trouble: tuple[str, str] | None = None
+        self.base = ""
+        self.moved: list[tuple[str, str, str]] = []
+        self.tasks: dict[str, Task] = {}
+        self.held: dict[str, str] = {}
+        self.front: list[str] = []
+        self.diagnoses: list[Task] = []
+        self.counts = collections.Counter()
+
+    # -- the chain
+
+    def run_chain(self, tasks: list[Task], base: str = "") -> list[Step]:
+        """merge-chain.sh: the first Step is the base itself."""
+        args = ["-C", self.store.repo, "-b", self.target, "-s", self.settings.style, *(["-B", base] if base else [])]
+        result = run_script("merge-chain.sh", *args, stdin="".join(map(chain_line, tasks)),
+                            env={"FARM_CONFLICTS": self.store.path("returns")})
+        return [Step(*(row + [""] * 5)[:5]) for row in read_tsv(result.stdout)]
+
+    def chain(self, tasks: list[Task], parent: str) -> list[Step]:
+        """Each task merged on those before it that merge, from `parent` on; steps known from earlier ticks are not redone."""
+        known, tip = [], parent
+        for task in tasks:
+            step = self.steps.get((tip, task.id, task.commit))
+            if step is None:
+                break
+            known.append(step)
+            tip = step.commit if step.status == "ok" else tip
+        rest = tasks[len(known):]
+        if not rest:
+            return known
+        steps = self.run_chain(rest, tip)[1:]
+        if tip != parent and any(step.status in ("conflict", "held") for step in steps):
+            known, rest, tip = [], tasks, parent  # only the whole chain can tell a conflict with the target from a held one
+            steps = self.run_chain(rest, tip)[1:]
+        for task, step in zip(rest, steps):
+            self.steps[(tip, task.id, task.commit)] = step
+            tip = step.commit if step.status == "ok" else tip
+        return known + steps
+
+    def evidence_of(self, ids: tuple) -> Evidence:
+        """Evidence for the target plus exactly these entries in this order. A chain that was never built has none."""
+        step = self.known_step(ids)
+        return self.verdicts.evidence(step.tree) if step else Evidence(0, 0)
+
+    def known_step(self, ids: tuple) -> Step | None:
+        """The last step of a chain that was built already."""
+        step = self.base
+        for task_id in ids:
+            step = self.steps.get((step.commit, task_id, self.tasks[task_id].commit))
+            if step is None or step.status != "ok":
+                return None
+        return step
+
+    def step_of(self, ids: tuple) -> Step | None:
+        """The last step of the chain of `ids` on the target; None when they do not merge so."""
+        if not ids:
+            return self.base
+        steps = self.chain([self.tasks[task_id] for task_id in ids], self.base.commit)
+        return steps[-1] if all(step.status == "ok" for step in steps) else None
+
+    # -- one step
+
+    def tick(self) -> bool:
+        """One look at everything; True when something moved, so that another look is due at once."""
+        self.trouble = None
+        if self.reap_gates():
+            return True
+        self.order_tasks()
+        self.base = self.run_chain([])[0]
+        steps = self.chain(list(self.tasks.values()), self.base.commit)
+        if self.settle(steps):
+            return True
+        self.held = {step.id: step.detail for step in steps if step.status == "held"}
+        queue = tuple(step.id for step in steps if step.status == "ok")
+        moved = self.follow(self.plan(queue), queue)
+        self.publish(queue)
+        return moved
+
+    def order_tasks(self) -> None:
+        """Ready tasks in landing order. What was ever part of a test keeps its place in front: new work, however urgent,
+        makes no running gate worthless.
+        """
+        ready = self.store.snapshot().ready
+        self.front = [task_id for task_id in self.front if task_id in ready]
+        rest = merge_order([task for task in ready.values() if task.id not in self.front], CLOCK.now())
+        self.tasks = {task.id: task for task in [*(ready[task_id] for task_id in self.front), *rest]}
+
+    def plan(self, queue: tuple) -> Plan:
+        """Ask the planner; end gates on trees that no branch of its decision tree needs any more."""
+        for gate in self.gates:
+            if not gate.is_diagnosis:
+                gate.ids = tuple(task_id for task_id in gate.ids if task_id in self.tasks)
+        running = tuple(gate.ids for gate in self.gates if self.is_current(gate))
+        done = self.counts["landed"] + self.counts["returned"]
+        known = self.verdicts.known
+        answer = plan(queue, self.evidence_of, self.slots - sum(gate.is_diagnosis for gate in self.gates),
+                      failure_rate(self.counts["returned"], done), running, reds=reds_needed(known["flaky"], known["green"]),
+                      strict=self.settings.strict)
+        for gate in self.gates:
+            if not gate.is_diagnosis and (gate.ids in answer.abandon or not self.is_current(gate)):
+                gate.is_abandoned = True
+                gate.end_group()
+        return answer
+
+    def is_current(self, gate: Gate) -> bool:
+        """Whether the gate's tree is still that of its entries on the target as it is now."""
+        step = None if gate.is_diagnosis else self.known_step(gate.ids)
+        return step is not None and step.tree == gate.tree
+
+    def follow(self, step: Plan, queue: tuple) -> bool:
+        """Do what the plan says: land, else return the guilty, else start gates."""
+        if step.target_red:
+            self.trouble = (f"{self.target} itself is red at {self.base.commit[:10]}: the gate fails on it without any new work",
+                            f"mend {self.target} and commit, then it goes on by itself; the gate's output: "
+                            + self.store.path(self.verdicts.name_of(self.base.tree, "log")))
+            return False
+        if step.land:
+            return self.land(queue[:step.land])
+        if step.guilty:
+            return self.return_red(step.guilty, queue)
+        for test in step.tests:
+            place = self.step_of(test.entries)
+            if place is not None and self.has_slot():
+                self.start_gate(test.entries, place)
+        while self.diagnoses and self.has_slot() and len(step.tests) == 0:
+            self.diagnose(self.diagnoses.pop(0))
+        return False
+
+    def settle(self, steps: list[Step]) -> bool:
+        """What needs no gate: work that is in the target already lands, work that cannot be merged goes back."""
+        moved = False
+        for step in steps:
+            task = self.tasks[step.id]
+            if step.status in ("landed", "empty"):
+                self.record_landed([(task.id, task.commit if step.status == "landed" else self.base.commit)])
+            elif step.status == "conflict":
+                self.return_work(task, f"it conflicts with {self.target} in {step.detail}", self.conflict_text(task))
+            elif step.status in ("missing", "unrelated"):
+                what = "its commit is gone" if step.status == "missing" else f"it shares no history with {self.target}"
+                self.return_work(task, f"{what} ({task.commit[:10]})", "")
+            moved |= step.status not in ("ok", "held")
+        return moved
+
+    def conflict_text(self, task: Task) -> str:
+        try:
+            with open(self.store.path("returns", f"{task.id}.txt"), encoding="utf-8", errors="replace") as file:
+                return printable(file.read(60_000))
+        except FileNotFoundError:
+            return ""
+
+    # -- gates
+
+    def has_slot(self) -> bool:
+        return len(self.gates) < self.slots
+
+    def start_gate(self, ids: tuple, step: Step, diagnosis: Task | None = None) -> None:
+        """Put a tree under test in a free slot: that of `ids` on the target, or a returned entry's own."""
+        slot = next(number for number in range(1, self.slots + 1) if number not in {gate.slot for gate in self.gates})
+        folder = os.path.join(self.slots_folder, f"gate-{slot}")
+        run_script("gate-slot.sh", "prepare", "-C", self.store.repo, folder, step.commit)
+        gate = Gate(slot, ids, step.commit, step.tree, diagnosis)
+        log = self.store.path(self.verdicts.name_of(step.tree, "log"))
+        gate.start(folder, self.settings, log, self.store.path("merge_queue", f"gate-{slot}.pid"), self.wake)
+        self.gates.append(gate)
+        self.front += [task_id for task_id in ids if task_id not in self.front]
+        self.counts["diagnoses" if gate.is_diagnosis else "gates"] += 1
+        self.store.append_event("gate-started", None, ids=list(ids), tree=step.tree, slot=slot)
+
+    def reap_gates(self) -> bool:
+        """Judge the gates that are over."""
+        done = [gate for gate in self.gates if gate.is_done]
+        self.gates = [gate for gate in self.gates if not gate.is_done]
+        for gate in done:
+            if not gate.is_abandoned:
+                self.judge(gate)
+        return bool(done)
+
+    def judge(self, gate: Gate) -> None:
+        """Record a gate's verdict; one that changed tracked files, timed out or was killed gave none."""
+        verdict = gate.verdict
+        if verdict.colour != "none":
+            check = run_script("gate-slot.sh", "check", gate.folder, gate.commit, allow=(0, 1))
+            if check.code:
+                changed = ", ".join(check.stdout.split("\n")[:5]).strip(", ")
+                verdict = verdict._replace(colour="none", note=f"the gate changed tracked files: {changed}")
+        before = self.verdicts.evidence(gate.tree)
+        self.verdicts.record(gate.tree, verdict)
+        after = self.verdicts.evidence(gate.tree)
+        self.store.append_event("gate-ended", None, ids=list(gate.ids), tree=gate.tree, slot=gate.slot, **verdict._asdict())
+        if gate.is_diagnosis:
+            self.explain(gate, verdict)
+        elif verdict.colour == "none":
+            self.give_up_on(gate, verdict.note)
+        elif after.greens and after.reds and not (before.greens and before.reds):
+            say(f"flaky gate: tree {gate.tree[:10]} was both green and red; nobody's work goes back for it")
+
+    def give_up_on(self, gate: Gate, note: str) -> None:
+        """A tree that gave no verdict three times in a row cannot be judged: the first entry of it goes back with that reason."""
+        self.counts[gate.tree] += 1
+        say(f"{note} ({', '.join(gate.ids) or self.target}, tree {gate.tree[:10]})")
+        if self.counts[gate.tree] < 2:
+            return
+        if len(gate.ids) == 1 and gate.ids[0] in self.tasks:
+            self.return_work(self.tasks[gate.ids[0]], note, self.verdicts.tail(gate.tree))
+        else:
+            self.verdicts.memo[gate.tree] = Evidence(0, 1)  # suspicion in memory only: the halves are tested next
+
+    # -- landing
+
+    def land(self, ids: tuple) -> bool:
+        """Move the target to the tested commit of `ids`, the intent durable first, then record what landed."""
+        steps = self.chain([self.tasks[task_id] for task_id in ids], self.base.commit)
+        intent = {"schema": SCHEMA, "target": self.target, "old": self.base.commit, "new": steps[-1].commit,
+                  "entries": [[step.id, step.commit] for step in steps]}
+        self.store.write_durably(INTENT_FILE, (json.dumps(intent) + "\n").encode("utf-8"))
+        return self.finish_landing(intent)
+
+    def finish_landing(self, intent: dict) -> bool:
+        """The swap and the record; safe to repeat after a crash at any point."""
+        args = ["-C", self.store.repo, "-b", intent["target"], "-o", intent["old"], "-n", intent["new"]]
+        args += ["-r", self.settings.remote] if self.settings.remote else []
+        result = run_script("land.sh", *args, allow=(0, 4, 5), detach=True)
+        if result.code == 0:
+            self.record_landed([tuple(entry) for entry in intent["entries"]])
+        elif result.code == 5:
+            files = ", ".join(read_tsv(result.stdout)[0][1:]) if result.stdout else result.stderr.strip()
+            self.trouble = (f"the checkout of {intent['target']} has changes of its own in the way: {files}",
+                            "commit them or move them away; the queue goes on by itself")
+        self.store.disk.unlink(self.store.path(INTENT_FILE))
+        return result.code != 5
+
+    def record_landed(self, entries: list[tuple[str, str]]) -> None:
+        """Move each (id, commit) from ready to landed; those recorded before a crash are passed over."""
+        with self.store.transaction() as tx:
+            for task_id, commit in entries:
+                task = tx.state.ready.get(task_id)
+                if task is None:
+                    continue
+                tx.move(task._replace(state="landed", landed_commit=commit, landed_at=utc(CLOCK.now()), prompt="", reason=""),
+                        "landed", "landed")
+                self.counts["landed"] += 1
+                self.moved.append((task_id, "landed", commit[:10]))
+                say(f"landed {task_id} {commit[:10]} {printable(task.title)}")
+
+    # -- returning
+
+    def return_red(self, task_id: str, queue: tuple) -> bool:
+        """Send back the entry whose step turned a green tree red, twice."""
+        task, ids = self.tasks[task_id], queue[:queue.index(task_id) + 1]
+        step = self.step_of(ids)
+        gate = self.settings.gate
+        how = f"to reproduce: git worktree add --detach ../try {step.commit[:12]} && cd ../try && {gate}"
+        self.diagnoses.append(task)
+        return self.return_work(task, f"the gate fails with it: {gate}", how + "\n\n" + self.verdicts.tail(step.tree))
+
+    def return_work(self, task: Task, reason: str, detail: str) -> bool:
+        """Pin the commits, keep the detail in returns/, and give the task back: its own commits are the next attempt's start."""
+        attempt = task.attempts + 1
+        ref = f"refs/farm/returned/{task.id}/{attempt}"
+        pinned = run_script("pin-ref.sh", "-C", self.store.repo, ref, task.commit, allow=(0, 3)).code == 0
+        name = os.path.join("returns", f"{task.id}.{attempt}.txt")
+        self.store.write_durably(name, f"{reason}\n{detail}\n".encode("utf-8", "replace"))
+        with self.store.transaction() as tx:
+            current = tx.state.ready.get(task.id)
+            if current is None or current.rev != task.rev:
+                return True
+            back = TaskQueue(tx).give_back(current, reason, "return", start=ref if pinned else "")
+        self.counts["returned"] += 1
+        self.moved.append((task.id, back.state if back.state == "failed" else "returned", reason))
+        say(f"returned {task.id}: {printable(reason)}")
+        return True
+
+    def diagnose(self, task: Task) -> None:
+        """In an idle slot, gate a returned entry alone, on its own base: is it red without the others, too?"""
+        own = self.run_chain([], task.commit)[0]
+        self.start_gate((), own, diagnosis=task)
+
+    def explain(self, gate: Gate, verdict: Verdict) -> None:
+        """Add to the returned task what the lone run has shown."""
+        task = gate.diagnosis
+        if verdict.colour == "none":
+            return
+        partners = read_tsv(run_script("merge-partners.sh", "-C", self.store.repo, "-b", self.target, task.commit).stdout)
+        likely = f", most likely with {partners[0][0]} ({partners[0][1]})" if partners else ""
+        words = "by itself it is red, too: the fault is its own" if verdict.colour == "red" else \
+            f"by itself it is green: it does not go together with what has landed{likely}"
+        say(f"{task.id}: {words}")
+        with open(self.store.path("returns", f"{task.id}.{task.attempts + 1}.txt"), "a", encoding="utf-8") as file:
+            file.write(f"\n{words}\n")
+        with self.store.transaction() as tx:
+            current = tx.state.pending.get(task.id)
+            if current and current.attempts == task.attempts + 1:
+                tx.move(current._replace(reason=f"{current.reason}; {words}"), "pending", "diagnosed")
+
+    # -- recovery, and what others may see
+
+    def recover(self) -> None:
+        """Before anything else: end gates of a dead merger, finish or undo a landing that was cut short, pin what is ready."""
+        for slot_file in sorted(os.listdir(self.store.path("merge_queue"))):
+            if slot_file.startswith("gate-") and slot_file.endswith(".pid"):
+                end_recorded_gate(self.store.path("merge_queue", slot_file))
+        intent = self.store.read_json(INTENT_FILE)
+        if intent:
+            wait_for_landing(intent["new"])
+            run_script("land.sh", "recover", "-C", self.store.repo, "-b", intent["target"], "-o", intent["old"], "-n", intent["new"])
+            say(f"finishing a landing that was cut short: {intent['old'][:10]} -> {intent['new'][:10]}")
+            self.finish_landing(intent)
+        for task in self.store.snapshot().ready.values():
+            run_script("pin-ref.sh", "-C", self.store.repo, f"refs/farm/ready/{task.id}", task.commit, allow=(0, 3))
+
+    def publish(self, queue: tuple) -> None:
+        """What is being done right now, for `queue` and `status`; worth nothing once this process is gone."""
+        me = identify(os.getpid())
+        data = {"schema": SCHEMA, "pid": me.pid, "start": me.start, "target": self.target, "order": list(queue),
+                "testing": [{"ids": list(gate.ids), "slot": gate.slot, "tree": gate.tree} for gate in self.gates],
+                "held": self.held, "trouble": list(self.trouble or ()), "gates": self.counts["gates"]}
+        if data != getattr(self, "published", None):
+            self.published = data
+            temp = self.store.path("merge_queue", ".now.json.tmp")
+            with open(temp, "w", encoding="utf-8") as file:
+                file.write(dump_line(data) + "\n")
+            os.replace(temp, self.store.path(NOW_FILE))
+
+    def is_drained(self) -> bool:
+        return not self.gates and not self.diagnoses and not self.store.snapshot().ready
+
+    def run(self, should_stop, *, forever: bool) -> None:
+        """Tick until drained (or for ever), or until only a person can help. `should_stop` is a threading.Event."""
+        self.recover()
+        seen = None
+        while not should_stop.is_set():
+            if self.tick():
+                continue
+            if not forever and (self.is_drained() or self.trouble):
+                return
+            self.wake.clear()
+            seen = self.store.signature()
+            deadline = CLOCK.monotonic() + 5
+            while CLOCK.monotonic() < deadline and seen == self.store.signature() and not should_stop.is_set():
+                if self.wake.wait(0.1) or any(gate.is_done for gate in self.gates):
+                    break
+
+    def stop(self) -> None:
+        for gate in self.gates:
+            gate.end_group()
+
+
+INTENT_FILE = os.path.join("merge_queue", "landing.json")
+NOW_FILE = os.path.join("merge_queue", "now.json")
+
+
+def default_slots() -> int:
+    """Gates at once: a core each, and 2 GiB of memory each, four at the most."""
+    return max(1, min(os.cpu_count() or 1, free_memory_mib() // 2048, 4))
+
+
+def free_memory_mib() -> int:
+    """Memory that a new process can have without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) // 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return import_package("psutil").virtual_memory().available >> 20
+
+
+def end_recorded_gate(pid_file: str) -> None:
+    """End the gate that a dead merger left running: by pid and start time, its whole session."""
+    psutil = import_package("psutil")
+    with open(pid_file, encoding="ascii") as file:
+        pid_text, _, start = file.read().strip().partition("\t")
+    members = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == int(pid_text) and (process.pid != int(pid_text) or start_of(process.pid) == start):
+                members.append(process)
+        except OSError:
+            continue
+    end_processes(members, 1.0)
+    os.unlink(pid_file)
+
+
+def wait_for_landing(new: str) -> None:
+    """Until no land.sh for `new` runs any more. Raises FarmError after a minute."""
+    psutil = import_package("psutil")
+    deadline = CLOCK.monotonic() + 60
+    while any("land.sh" in " ".join(p.info["cmdline"] or ()) and new in p.info["cmdline"] for p in psutil.process_iter(["cmdline"])):
+        if CLOCK.monotonic() > deadline:
+            raise FarmError(f"a landing of {new[:10]} from before still runs after a minute", "ps ax | grep land.sh")
+        time.sleep(0.05)
+
+# ---------------------------------------------------------------------------------------------- lifecycle
+
+AGENTS_FILE = "agents.json"
+FARM_FILE = "farm.json"
+AGENT_COMMAND = 'exec bash "$FARM_HOME/scripts/run-agent.sh"'
+
+PRESETS = {
+    "claude": 'claude -p --permission-mode acceptEdits "$(cat "$FARM_PROMPT_FILE")" </dev/null',
+    "codex": 'codex exec --sandbox workspace-write "$(cat "$FARM_PROMPT_FILE")" </dev/null',
+    "gemini": 'gemini --approval-mode auto_edit -p "$(cat "$FARM_PROMPT_FILE")" </dev/null',
+    "opencode": 'opencode run "$(cat "$FARM_PROMPT_FILE")" </dev/null',
+    "aider": 'aider --yes-always --no-check-update --message-file "$FARM_PROMPT_FILE" </dev/null',
+}
+
+
+def resolve_agent(agent: str) -> str:
+    """The command behind a preset's name, or the command itself. Raises MissingTool when it cannot be started."""
+    import shutil
+    import subprocess
+
+    if not agent and not shutil.which("claude"):
+        raise MissingTool("no agent is named, and claude is not on PATH", "make demo, or: ./farm.py up --agent 'COMMAND'")
+    command = PRESETS.get(agent or "claude", agent)
+    words = [word for word in command.split() if not re.match(r"[A-Za-z_]\w*=", word)]
+    found = subprocess.run(["bash", "-c", 'type -t -- "$1" >/dev/null', "bash", words[0].strip("'\"") if words else ""],
+                           cwd=TOOLKIT, timeout=10)
+    if found.returncode and re.fullmatch(r"[\w./+-]+", words[0] if words else ""):
+        raise MissingTool(f"the agent command {words[0]!r} is not on PATH", "install it, or: ./farm.py up --agent 'COMMAND'")
+    return command
+
+
+def agent_names(count: int) -> list[str]:
+    return [f"agent-{number:03d}" for number in range(1, count + 1)]
+
+
+def worktrees_folder(repo: str, settings: Settings) -> str:
+    return os.path.abspath(os.path.join(repo, settings.worktrees)) if settings.worktrees else repo + "-farm"
+
+
+def worktree_of(repo: str, settings: Settings, agent: str) -> str:
+    return os.path.join(worktrees_folder(repo, settings), agent + "-worktree")
+
+
+def rescue_dead_owners(store: Store, settings: Settings, state: State) -> dict[str, str]:
+    """Keep what dead owners' worktrees hold unsaved: agent -> rescue ref. Outside the mutex, before their tasks move on."""
+    rescues = {}
+    for claim in state.claims.values():
+        worktree = worktree_of(store.repo, settings, claim.agent)
+        if claim.task and find_liveness(Owner.from_json(claim.owner)) is False and os.path.isdir(worktree):
+            rescues[claim.agent] = rescue(store.repo, claim.agent, worktree)
+    return rescues
+
+
+def rescue(repo: str, agent: str, worktree: str) -> str:
+    """Snapshot what is uncommitted in a worktree; the ref, or empty when there was nothing."""
+    rows = read_tsv(run_script("rescue.sh", "save", "-C", repo, "-a", agent, worktree).stdout)
+    return rows[0][0] if rows else ""
+
+
+def hold_long(path: str, what: str):
+    """Take the lock of what lives long (one loop, one merger a farm). Raises Refused that names the holder's pid."""
+    portalocker = import_package("portalocker")
+    file = open(path, "a+", encoding="ascii")
+    try:
+        portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
+    except portalocker.LockException:
+        file.seek(0)
+        pid = file.read().partition("\t")[0]
+        file.close()
+        raise Refused(f"{what} runs already (pid {pid})", "./farm.py status") from None
+    me = identify(os.getpid())
+    file.truncate(0)
+    file.write(f"{me.pid}\t{me.start}\n")
+    file.flush()
+    return file
+
+
+def find_recorded(path: str) -> int | None:
+    """The pid in a lock file of `hold_long`, while exactly that process lives."""
+    try:
+        with open(path, encoding="ascii") as file:
+            pid, _, start = file.read().strip().partition("\t")
+        return int(pid) if start and start_of(int(pid)) == start else None
+    except (OSError, ValueError):
+        return None
+
+
+class Farm:
+    """The lifecycle of a farm's sessions. Crash-only: kill it at any time, start it again, and it goes on from disk."""
+
+    def __init__(self, store: Store, settings: Settings, command: str, target: str):
+        self.store, self.settings, self.command, self.target = store, settings, command, target
+        self.repo = store.repo
+        self.socket = farm_socket(self.repo)
+        self.names = agent_names(settings.n)
+        self.worktrees: dict[str, list] = {}
+        self.sessions: dict[str, Session] = {}
+        self.agents: dict[str, dict] = (store.read_json(AGENTS_FILE) or {}).get("agents", {})
+        self.policy = RestartPolicy()
+        self.leases = LeaseWatch(settings.lease_seconds)
+        self.merger = None
+        self.merger_ends: list[float] = []
+        self.probed_at = 0.0
+        self.blocked = ""
+
+    # -- start
+
+    def prepare(self) -> None:
+        """Worktrees for all agents: made, adopted or repaired."""
+        folder = worktrees_folder(self.repo, self.settings)
+        base = ["-b", self.target] if self.target else []
+        with open(self.store.path("worktrees.lock"), "w", encoding="ascii") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)  # two `up`s at once: git's own locks give up, this one waits
+            made = run_script("mk-worktrees.sh", "-C", self.repo, "-n", str(self.settings.n), "-d", folder, *base, timeout=3600)
+        if made.stderr.strip():
+            say(made.stderr.strip())
+        self.worktrees = {row[0]: row for row in read_tsv(made.stdout)}
+
+    def spawn(self, names: list[str]) -> list[list[str]]:
+        """A session for each agent that has none; returns spawn-tmux.sh's rows."""
+        rows = [self.worktrees[name] for name in names if name in self.worktrees]
+        lines = "".join("\t".join(map(escape_field, row)) + "\n" for row in rows)
+        environment = {"FARM_REPO": self.repo, "FARM_HOME": TOOLKIT, "FARM_PYTHON": sys.executable, "FARM_AGENT": self.command,
+                       "FARM_TARGET": self.target, "FARM_WORKTREES": worktrees_folder(self.repo, self.settings)}
+        return self.spawn_sessions(AGENT_COMMAND, environment, lines)
+
+    def spawn_sessions(self, command: str, environment: dict, lines: str) -> list[list[str]]:
+        pairs = [word for key, value in environment.items() for word in ("-e", f"{key}={value}")]
+        result = run_script("spawn-tmux.sh", "-C", self.repo, "-L", self.socket, "-l", self.store.path("logs"), *pairs,
+                            "-c", command, stdin=lines, allow=(0, 1), env={"TMUX": "", "FARM_AGENT_NAME": ""})
+        if result.stderr.strip():
+            say(result.stderr.strip())
+        return read_tsv(result.stdout)
+
+    def up(self) -> tuple[int, int]:
+        """Worktrees, sessions, and the loop in tmux; (started, adopted). Run again: adopts what runs, repairs what does not."""
+        self.remember("running")
+        self.prepare()
+        rows = self.spawn(self.names)
+        with_loop = 'while ! "$FARM_PYTHON" "$FARM_HOME/farm.py" --repo "$FARM_REPO" run; do sleep 1; done'
+        line = "\t".join(map(escape_field, (CONTROL, "-", self.repo, "reused"))) + "\n"
+        environment = {"FARM_REPO": self.repo, "FARM_HOME": TOOLKIT, "FARM_PYTHON": sys.executable}
+        if find_recorded(self.store.path("loop.lock")) is None:
+            self.spawn_sessions(with_loop, environment, line)
+        return sum(row[3] != "running" for row in rows), sum(row[3] == "running" for row in rows)
+
+    def remember(self, mode: str, reason: str = "") -> None:
+        """What the farm is to do, and with which settings: a later `up`, `merge` or `claim` reads it."""
+        with self.store.transaction() as tx:
+            kept = {**self.settings._asdict(), "agent": self.command, "into": self.target}
+            data = {"schema": SCHEMA, "mode": mode, "reason": reason, "settings": kept}
+            tx.store.write_durably(FARM_FILE, (dump_line(data) + "\n").encode("utf-8"))
+
+    # -- the loop
+
+    def tick(self) -> None:
+        now = CLOCK.now()
+        self.probe()
+        self.reap(now)
+        self.expire()
+        self.restart(now)
+        self.admit()
+        self.tend_merger(now)
+        self.save()
+
+    def probe(self) -> None:
+        self.sessions = probe_sessions(self.socket)
+
+    def reap(self, now: float) -> None:
+        """Note each session that ended: its cause, its strays ended, its unsaved work kept."""
+        for name in self.names:
+            session, record = self.sessions.get(name), self.agents.setdefault(name, {"ends": []})
+            if session is not None and not session.dead:
+                record["pid"] = session.pid
+                continue
+            if record.pop("pid", None) is None and "down" in record:
+                continue
+            record.update(down=True, cause=end_cause(session), since=utc(now))
+            record["ends"] = [*self.policy.recent(record["ends"], now), now]
+            end_processes(find_strays(self.repo, name))
+            if name in self.worktrees and os.path.isdir(self.worktrees[name][2]):
+                record["rescue"] = rescue(self.repo, name, self.worktrees[name][2])
+            self.store.append_event("session-ended", None, agent=name, cause=record["cause"])
+            say(f"{name}: {record['cause']}")
+
+    def expire(self) -> None:
+        """Give the tasks of dead owners back to the queue, their unsaved work kept first."""
+        rescues = rescue_dead_owners(self.store, self.settings, self.store.snapshot())
+        rescues.update({name: record["rescue"] for name, record in self.agents.items() if record.get("rescue")})
+        with self.store.transaction() as tx:
+            for claim in LockRegistry(tx).expire(self.leases.is_lapsed, rescues):
+                say(f"{claim.agent} is gone; {claim.task.get('id', 'its locks')} is free again")
+            self.state = tx.state
+
+    def restart(self, now: float) -> None:
+        """Start what is down and due; park what keeps ending."""
+        due = []
+        for name in self.names:
+            record = self.agents[name]
+            if not record.get("down"):
+                continue
+            start_at = self.policy.start_at(record["ends"], now)
+            if start_at is None and not record.get("parked"):
+                record["parked"] = True
+                say(f"{name} is parked: it ended {len(record['ends'])} times in 15 min, last: {record['cause']}")
+            elif start_at is not None and start_at <= now:
+                due.append(name)
+        if not due or not self.has_room():
+            return
+        if any(not os.path.isdir(self.worktrees.get(name, ["", "", ""])[2]) for name in due):
+            self.prepare()
+        self.spawn(due)
+        for name in due:
+            self.agents[name] = {"ends": self.agents[name]["ends"], "cause": self.agents[name]["cause"]}
+
+    def has_room(self) -> bool:
+        """Whether memory and disk allow a new start; says so when that changes."""
+        import shutil
+
+        free = {"memory": free_memory_mib(), "disk": shutil.disk_usage(self.store.folder).free >> 20}
+        short = [f"{what}: {mib} MiB free of the {self.settings.min_free_mib} wanted" for what, mib in free.items()
+                 if mib < self.settings.min_free_mib]
+        if ", ".join(short) != self.blocked:
+            self.blocked = ", ".join(short)
+            say(f"no new work starts: {self.blocked}" if short else "there is room again")
+        return not short
+
+    def admit(self) -> None:
+        """Ring as many idle agents as there are tasks to claim."""
+        busy = {claim.agent for claim in self.state.claims.values() if claim.task}
+        idle = [name for name in self.names if name not in busy and not self.agents[name].get("down")]
+        with self.store.transaction() as tx:
+            tasks = TaskQueue(tx).claimable("")
+        if tasks and idle and self.has_room():
+            for name in idle[:len(tasks)]:
+                ring(self.store, name)
+
+    def tend_merger(self, now: float) -> None:
+        """One merger a farm: adopt the one that runs, else start one, in a session of its own."""
+        import subprocess
+
+        if self.merger is not None and self.merger.poll() is not None:
+            say(f"the merger ended with exit code {self.merger.returncode}; see {self.store.path('logs', 'merger.log')}")
+            self.merger_ends.append(now)
+            self.merger = None
+        if self.merger is not None or find_recorded(self.store.path("merger.lock")) is not None:
+            return
+        start_at = self.policy.start_at(self.merger_ends[-3:], now)
+        if start_at is not None and start_at > now:
+            return
+        with open(self.store.path("logs", "merger.log"), "ab") as log:
+            argv = [sys.executable, os.path.join(TOOLKIT, "farm.py"), "--repo", self.repo, "merge", "--watch"]
+            self.merger = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=TOOLKIT,
+                                           start_new_session=True)
+
+    def save(self) -> None:
+        """agents.json for `status`: why each session ended, and who is parked. Only the loop writes it."""
+        data = {"schema": SCHEMA, "agents": self.agents, "blocked": self.blocked}
+        text = dump_line(data) + "\n"
+        if text != getattr(self, "saved", None):
+            temp = self.store.path("." + AGENTS_FILE + ".tmp")
+            with open(temp, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(temp, self.store.path(AGENTS_FILE))
+            self.saved = text
+
+    def is_drained(self) -> bool:
+        """Nothing is claimed, nothing is ready, and nothing that waits can ever start."""
+        state = self.state
+        return not state.ready and not state.claimed() and all(is_stranded(task, state) for task in state.pending.values())
+
+    def wait(self, should_stop) -> None:
+        """Until a move is made, a session's process is gone, a backoff is over, or five seconds have passed."""
+        before, deadline = self.store.signature(), CLOCK.monotonic() + self.next_look()
+        pids = [record["pid"] for record in self.agents.values() if "pid" in record]
+        while CLOCK.monotonic() < deadline and not should_stop.wait(0.2):
+            if self.store.signature() != before or not all(map(process_exists, pids)):
+                return
+
+    def next_look(self) -> float:
+        """Seconds until something is due: a backoff's end, or a session's start."""
+        now = CLOCK.now()
+        dues = [epoch(task.not_before) for task in self.state.pending.values() if task.not_before and task.state == "pending"]
+        dues += [self.policy.start_at(record["ends"], now) or now + 5 for record in self.agents.values() if record.get("down")]
+        return min([5.0, *(max(0.2, due - now) for due in dues)])
+
+    def run(self, should_stop, *, until_drained: bool = False, on_tick=lambda farm: None) -> None:
+        """The loop, in the foreground, until `should_stop` is set or everything is done."""
+        self.prepare()
+        self.spawn(self.names)
+        failures = 0
+        while not should_stop.is_set():
+            try:
+                self.tick()
+                failures = 0
+            except Exception as error:  # the loop outlives what it did not expect: said, logged, tried again later
+                failures += 1
+                self.report_failure(error)
+                should_stop.wait(min(2.0 ** failures, 60))
+                continue
+            on_tick(self)
+            if until_drained and self.is_drained():
+                return
+            self.wait(should_stop)
+
+    def report_failure(self, error: Exception) -> None:
+        import traceback
+
+        say(f"the loop: {error}" + (f"\n  try: {error.hint}" if getattr(error, "hint", "") else ""))
+        with open(self.store.path("logs", "loop.log"), "a", encoding="utf-8") as log:
+            log.write(utc(CLOCK.now()) + "\n" + traceback.format_exc())
+
+    # -- stop
+
+    def down(self, grace_seconds: float, hurry=lambda: False) -> list[str]:
+        """Let agents finish, then end exactly what is the farm's, keep all work, free all claims. Returns rescue refs."""
+        self.remember("stopping")
+        self.stop_loop_and_merger()
+        for name in self.names:
+            ring(self.store, name)
+        deadline = CLOCK.monotonic() + grace_seconds
+        while CLOCK.monotonic() < deadline and not hurry() and any(claim.task for claim in self.own_claims()):
+            time.sleep(0.1)
+        self.end_sessions()
+        kept = self.keep_work()
+        self.remember("down")
+        return kept
+
+    def stop_loop_and_merger(self) -> None:
+        """The control session first, so that nothing starts the loop again."""
+        psutil = import_package("psutil")
+        run_script("stop-tmux.sh", "-C", self.repo, "-L", self.socket, CONTROL, allow=(0, 3))
+        pids = [find_recorded(self.store.path(name)) for name in ("loop.lock", "merger.lock")]
+        own = [pid for pid in pids if pid and pid != os.getpid()]
+        if self.merger is not None and self.merger.poll() is None:
+            own.append(self.merger.pid)
+        end_processes([psutil.Process(pid) for pid in set(own) if psutil.pid_exists(pid)], 5.0)
+
+    def own_claims(self) -> list[Claim]:
+        return [claim for claim in self.store.snapshot().claims.values() if claim.agent in self.names]
+
+    def end_sessions(self) -> None:
+        """End the sessions' process trees by pid and start time, then the private tmux server."""
+        self.probe()
+        children = process_children()
+        doomed = [process for session in self.sessions.values() if not session.dead for process in tree_of(session.pid, children)]
+        end_processes(doomed, 2.0)
+        for name in self.names:
+            end_processes(find_strays(self.repo, name), 1.0)
+        run_script("stop-tmux.sh", "-C", self.repo, "-L", self.socket, "-a", allow=(0, 3))
+
+    def keep_work(self) -> list[str]:
+        """Rescue every worktree and give every claim back unharmed."""
+        kept, rescues = [], {}
+        for name in self.names:
+            worktree = worktree_of(self.repo, self.settings, name)
+            if os.path.isdir(worktree):
+                rescues[name] = rescue(self.repo, name, worktree)
+                kept += [rescues[name]] if rescues[name] else []
+        with self.store.transaction() as tx:
+            for claim in list(tx.state.claims.values()):
+                if claim.agent in self.names and find_liveness(Owner.from_json(claim.owner)) is False:
+                    LockRegistry(tx).give_up(claim, rescues.get(claim.agent, ""))
+        return kept
+
+
+def is_stranded(task: Task, state: State) -> bool:
+    """Whether a task that nobody holds can never be claimed: it is over, or it comes after one that is."""
+    if task.state != "pending":
+        return True
+    before = [state.find_task(name) for name in task.after if name not in state.done]
+    return any(other is None or other.id in state.pending and is_stranded(other, state) for other in before)
+
+
+def process_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def ring(store: Store, agent: str) -> None:
+    """Wake an idle agent through its FIFO; nobody listening is fine."""
+    try:
+        bell = os.open(store.path("mailbox", agent, "bell"), os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        os.write(bell, b"claim\n")
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(bell)
+
+# ---------------------------------------------------------------------------------------------- reports
+
+
+def say(text: str) -> None:
+    """A line for people, on stderr."""
+    print(text if text.startswith("farm: ") else f"farm: {text}", file=sys.stderr, flush=True)
+
+
+def print_json(data) -> None:
+    print(re.sub("[\x7f-\x9f\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(data, indent=1, ensure_ascii=False)))
+
+
+def one_line(text: str, width: int = 0) -> str:
+    """Text as one printable line, cut to `width` with an ellipsis."""
+    line = " ".join(printable(text).split())
+    return line if not width or len(line) <= width else line[:max(1, width - 1)] + "\u2026"
+
+
+def duration(seconds: float) -> str:
+    """Short: 45s, 3m, 2h10, 3d."""
+    minutes = int(seconds // 60)
+    if minutes < 1:
+        return f"{max(0, int(seconds))}s"
+    if minutes < 60:
+        return f"{minutes}m"
+    return f"{minutes // 60}h{minutes % 60:02d}" if minutes < 2880 else f"{minutes // 1440}d"
+
+
+def print_table(rows: list[list], headers: list[str]) -> None:
+    """A table on a terminal, cut to its width; tab-separated in a pipe."""
+    rows = [[one_line(str(cell)) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        for row in rows:
+            print("\t".join(row))
+        return
+    import shutil
+
+    width = shutil.get_terminal_size().columns
+    text = import_package("tabulate").tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True)
+    print("\n".join(one_width(line, width) for line in text.split("\n")))
+
+
+def one_width(line: str, width: int) -> str:
+    return line if len(line) <= width else line[:width - 1] + "\u2026"
+
+
+def derived_state(task: Task, state: State, now: float) -> str:
+    """A pending task that may not be claimed yet is shown as waiting."""
+    if task.state == "pending" and (task.not_before > utc(now) or any(name not in state.done for name in task.after)):
+        return "waiting"
+    return task.state
+
+
+def task_record(task: Task, state: State, now: float) -> dict:
+    """What `tasks --json` says of a task."""
+    record = {"id": task.id, "state": derived_state(task, state, now), "title": task.title, "agent": task.agent,
+              "attempts": task.attempts, "rev": task.rev, "reason": task.reason}
+    record.update({key: value for key, value in task.to_json().items() if key not in record and key != "prompt"})
+    return record
+
+
+def find_activity(store: Store) -> dict:
+    """What a live merger is doing (merge_queue/now.json); empty when none runs."""
+    now = store.read_json(NOW_FILE) or {}
+    return now if now and start_of(now.get("pid", 0)) == now.get("start") else {}
+
+
+def queue_records(store: Store, state: State) -> list[dict]:
+    """The merge queue in landing order, with what is derived: testing, held behind whom."""
+    activity = find_activity(store)
+    testing = {task_id for gate in activity.get("testing", []) for task_id in gate["ids"]}
+    held = activity.get("held", {})
+    records = []
+    for task in merge_order(list(state.ready.values()), CLOCK.now()):
+        shown = "testing" if task.id in testing else "held" if task.id in held else "ready"
+        behind = f"held behind {held[task.id]}" if task.id in held else ""
+        records.append({"id": task.id, "state": shown, "branch": task.branch, "commit": task.commit, "agent": task.agent,
+                        "reason": behind or task.reason, "title": task.title, "submitted_at": task.submitted_at})
+    return records
+
+
+def agent_record(name: str, session: Session | None, claim: Claim | None, told: dict, usage: Usage | None, store: Store,
+                 settings: Settings) -> dict:
+    """One agent as `status --json` shows it; the process tree speaks before anything else."""
+    task, cause = claim.get_task() if claim else None, told.get("cause", "")
+    if session is None or session.dead:
+        state = "parked" if told.get("parked") else "stopped" if session is None and not cause else "dead"
+        cause = cause or (end_cause(session) if session else "")
+    else:
+        state = "zombie" if usage and usage.is_zombie else "working" if task else "idle"
+    log = store.path("logs", name + ".log")
+    return {"agent": name, "state": state, "task": task.id if task else "", "pid": session.pid if session else None,
+            "rss_bytes": usage.rss_bytes if usage else 0, "cpu_percent": usage.cpu_percent if usage else 0.0,
+            "since": (claim.claimed_at if task else told.get("since", "")), "worktree": worktree_of(store.repo, settings, name),
+            "branch": f"farm/{name}/{task.id}" if task else "",
+            "last_output_at": utc(os.path.getmtime(log)) if os.path.exists(log) else "", "cause": cause,
+            "processes": usage.processes if usage else 0}
+
+
+def agent_records(store: Store, state: State, settings: Settings) -> list[dict]:
+    """Every agent that has a session, a claim or a place in the farm."""
+    sessions = probe_sessions(farm_socket(store.repo))
+    told = (store.read_json(AGENTS_FILE) or {}).get("agents", {})
+    is_up = (store.read_json(FARM_FILE) or {}).get("mode") in ("running", "stopping", "paused")
+    names = {*state.claims, *sessions, *(agent_names(settings.n) if is_up else ())} - {CONTROL}
+    children = process_children() if sessions else {}
+    records = []
+    for name in sorted(names):
+        session = sessions.get(name)
+        usage = measure(tree_of(session.pid, children)) if session and not session.dead else None
+        records.append(agent_record(name, session, state.claims.get(name), told.get(name, {}), usage, store, settings))
+    return records
+
+
+def farm_status(store: Store, settings: Settings) -> dict:
+    """What `status --json` prints. Damage is listed under `problems`; the rest is shown as far as it can be read."""
+    problems = []
+    try:
+        state = store.snapshot()
+    except DamagedState as error:
+        problems.append(str(error))
+        state = partial_state(store)
+    try:
+        agents = agent_records(store, state, settings)
+        activity = find_activity(store)
+        farm = store.read_json(FARM_FILE) or {}
+    except DamagedState as error:
+        problems.append(str(error))
+        agents, activity, farm = [], {}, {}
+    now = CLOCK.now()
+    loop = find_recorded(store.path("loop.lock"))
+    status = {"agents": agents, "tasks": dict(collections.Counter(derived_state(task, state, now) for task in state.all_tasks())),
+              "merge_queue": dict(collections.Counter(record["state"] for record in queue_records(store, state)) if not problems
+                                  else {}),
+              "loop": {"pid": loop, "alive": loop is not None}, "mode": farm.get("mode", ""),
+              "trouble": activity.get("trouble", []), "target": activity.get("target", "")}
+    return {**status, "problems": problems} if problems else status
+
+
+def partial_state(store: Store) -> State:
+    """What can be read of a damaged farm: each file by itself."""
+    state = State()
+    for name, places in ((PENDING_FILE, (("pending", "tasks"),)), (READY_FILE, (("ready", "ready"), ("landed", "landed")))):
+        try:
+            data = store.read_queue(name, tuple(key for _, key in places))
+            for place, key in places:
+                getattr(state, place).update((task.id, task) for task in store.read_tasks(name, data[key]))
+        except DamagedState:
+            continue
+    try:
+        state.claims = store.read_claims()
+    except DamagedState:
+        state.claims = {}
+    return state
+
+
+def print_status(status: dict) -> None:
+    """Agents in trouble first, then counts, then what a person should type next."""
+    rank = {name: number for number, name in enumerate(("parked", "dead", "zombie", "working", "idle", "stopped"))}
+    rows = []
+    for agent in sorted(status["agents"], key=lambda agent: (rank.get(agent["state"], 9), agent["agent"])):
+        since = duration(CLOCK.now() - epoch(agent["since"])) if agent["since"] else "-"
+        output = duration(CLOCK.now() - epoch(agent["last_output_at"])) if agent["last_output_at"] else "-"
+        rows.append([agent["agent"], agent["state"], since, agent["task"] or "-", f"{agent['cpu_percent']:.0f}%",
+                     f"{agent['rss_bytes'] >> 20}M", output, agent["cause"]])
+    if rows:
+        print_table(rows, ["AGENT", "STATE", "FOR", "TASK", "CPU", "MEM", "OUTPUT", "CAUSE"])
+    tasks = " \u00b7 ".join(f"{name} {count}" for name, count in sorted(status["tasks"].items())) or "none"
+    loop = f"running (pid {status['loop']['pid']})" if status["loop"]["alive"] else "not running"
+    print(f"tasks: {tasks}\nloop: {loop}")
+    for line in [*status["trouble"], *status.get("problems", [])]:
+        print(one_line(line))
+    if not status["loop"]["alive"]:
+        print("next: ./farm.py up" if status["tasks"] else "next: ./farm.py add 'what to do', then ./farm.py up")
+    elif any(agent["state"] == "parked" for agent in status["agents"]):
+        print("next: ./farm.py logs AGENT, then ./farm.py up to start parked agents again")
+
+
+class Progress:
+    """A bar on a terminal, a line in a pipe whenever the counts change."""
+
+    def __init__(self, stream):
+        self.stream, self.is_terminal, self.last = stream, stream.isatty(), ""
+
+    def show(self, state: State) -> None:
+        counts = collections.Counter(task.state for task in state.all_tasks())
+        total, over = sum(counts.values()), counts["landed"] + counts["failed"] + counts["canceled"]
+        words = " \u00b7 ".join(f"{name} {counts[name]}" for name in ("landed", "ready", "claimed", "pending", "failed") if counts[name])
+        if words == self.last:
+            return
+        self.last = words
+        if self.is_terminal:
+            bar = "#" * (24 * over // max(total, 1))
+            self.stream.write(f"\r\x1b[K[{bar:<24}] {over}/{total} {words}")
+        else:
+            self.stream.write(f"{over}/{total} done: {words}\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        if self.is_terminal and self.last:
+            self.stream.write("\n")
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+Verb = collections.namedtuple("Verb", "run usage summary options example")
+VERBS: dict[str, Verb] = {}
+GLOBAL_OPTIONS = "repo= help h|help"
+
+
+def verb(usage: str, summary: str, options: str = "", example: str = ""):
+    """Register a verb. options: words like `json` (flag), `id=` (value), `n|n=#` (short and long, integer), `after=*` (repeated)."""
+    def register(function):
+        name = function.__name__.removeprefix("verb_").replace("_", "-")
+        VERBS[name] = Verb(function, usage, summary, options, example)
+        return function
+
+    return register
+
+
+class Call:
+    """One invocation: positional `args`, `options` by long name, and what nearly every verb needs."""
+
+    def __init__(self, name: str, args: list[str], options: dict):
+        self.name, self.args, self.options = name, args, options
+        self.repo = find_repo(options.get("repo") or os.environ.get("FARM_REPO") or os.getcwd())
+        self.store = Store(self.repo)
+
+    def settings(self) -> Settings:
+        remembered = (self.store.read_json(FARM_FILE) or {}).get("settings", {})
+        return load_settings(self.repo, self.options, remembered)
+
+    def agent(self) -> str:
+        """The first argument as an agent's name; a bare number means agent-00N."""
+        if not self.args:
+            raise UsageError(f"{self.name} needs an agent", f"./farm.py {self.name} --help")
+        text = self.args[0]
+        return f"agent-{int(text):03d}" if text.isdigit() else checked_name(text, "agent")
+
+    def one(self, what: str) -> str:
+        if len(self.args) != 1:
+            raise UsageError(f"{self.name} needs exactly one {what}", f"./farm.py {self.name} --help")
+        return self.args[0]
+
+
+def parse_options(verb_name: str, argv: list[str]) -> tuple[list[str], dict]:
+    """getopt over the verb's option words; (positional, options). Raises UsageError."""
+    import getopt
+
+    kinds, shorts, short_names = {}, "", {}
+    for word in (VERBS[verb_name].options + " " + GLOBAL_OPTIONS).split():
+        short, bar, rest = word.partition("|")
+        name, equals, kind = (rest if bar else word).partition("=")
+        kinds[name] = (equals + kind) if equals else ""
+        if bar:
+            shorts += short + (":" if equals else "")
+            short_names["-" + short] = name
+    own, separator, command = argv, [], []
+    if "--" in argv:
+        cut = argv.index("--")
+        own, separator, command = argv[:cut], ["--"], argv[cut + 1:]
+    try:
+        pairs, args = getopt.gnu_getopt(own, shorts, [name + ("=" if kind else "") for name, kind in kinds.items()])
+    except getopt.GetoptError as error:
+        raise UsageError(f"{verb_name}: {error.msg}", f"./farm.py {verb_name} --help") from None
+    options: dict = {"command": command} if separator else {}
+    for flag, value in pairs:
+        name = short_names.get(flag, flag[2:])
+        options.update({name.replace("-", "_"): read_option(verb_name, name, kinds[name], value, options)})
+    return args + ([] if verb_name == "with-lock" else command), options
+
+
+def read_option(verb_name: str, name: str, kind: str, value: str, options: dict):
+    """One option's value by its kind: flag, text, number, or a list that grows."""
+    if kind == "":
+        return True
+    if kind == "=*":
+        return [*options.get(name.replace("-", "_"), []), value]
+    if kind == "=#":
+        try:
+            return float(value) if "." in value else int(value)
+        except ValueError:
+            raise UsageError(f"{verb_name}: --{name} needs a number, not {value!r}") from None
+    return value
+
+
+@verb("add TITLE [--prompt TEXT | --prompt-file F] | add -f FILE", "add one task, or many from a file (- for stdin)",
+      "prompt= prompt-file= id= priority=# after=* path=* max-attempts=# f|file=", "./farm.py add 'Fix the login test' --priority 5")
+def verb_add(call: Call) -> int:
+    settings = call.settings()
+    if call.options.get("file"):
+        drafts = parse_tasks(read_text(call.options["file"]), os.path.basename(call.options["file"]))
+        if call.args or not drafts:
+            raise UsageError("add -f takes no title" if call.args else f"there is no task in {call.options['file']}")
+    else:
+        drafts = [draft_from(call)]
+    with call.store.transaction() as tx:
+        answers = TaskQueue(tx).add(drafts, settings.max_attempts)
+    for task, is_new in answers:
+        print(task.id)
+        if not is_new:
+            say(f"{task.id} is there already: {one_line(task.title, 60)}")
+    return 0
+
+
+def draft_from(call: Call) -> Task:
+    """The task that the command line of `add` describes."""
+    title = " ".join(call.args).strip()
+    if not title:
+        raise UsageError("a task needs a title", "./farm.py add 'what to do'")
+    options = call.options
+    prompt = read_text(options["prompt_file"]) if options.get("prompt_file") else options.get("prompt", "")
+    return Task(id=checked_name(options["id"], "task id") if options.get("id") else "", title=title, prompt=prompt,
+                priority=int(options.get("priority", 0)), after=options.get("after", []), paths=options.get("path", []),
+                max_attempts=max(0, int(options.get("max_attempts", 0))))
+
+
+def read_text(path: str) -> str:
+    """A file of the user's, or stdin for `-`. Raises NotFound or UsageError."""
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise NotFound(f"there is no file {path}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text (byte {error.start})") from None
+
+
+@verb("tasks [--json]", "every task in every state", "json", "./farm.py tasks --json")
+def verb_tasks(call: Call) -> int:
+    state, now = call.store.snapshot(), CLOCK.now()
+    records = [task_record(task, state, now) for task in state.all_tasks()]
+    if call.options.get("json"):
+        print_json(records)
+        return 0
+    rows = [[r["id"], r["state"], r["agent"] or "-", r["attempts"], r["title"], r.get("landed_commit", "")[:10] or r["reason"]]
+            for r in records]
+    print_table(rows, ["TASK", "STATE", "AGENT", "TRIES", "TITLE", "COMMIT OR REASON"])
+    return 0
+
+
+@verb("claim AGENT [--owner-pid PID] [--wait SECONDS] [--id ID]", "take the next task; prints its lock file as one line",
+      "owner-pid=# wait=# id= env", "./farm.py claim agent-001 --owner-pid $$")
+def verb_claim(call: Call) -> int:
+    agent, owner = call.agent(), caller(call.options.get("owner_pid"))
+    settings = call.settings()
+    watch, deadline = LeaseWatch(settings.lease_seconds), CLOCK.monotonic() + call.options.get("wait", 0)
+    while True:
+        before = call.store.signature()
+        try:
+            claim = claim_once(call, agent, owner, watch, settings)
+            break
+        except NotFound:
+            if CLOCK.monotonic() >= deadline:
+                raise
+        while CLOCK.monotonic() < deadline and call.store.signature() == before and not has_due_task(call.store):
+            time.sleep(min(0.1, max(0.0, deadline - CLOCK.monotonic())))
+    prompt = write_prompt(call.store, claim, settings.gate)
+    print(claim_environment(claim, prompt) if call.options.get("env") else dump_line(claim.to_json()))
+    return 0
+
+
+def claim_once(call: Call, agent: str, owner: Owner, watch: LeaseWatch, settings: Settings) -> Claim:
+    """Free what dead owners hold, then claim. Raises NotFound when there is nothing, or the farm takes no new work."""
+    farm = call.store.read_json(FARM_FILE) or {}
+    if farm.get("mode") in ("stopping", "paused"):
+        raise NotFound(f"the farm is {farm['mode']}; nothing is handed out", "./farm.py up")
+    state = call.store.snapshot() if os.path.isdir(call.store.folder) else State()
+    rescues = rescue_dead_owners(call.store, settings, state)
+    with call.store.transaction() as tx:
+        LockRegistry(tx).expire(watch.is_lapsed, rescues)
+        return TaskQueue(tx).claim(agent, owner, call.options.get("id", ""))
+
+
+def has_due_task(store: Store) -> bool:
+    """Whether a backoff has ended since the last look."""
+    now = CLOCK.now()
+    return any(task.not_before and now - 1 <= epoch(task.not_before) <= now for task in store.snapshot().pending.values())
+
+
+def claim_environment(claim: Claim, prompt: str) -> str:
+    """FARM_* lines for run-agent.sh; each value is one line."""
+    task = claim.get_task()
+    values = {"FARM_TASK": task.id, "FARM_FENCE": claim.fence, "FARM_PROMPT_FILE": prompt, "FARM_ATTEMPT": task.attempts + 1,
+              "FARM_BRANCH": f"farm/{claim.agent}/{task.id}", "FARM_START": task.start, "FARM_TITLE": one_line(task.title)}
+    return "\n".join(f"{key}={value}" for key, value in values.items())
+
+
+def fence_of(call: Call) -> str:
+    fence = call.options.get("fence") or os.environ.get("FARM_FENCE", "")
+    if not fence:
+        raise UsageError(f"{call.name} needs --fence", f"the claim printed it: ./farm.py {call.name} AGENT --fence t-0001.2")
+    return fence
+
+
+@verb("renew AGENT --fence F", "keep a claim of an owner that others cannot see", "fence=", "farm renew agent-001 --fence t-0001.2")
+def verb_renew(call: Call) -> int:
+    with call.store.transaction() as tx:
+        TaskQueue(tx).renew(call.agent(), fence_of(call))
+    return 0
+
+
+@verb("release AGENT --fence F", "give a task back; no attempt is counted", "fence=", "farm release agent-001 --fence t-0001.2")
+def verb_release(call: Call) -> int:
+    with call.store.transaction() as tx:
+        TaskQueue(tx).release(call.agent(), fence_of(call))
+    return 0
+
+
+@verb("fail AGENT --fence F --why TEXT [--no-retry]", "end an attempt without a result",
+      "fence= why= no-retry rescue=", "farm fail agent-001 --fence t-0001.2 --why 'the API is gone'")
+def verb_fail(call: Call) -> int:
+    why = one_line(call.options.get("why", ""), 500)
+    if not why:
+        raise UsageError("fail needs --why: the next attempt reads it")
+    with call.store.transaction() as tx:
+        TaskQueue(tx).fail(call.agent(), fence_of(call), why, retry=not call.options.get("no_retry"),
+                           rescue=call.options.get("rescue", ""))
+    return 0
+
+
+@verb("submit AGENT --fence F [--branch B] [--commit SHA]", "hand finished work to the merge queue", "fence= branch= commit=",
+      "farm submit agent-001 --fence t-0001.2")
+def verb_submit(call: Call) -> int:
+    agent, fence = call.agent(), fence_of(call)
+    task_id = fence.rpartition(".")[0]
+    branch = call.options.get("branch") or f"farm/{agent}/{task_id}"
+    current = TaskQueueView(call.store).get_claimed(agent, fence, "submit")
+    if current is None:
+        return 0
+    head = call.options.get("commit") or "refs/heads/" + branch
+    commit = spawn_script("pin-ref.sh", "-C", call.repo, f"refs/farm/ready/{task_id}", head).strip()
+    if commit == os.environ.get("FARM_BASE"):
+        raise Rejected(f"{branch} has no commit of its own", "git add -A && git commit, then submit again")
+    with call.store.transaction() as tx:
+        TaskQueue(tx).submit(agent, fence, branch, commit)
+    return 0
+
+
+class TaskQueueView(TaskQueue):
+    """A task queue on a snapshot, for questions only."""
+
+    def __init__(self, store: Store):
+        self.state = store.snapshot()
+
+
+@verb("cancel ID", "take a task out", "", "./farm.py cancel t-0007")
+def verb_cancel(call: Call) -> int:
+    with call.store.transaction() as tx:
+        TaskQueue(tx).cancel(call.one("task id"))
+    return 0
+
+
+@verb("retry ID", "let a failed or canceled task be claimed again", "", "./farm.py retry t-0007")
+def verb_retry(call: Call) -> int:
+    with call.store.transaction() as tx:
+        TaskQueue(tx).retry(call.one("task id"))
+    return 0
+
+
+def acquire_waiting(call: Call, agent: str, names: list[str], owner: Owner) -> None:
+    """Hold all names, waiting up to --wait seconds. Raises Refused."""
+    deadline = CLOCK.monotonic() + call.options.get("wait", 0)
+    while True:
+        before = call.store.signature()
+        try:
+            with call.store.transaction() as tx:
+                registry = LockRegistry(tx)
+                registry.expire()
+                registry.acquire(agent, names, owner)
+            return
+        except Refused:
+            if CLOCK.monotonic() >= deadline:
+                raise
+        while CLOCK.monotonic() < deadline and call.store.signature() == before:
+            time.sleep(0.05)
+
+
+def lock_names(call: Call, names: list[str]) -> list[str]:
+    if not names or not all(names):
+        raise UsageError(f"{call.name} needs a name, such as schema, port:8080 or path:src/db/**")
+    return names
+
+
+@verb("lock AGENT NAME... [--wait S]", "hold named resources, all or none", "wait=# owner-pid=#", "farm lock agent-001 schema 'path:src/db/**'")
+def verb_lock(call: Call) -> int:
+    acquire_waiting(call, call.agent(), lock_names(call, call.args[1:]), caller(call.options.get("owner_pid")))
+    return 0
+
+
+@verb("unlock AGENT NAME...", "give named resources up", "", "farm unlock agent-001 schema")
+def verb_unlock(call: Call) -> int:
+    with call.store.transaction() as tx:
+        LockRegistry(tx).release(call.agent(), lock_names(call, call.args[1:]))
+    return 0
+
+
+@verb("locks [--json]", "who holds what", "json", "./farm.py locks")
+def verb_locks(call: Call) -> int:
+    claims = call.store.snapshot().claims.values()
+    records = [{"agent": claim.agent, "task": claim.task.get("id", ""), "locks": claim.names(), "fence": claim.fence,
+                "owner": claim.owner, "alive": find_liveness(Owner.from_json(claim.owner)), "claimed_at": claim.claimed_at}
+               for claim in claims]
+    if call.options.get("json"):
+        print_json(records)
+        return 0
+    words = {True: "alive", False: "dead", None: "unseen"}
+    rows = [[r["agent"], r["task"] or "-", ", ".join(r["locks"]) or "-", r["owner"].get("pid"), words[r["alive"]],
+             r["claimed_at"]] for r in records]
+    print_table(rows, ["AGENT", "TASK", "LOCKS", "PID", "OWNER", "SINCE"])
+    return 0
+
+
+@verb("with-lock NAME... -- COMMAND", "run a command while holding names", "wait=#", "farm with-lock schema -- ./migrate.sh")
+def verb_with_lock(call: Call) -> int:
+    import subprocess
+
+    command = call.options.get("command")
+    if not command:
+        raise UsageError("with-lock needs a command after --", "farm with-lock NAME -- COMMAND")
+    names = lock_names(call, call.args)
+    agent = f"with-lock-{os.getpid()}"
+    acquire_waiting(call, agent, names, identify(os.getpid()))
+    try:
+        code = subprocess.call(command)
+    except FileNotFoundError:
+        raise NotFound(f"there is no command {command[0]}") from None
+    finally:
+        with call.store.transaction() as tx:
+            LockRegistry(tx).release(agent, names)
+    return code if code >= 0 else 128 - code
+
+
+@verb("queue [--json]", "the merge queue", "json", "./farm.py queue")
+def verb_queue(call: Call) -> int:
+    state = call.store.snapshot()
+    records = queue_records(call.store, state)
+    if call.options.get("json"):
+        print_json(records)
+        return 0
+    rows = [[r["id"], r["state"], r["agent"], r["commit"][:10], r["title"], r["reason"]] for r in records]
+    print_table(rows, ["TASK", "STATE", "AGENT", "COMMIT", "TITLE", "WHY"])
+    return 0
+
+
+def target_of(call: Call, settings: Settings) -> str:
+    """The target branch: --into, else the branch that the main worktree has checked out."""
+    rows = read_tsv(run_script("repo-info.sh", "-C", call.repo).stdout)
+    info = {row[0]: row[1:] for row in rows}
+    target = settings.into or info["head"][0]
+    if not target or target not in info["branches"]:
+        what = f"there is no branch {target}" if target else "HEAD is detached, so there is no target branch to take"
+        raise NotFound(f"{what}; there are: {', '.join(info['branches'][:20])}", f"./farm.py {call.name} --into BRANCH")
+    return target
+
+
+@verb("merge [--gate COMMAND] [--slots P] [--into BRANCH] [--watch] [--json]", "land what is ready, once or for ever",
+      "gate= slots=# into= watch json style= strict remote=", "./farm.py merge --gate 'make test'")
+def verb_merge(call: Call) -> int:
+    settings = call.settings()
+    target = target_of(call, settings)
+    call.store.make_folders()
+    if not settings.gate:
+        say("there is no gate: what merges cleanly lands, and nothing was tested (set one: --gate 'make test')")
+    guard = hold_long(call.store.path("merger.lock"), "a merger")
+    slots_folder = worktrees_folder(call.repo, settings)
+    queue = MergeQueue(call.store, settings, target, slots_folder)
+    should_stop = stop_on_signals()
+    try:
+        queue.run(should_stop, forever=bool(call.options.get("watch")))
+    finally:
+        queue.stop()
+        guard.close()
+    if should_stop.is_set():
+        return 128 + should_stop.signal
+    return report_merge(call, queue)
+
+
+def report_merge(call: Call, queue: MergeQueue) -> int:
+    """What landed and what came back; 5 when something came back or waits for a person."""
+    came_back = [move for move in queue.moved if move[1] != "landed"]
+    if queue.trouble:
+        say(f"{queue.trouble[0]}\n  try: {queue.trouble[1]}")
+    if call.options.get("json"):
+        print_json({"landed": [move[0] for move in queue.moved if move[1] == "landed"], "gates": queue.counts["gates"],
+                    "returned": [{"id": move[0], "reason": move[2]} for move in came_back], "trouble": list(queue.trouble or ())})
+    else:
+        print_table(queue.moved, ["TASK", "WHAT", "COMMIT OR REASON"])
+    return 5 if came_back or queue.trouble else 0
+
+
+def stop_on_signals(count_to_exit: int = 0):
+    """An Event that SIGINT, SIGTERM and SIGHUP set; `signal` is the last one's number, `count` how many came."""
+    import signal
+    import threading
+
+    event = threading.Event()
+    event.signal = event.count = 0
+
+    def set_event(number, _frame):
+        event.signal, event.count = number, event.count + 1
+        event.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, set_event)
+    return event
+
+
+FARM_OPTIONS = "n|n=# agent= gate= into= slots=# style= strict remote="
+
+
+def open_farm(call: Call) -> Farm:
+    """A Farm from the settings, everything checked that would stop its agents later."""
+    run_script("check-tools.sh")
+    settings = call.settings()
+    target = target_of(call, settings)
+    command = resolve_agent(settings.agent)
+    call.store.make_folders()
+    return Farm(call.store, settings, command, target)
+
+
+@verb("up [-n N] [--agent A] [--gate C] [--into B]", "worktrees, sessions and the loop, in tmux; again: adopts and repairs",
+      FARM_OPTIONS, "./farm.py up -n 10 --agent claude --gate 'make test'")
+def verb_up(call: Call) -> int:
+    farm = open_farm(call)
+    started, adopted = farm.up()
+    say(f"{started} agents started, {adopted} were running; they go on when you log out")
+    say("look: ./farm.py status   go there: ./farm.py attach 1   stop: ./farm.py down")
+    return 0
+
+
+@verb("run [-n N] ... [--until-drained]", "the same loop in the foreground; Ctrl-C stops the farm", FARM_OPTIONS + " until-drained",
+      "./farm.py run -n 4 --agent ./agent.sh --until-drained")
+def verb_run(call: Call) -> int:
+    import signal
+
+    farm = open_farm(call)
+    guard = hold_long(call.store.path("loop.lock"), "a loop")
+    farm.remember("running")
+    should_stop, progress = stop_on_signals(), Progress(sys.stdout)
+    until_drained = bool(call.options.get("until_drained"))
+    try:
+        farm.run(should_stop, until_drained=until_drained,
+                 on_tick=lambda farm: progress.show(farm.state) if until_drained else None)
+    finally:
+        progress.close()
+    if should_stop.is_set() and should_stop.signal != signal.SIGINT:
+        return 128 + should_stop.signal
+    if should_stop.is_set():
+        say("stopping: agents may finish their tasks; press Ctrl-C again to end them now")
+    farm.down(0 if until_drained and not should_stop.is_set() else farm.settings.grace_seconds, hurry=lambda: should_stop.count > 1)
+    guard.close()
+    if should_stop.is_set():
+        return 130
+    states = collections.Counter(task.state for task in call.store.snapshot().all_tasks())
+    return 0 if set(states) <= {"landed", "canceled"} else 5
+
+
+@verb("down [--now]", "stop the sessions: agents may finish first, all work is kept", "now n|n=#", "./farm.py down")
+def verb_down(call: Call) -> int:
+    settings = call.settings()
+    farm_file = call.store.read_json(FARM_FILE)
+    if farm_file is None:
+        raise NotFound("no farm was started here", "./farm.py up")
+    farm = Farm(call.store, settings, settings.agent, settings.into)
+    kept = farm.down(0 if call.options.get("now") else settings.grace_seconds)
+    for ref in kept:
+        say(f"unsaved work is kept: {ref}")
+    return 0
+
+
+@verb("clean", "remove worktrees and branches that are safe to remove", "", "./farm.py clean")
+def verb_clean(call: Call) -> int:
+    settings = call.settings()
+    sessions = probe_sessions(farm_socket(call.repo))
+    if any(not session.dead for session in sessions.values()):
+        raise Refused(f"{len(sessions)} sessions are running", "./farm.py down, then ./farm.py clean")
+    folder = worktrees_folder(call.repo, settings)
+    target = settings.into or target_of(call, settings)
+    result = run_script("rm-worktrees.sh", "-C", call.repo, "-d", folder, "-b", target, allow=(0, 4))
+    print_table(read_tsv(result.stdout), ["AGENT", "WHAT", "WHY"])
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        if name.startswith("gate-") and not name.endswith(".tmp"):
+            run_script("gate-slot.sh", "remove", os.path.join(folder, name))
+    return result.code
+
+
+@verb("status [--json]", "agents, tasks, queue, loop", "json", "./farm.py status")
+def verb_status(call: Call) -> int:
+    try:
+        settings = call.settings()
+    except DamagedState:
+        settings = load_settings(call.repo)
+    status = farm_status(call.store, settings)
+    print_json(status) if call.options.get("json") else print_status(status)
+    return DamagedState.exit_code if status.get("problems") else 0
+
+
+@verb("attach AGENT", "go into an agent's session", "", "./farm.py attach 3")
+def verb_attach(call: Call) -> int:
+    os.execv(find_bash(), ["bash", os.path.join(SCRIPTS, "attach-tmux.sh"), "-L", farm_socket(call.repo), call.agent()])
+
+
+def find_bash() -> str:
+    import shutil
+
+    return shutil.which("bash") or "/bin/bash"
+
+
+@verb("logs AGENT [-f]", "what an agent printed, through all its sessions", "f|follow", "./farm.py logs 3 -f")
+def verb_logs(call: Call) -> int:
+    path = call.store.path("logs", call.agent() + ".log")
+    if not os.path.exists(path):
+        raise NotFound(f"{call.agent()} has no log yet", "./farm.py status")
+    with open(path, encoding="utf-8", errors="replace") as file:
+        while True:
+            text = file.read(65536)
+            sys.stdout.write(printable(text.replace("\r\n", "\n")))
+            sys.stdout.flush()
+            if not text and not call.options.get("follow"):
+                return 0
+            if not text:
+                time.sleep(0.2)
+
+
+@verb("send AGENT TEXT", "type a text into an agent's session, and see that it was taken", "", "./farm.py send 3 'please also add a test'")
+def verb_send(call: Call) -> int:
+    text = " ".join(call.args[1:])
+    if not text:
+        raise UsageError("send needs a text", "./farm.py send AGENT TEXT")
+    run_script("send-tmux.sh", "-L", farm_socket(call.repo), call.agent(), stdin=text)
+    return 0
+
+
+@verb("rescue list | show REF | restore REF [--into DIR]", "unsaved work that was kept", "into=", "./farm.py rescue list")
+def verb_rescue(call: Call) -> int:
+    action = call.args[0] if call.args else "list"
+    wanted = {"list": 1, "show": 2, "restore": 2}.get(action)
+    if wanted is None or len(call.args) > wanted or (wanted == 2 and len(call.args) < 2):
+        raise UsageError("rescue list, rescue show REF, or rescue restore REF [--into DIR]")
+    extra = [call.options.get("into") or os.getcwd()] if action == "restore" else []
+    result = run_script("rescue.sh", action, "-C", call.repo, *call.args[1:], *extra)
+    print(result.stdout, end="")
+    return 0
+
+
+@verb("doctor [--json]", "what is missing or damaged, and the command that mends it", "json", "./farm.py doctor")
+def verb_doctor(call: Call) -> int:
+    findings = list(find_problems(call))
+    if call.options.get("json"):
+        print_json([{"problem": problem, "try": hint, "exit_code": code} for problem, hint, code in findings])
+    for problem, hint, _ in findings if not call.options.get("json") else ():
+        print(f"{problem}\n  try: {hint}")
+    if not findings and not call.options.get("json"):
+        print("all is well")
+    return max((code for _, _, code in findings), default=0)
+
+
+def find_problems(call: Call):
+    """(problem, hint, exit code) of everything that stands in the way."""
+    for check in (lambda: run_script("check-tools.sh"), lambda: import_package("psutil"), lambda: import_package("portalocker"),
+                  lambda: import_package("tabulate"), call.settings, call.store.snapshot, lambda: target_of(call, call.settings())):
+        try:
+            check()
+        except FarmError as error:
+            yield str(error), error.hint, error.exit_code
+    if os.path.isdir(call.store.folder) and not os.access(call.store.folder, os.W_OK):
+        yield f"{call.store.folder} cannot be written", f"ls -ld {call.store.folder}", 1
+
+
+def usage_text() -> str:
+    width = max(len(name) for name in VERBS)
+    lines = [f"  {name:<{width}}  {entry.summary}" for name, entry in VERBS.items()]
+    return "usage: farm.py [--repo DIR] VERB ...\n\n" + "\n".join(lines) + "\n\nfarm.py VERB --help says more."
+
+
+def help_text(name: str) -> str:
+    entry = VERBS[name]
+    return f"usage: farm.py {entry.usage}\n\n{entry.summary}\n\nexample: {entry.example}"
+
+
+def parse_command_line(argv: list[str]) -> Call | str:
+    """The Call that argv asks for, or a help text. Raises UsageError that suggests the near verb."""
+    leading = []
+    while argv and argv[0].startswith("-"):
+        if argv[0] in ("-h", "--help"):
+            return usage_text()
+        take = 2 if argv[0] == "--repo" else 1
+        leading, argv = leading + argv[:take], argv[take:]
+    if not argv or argv[0] == "help":
+        return help_text(argv[1]) if argv[1:] and argv[1] in VERBS else usage_text()
+    name = argv[0]
+    if name not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(name, VERBS, 1)
+        raise UsageError(f"there is no verb {name!r}", f"./farm.py {near[0]}" if near else "./farm.py --help")
+    args, options = parse_options(name, leading + argv[1:])
+    return help_text(name) if options.get("help") else Call(name, args, options)
+
+
+def describe_os_error(error: OSError) -> FarmError:
+    """A full disk, a read-only folder and the like, in words."""
+    what = f"{error.filename}: " if error.filename else ""
+    hints = {errno.ENOSPC: "df -h .", errno.EDQUOT: "quota", errno.EROFS: "mount | grep ro,", errno.EACCES: "ls -ld coordination",
+             errno.EPERM: "ls -ld coordination"}
+    return FarmError(f"{what}{os.strerror(error.errno) if error.errno else error}; the state is as it was",
+                     hints.get(error.errno, "./farm.py doctor"))
+
+
+def main(argv: list[str]) -> int:
+    """Run one verb; print what went wrong on stderr, and return the exit code."""
+    try:
+        call = parse_command_line(argv)
+        if isinstance(call, str):
+            print(call)
+            return 0
+        return VERBS[call.name].run(call) or 0
+    except FarmError as error:
+        print(f"farm: {one_block(error)}" + (f"\n  try: {one_block(error.hint)}" if error.hint else ""), file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except OSError as error:
+        wrapped = describe_os_error(error)
+        print(f"farm: {wrapped}\n  try: {wrapped.hint}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def one_block(text) -> str:
+    return printable(str(text))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

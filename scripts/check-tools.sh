@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Usage: check-tools.sh [TOOL...]
+# Checks the programs that the farm needs (default: git tmux make python3): there, and new enough. Silent when all is well.
+# FARM_PYTHON names another python3.
+# Exit: 0 ok, 2 usage, 6 a tool is missing or too old; stderr says which, the version found and needed, and how to install it
+set -euo pipefail
+export LC_ALL=C
+
+install_line() {
+  local apt=$1 dnf=$2 brew=$3
+  printf '  try: apt install %s   or: dnf install %s   or: brew install %s\n' "$apt" "$dnf" "$brew" >&2
+}
+
+install_hint() {
+  case $1 in
+    python3) install_line "python3 python3-venv" python3 python@3.12 ;;
+    *) install_line "$1" "$1" "$1" ;;
+  esac
+}
+
+needed() {
+  case $1 in git) printf '2.30' ;; tmux) printf '3.0' ;; python3) printf '3.10' ;; make) printf '3.81' ;; bash) printf '3.2' ;; *) printf '0' ;; esac
+}
+
+# The first version number that the tool says of itself: "git version 2.39.5" -> 2.39.5, "tmux 3.3a" -> 3.3
+version_of() {
+  local words
+  case $1 in
+    tmux) words=$(tmux -V 2>/dev/null) ;;
+    python3) words=$("${FARM_PYTHON:-python3}" --version 2>&1) ;;
+    *) words=$("$1" --version 2>/dev/null | sed -n 1p) ;;
+  esac || words=
+  printf '%s\n' "$words" | sed -n 's/^[^0-9]*\([0-9][0-9]*\.[0-9][0-9]*\).*/\1/p' | sed -n 1p
+}
+
+is_at_least() {
+  local have_major=${1%%.*} have_minor=${1#*.} need_major=${2%%.*} need_minor=${2#*.}
+  [ "$have_major" -gt "$need_major" ] || { [ "$have_major" -eq "$need_major" ] && [ "$have_minor" -ge "$need_minor" ]; }
+}
+
+check() {
+  local tool=$1 found need program=$1
+  need=$(needed "$tool")
+  [ "$tool" != python3 ] || program=${FARM_PYTHON:-python3}
+  if ! command -v "$program" >/dev/null 2>&1; then
+    printf 'farm: %s is not installed; %s or newer is needed\n' "$tool" "$need" >&2
+    install_hint "$tool"
+    return 6
+  fi
+  found=$(version_of "$tool")
+  if [ -n "$found" ] && ! is_at_least "$found" "$need"; then
+    printf 'farm: %s %s is too old; %s or newer is needed\n' "$tool" "$found" "$need" >&2
+    install_hint "$tool"
+    return 6
+  fi
+}
+
+main() {
+  local tool status=0
+  [ "${1:-}" != -h ] || { sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; exit 0; }
+  [ $# -gt 0 ] || set -- git tmux make python3
+  for tool in "$@"; do check "$tool" || status=$?; done
+  exit "$status"
+}
+
+main "$@"

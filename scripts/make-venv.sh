@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Usage: make-venv.sh VENV PYTHON FARM_PY
+# Makes VENV with the packages that FARM_PY names in its PEP 723 header, when it is not there or names others now.
+# Exit: 0 ok, 1 the packages cannot be had, 2 usage, 6 a tool is missing or too old
+set -euo pipefail
+
+main() {
+  local venv python farm wanted
+  [ $# -eq 3 ] || { sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; exit 2; }
+  venv=$1 python=$2 farm=$3
+  FARM_PYTHON=$python bash "$(dirname "$0")/check-tools.sh"
+  wanted=$(sed -n 's/^# dependencies = \[\(.*\)\]$/\1/p' "$farm" | tr -d '",')
+  if [ "$(cat "$venv/ready" 2>/dev/null)" = "$wanted" ]; then
+    touch "$venv/ready"
+    return
+  fi
+  if ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
+    printf 'farm: %s cannot make virtual environments: its venv package is missing\n' "$python" >&2
+    printf '  try: apt install python3-venv   or: dnf install python3   or: brew install python3\n' >&2
+    exit 6
+  fi
+  printf 'making %s with %s\n' "$venv" "$wanted"
+  "$python" -m venv "$venv"
+  # shellcheck disable=SC2086  # one word a package
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $wanted || {
+    printf 'farm: pip could not install %s\n  try: %s -m pip install %s\n' "$wanted" "$venv/bin/python" "$wanted" >&2
+    exit 1
+  }
+  printf '%s' "$wanted" >"$venv/ready"
+}
+
+main "$@"

@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# Usage: FARM_AGENT_NAME=agent-001 FARM_WORKTREE=DIR FARM_REPO=DIR FARM_HOME=DIR FARM_AGENT=COMMAND FARM_TARGET=BRANCH run-agent.sh
+# What runs in every session: claim a task, a fresh branch, the agent's command, submit or fail, again.
+# The command runs by `bash -c` in the worktree. It ends with 0: what it left uncommitted is committed, and the head is submitted
+# (no change at all is a failure). Else: unsaved work is rescued, and the task fails with the log's tail as the reason.
+# Without a task it waits for its bell, mailbox/AGENT/bell below coordination/.
+# Exit: 0 the farm is stopping, 2 usage, 3 its worktree is gone
+set -uo pipefail
+
+scripts=$FARM_HOME/scripts
+mailbox=$FARM_REPO/coordination/mailbox/$FARM_AGENT_NAME
+export PATH="$scripts:$PATH" GIT_TERMINAL_PROMPT=0 TMPDIR=${FARM_WORKTREES:-$FARM_WORKTREE}/tmp/$FARM_AGENT_NAME
+export GIT_CONFIG_COUNT=4 GIT_CONFIG_KEY_0=gc.auto GIT_CONFIG_VALUE_0=0 GIT_CONFIG_KEY_1=maintenance.auto GIT_CONFIG_VALUE_1=false \
+  GIT_CONFIG_KEY_2=core.filesRefLockTimeout GIT_CONFIG_VALUE_2=10000 GIT_CONFIG_KEY_3=core.packedRefsTimeout GIT_CONFIG_VALUE_3=30000
+
+say() { printf '%s\n' "farm: $*" >&2; }
+
+open_bell() {
+  mkdir -p "$mailbox" "$TMPDIR"
+  [ -p "$mailbox/bell" ] || { rm -f "$mailbox/bell"; mkfifo "$mailbox/bell"; }
+  exec 9<>"$mailbox/bell"
+}
+
+# Waits for the bell; now and then it looks by itself, in case no loop runs that could ring.
+wait_for_bell() {
+  read -r -t 30 <&9 || true
+  while read -r -t 0 <&9 && read -r -t 1 <&9; do :; done
+}
+
+# Puts the claim's FARM_* lines into the environment; 1 when there is no task, 3 when the farm is stopping.
+claim_task() {
+  local lines line
+  lines=$(farm claim "$FARM_AGENT_NAME" --env 2>"$mailbox/claim.err") || { is_stopping && return 3; return 1; }
+  while IFS= read -r line; do export "${line?}"; done <<<"$lines"
+}
+
+is_stopping() { grep -q '"mode": "stopping"' "$FARM_REPO/coordination/farm.json" 2>/dev/null; }
+
+prepare_branch() {
+  local row
+  # shellcheck disable=SC2153  # FARM_TASK comes from the claim's lines
+  row=$(bash "$scripts/start-task.sh" -a "$FARM_AGENT_NAME" -t "$FARM_TASK" -b "$FARM_TARGET" -s "${FARM_START:-}" "$FARM_WORKTREE") || return 1
+  row=${row#*$'\t'}
+  export FARM_BASE=${row%%$'\t'*}
+}
+
+# The last printable lines of the session's log: why an attempt ended as it did.
+log_tail() {
+  tail -n 5 "$FARM_REPO/coordination/logs/$FARM_AGENT_NAME.log" 2>/dev/null | tr -cd '[:print:]\n' | tr '\n' ' ' | tail -c 300
+}
+
+give_up() {
+  local why=$1 saved
+  saved=$(bash "$scripts/rescue.sh" save -C "$FARM_REPO" -a "$FARM_AGENT_NAME" "$FARM_WORKTREE") || saved=
+  farm fail "$FARM_AGENT_NAME" --fence "$FARM_FENCE" --why "$why" --rescue "${saved%%$'\t'*}" 2>/dev/null || true
+}
+
+commit_rest() {
+  [ -n "$(git -C "$FARM_WORKTREE" status --porcelain --ignore-submodules=dirty | head -n 1)" ] || return 0
+  git -C "$FARM_WORKTREE" add --all && git -C "$FARM_WORKTREE" commit --quiet --message "$FARM_TITLE"
+}
+
+finish_task() {
+  local code=$1 words
+  if [ "$code" -ne 0 ]; then
+    words="the agent ended with exit code $code"
+    [ "$code" -le 128 ] || words="the agent was killed by signal $((code - 128))"
+    give_up "$words: $(log_tail)"
+  elif ! words=$(commit_rest 2>&1); then
+    give_up "what it left could not be committed: $words"
+  elif ! words=$(farm submit "$FARM_AGENT_NAME" --fence "$FARM_FENCE" 2>&1); then
+    case $words in
+      *"no commit of its own"*) give_up "the agent ended without any change" ;;
+      *) say "$words" ;;
+    esac
+  fi
+}
+
+run_task() {
+  say "$FARM_AGENT_NAME works on $FARM_TASK: $FARM_TITLE"
+  if ! prepare_branch; then
+    give_up "its branch could not be made in $FARM_WORKTREE"
+    return
+  fi
+  (cd "$FARM_WORKTREE" && exec bash -c "$FARM_AGENT") 9<&-
+  finish_task $?
+}
+
+main() {
+  case ${1:-} in -h) sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; exit 0 ;; esac
+  open_bell
+  export FARM_PORT=$((10000 + $(printf '%s' "$FARM_WORKTREE" | cksum | cut -d' ' -f1) % 20000))
+  while [ -d "$FARM_WORKTREE" ]; do
+    claim_task
+    case $? in
+      0) run_task ;;
+      3) exit 0 ;;
+      *) wait_for_bell ;;
+    esac
+  done
+  say "the worktree $FARM_WORKTREE is gone"
+  exit 3
+}
+
+main "$@"
