@@ -33,8 +33,8 @@ from __future__ import annotations
 import collections
 import errno
 import fcntl
-import heapq
 import functools
+import heapq
 import json
 import math
 import os
@@ -196,6 +196,23 @@ class Clock:
 CLOCK = Clock()
 
 
+def say(text: str) -> None:
+    """A line for people, on stderr."""
+    print(text if text.startswith("farm: ") else f"farm: {text}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """`text` without escape sequences and control characters, newlines and tabs kept."""
+    text = re.sub(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[PX^_][^\x1b]*\x1b\\|[@-Z\\^_=>])", "", text)
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "", text)
+
+
+def one_line(text: str, width: int = 0) -> str:
+    """Text as one printable line, cut to `width` with an ellipsis."""
+    line = " ".join(printable(text).split())
+    return line if not width or len(line) <= width else line[:max(1, width - 1)] + "\u2026"
+
+
 def utc(seconds: float) -> str:
     """Epoch seconds as stored text, `2026-03-01T14:02:10Z`; such texts sort as the times do."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
@@ -338,9 +355,9 @@ class Record:
 
 TASK_DEFAULTS = {
     "id": "", "title": "", "prompt": "", "state": "pending", "priority": 0, "after": [], "paths": [], "max_attempts": 0,
-    "attempts": 0, "rev": 0, "seq": 0, "queue_seq": 0, "not_before": "", "reason": "", "agent": "", "fence": "", "ended_by": "", "start": "",
-    "branch": "", "commit": "", "rescue": "", "submitted_at": "", "landed_commit": "", "landed_at": "", "added_at": "",
-    "source": "", "extra": {},
+    "attempts": 0, "rev": 0, "seq": 0, "queue_seq": 0, "not_before": "", "reason": "", "agent": "", "fence": "", "ended_by": "",
+    "start": "", "branch": "", "commit": "", "rescue": "", "submitted_at": "", "landed_commit": "", "landed_at": "",
+    "added_at": "", "source": "", "extra": {},
 }
 
 
@@ -348,7 +365,8 @@ class Task(Record, collections.namedtuple("Task", TASK_DEFAULTS, defaults=TASK_D
     """A unit of work and all that is known of it, wherever it lies.
 
     attempts: ended ones. start: commit or branch that the next attempt begins from. fence, ended_by: the last claim's token and
-    the verb that ended it. seq, queue_seq: first come, first served, in either queue. source: where `add -f` read it, so that it is not added twice.
+    the verb that ended it. seq, queue_seq: first come, first served, in either queue. source: where `add -f` read it, so that it
+    is not added twice.
     """
 
     __slots__ = ()
@@ -536,7 +554,7 @@ def describe_damage(path: str, error: ValueError) -> DamagedState:
 
 
 class State:
-    """All that lies on disk, in memory: each task once, its losing copies in `losers`.
+    """All that lies on disk, in memory: each task once, its outranked copies named in `losers`.
 
     pending, ready, landed: id -> Task; claims: agent -> Claim; done: id -> rev; heads: unknown top-level keys of a file.
     """
@@ -548,7 +566,7 @@ class State:
         self.claims: dict[str, Claim] = {}
         self.done: dict[str, int] = {}
         self.heads: dict[str, dict] = {}
-        self.losers: list[tuple[str, str]] = []
+        self.losers: list[tuple[str, str, str]] = []
 
     def claimed(self) -> dict[str, Task]:
         """id -> Task of what agents hold."""
@@ -584,27 +602,29 @@ class State:
         return f"t-{1 + max(numbers, default=0):04d}"
 
     def drop_losers(self) -> None:
-        """Keep of each task the copy that wins, remember the others: (place, id) in `losers`."""
+        """Keep of each task the copy that wins, remember the others in `losers`: (place, id, agent)."""
+        copies = [(task.rev, rank, place, task.id, "") for rank, place in ((0, "pending"), (2, "ready"), (3, "landed"))
+                  for task in getattr(self, place).values()]
+        copies += [(claim.task.get("rev", 0), 1, "claimed", claim.task["id"], claim.agent)
+                   for claim in self.claims.values() if claim.task]
+        copies += [(rev, 4, "done", task_id, "") for task_id, rev in self.done.items() if task_id not in self.landed]
         best: dict[str, tuple] = {}
-        copies = [(task.rev, rank, place, task.id) for rank, place in enumerate(("pending", "claimed", "ready", "landed"))
-                  for task in (self.claimed() if place == "claimed" else getattr(self, place)).values()]
-        copies += [(rev, 4, "done", task_id) for task_id, rev in self.done.items() if task_id not in self.landed]
         for copy in copies:
             best[copy[3]] = max(best.get(copy[3], copy), copy)
-        self.losers = [(place, task_id) for rev, rank, place, task_id in copies if best[task_id][2] != place]
-        for place, task_id in self.losers:
-            self.forget(place, task_id)
+        self.losers = [copy[2:] for copy in copies if best[copy[3]] != copy]
+        for place, task_id, agent in self.losers:
+            self.forget(place, task_id, agent)
 
-    def forget(self, place: str, task_id: str) -> None:
+    def forget(self, place: str, task_id: str, agent: str = "") -> None:
         """Take the copy of a task at `place` out of memory; a claim without task and locks goes whole."""
         if place != "claimed":
             getattr(self, place).pop(task_id, None)
             return
-        claim = self.find_holder(task_id)
+        claim = self.claims[agent]
         if claim.locks:
-            self.claims[claim.agent] = claim._replace(task={}, fence="")
+            self.claims[agent] = claim._replace(task={}, fence="")
         else:
-            del self.claims[claim.agent]
+            del self.claims[agent]
 
 
 class Store:
@@ -619,7 +639,10 @@ class Store:
         return os.path.join(self.folder, *parts)
 
     def make_folders(self) -> None:
-        """What is missing below coordination/. Queue files are made only where there is no history that knows of them."""
+        """What is missing below coordination/, durable before the first event. Only under the mutex.
+
+        Queue files are made only where there is no history that knows of them.
+        """
         if os.path.exists(self.path("events.jsonl")):
             return
         for name in FOLDERS:
@@ -627,6 +650,8 @@ class Store:
         ignore = self.path(".gitignore")
         if not os.path.exists(ignore):
             self.disk.write_temp(ignore, b"*\n")
+        for folder in (self.folder, self.repo):
+            self.disk.fsync_folder(folder)
         state = State()
         for name, data in ((PENDING_FILE, self.pending_bytes(state)), (READY_FILE, self.ready_bytes(state))):
             if not os.path.exists(self.path(name)):
@@ -647,6 +672,7 @@ class Store:
                 if not attempts_left:
                     raise describe_damage(path, error) from None
                 time.sleep(0.05)
+        return None
 
     def read_queue(self, name: str, lists: tuple) -> dict:
         """A queue file's document, each of `lists` checked to be a list. A file that history knows of may not be missing."""
@@ -770,11 +796,14 @@ class Store:
                 raise
 
     def append_event(self, event: str, task: Task | None, **details) -> None:
-        """One line of history with the task's full record. Not fsynced: the queues are the truth, this is their story."""
+        """One line of history with the task's full record. Not fsynced, and no reason to fail: the queues are the truth."""
         record = {"at": utc(CLOCK.now()), "event": event, **details}
         if task is not None:
             record["task"] = task.to_json()
-        self.disk.append(self.path("events.jsonl"), (dump_line(record) + "\n").encode("utf-8"))
+        try:
+            self.disk.append(self.path("events.jsonl"), (dump_line(record) + "\n").encode("utf-8"))
+        except OSError as error:
+            say(f"{self.path('events.jsonl')} could not be written ({os.strerror(error.errno)}); the move itself is made")
 
     def pending_bytes(self, state: State) -> bytes:
         head = {"schema": SCHEMA, **state.heads.get(PENDING_FILE, {})}
@@ -800,27 +829,37 @@ class Transaction:
         store = self.store
         if not os.path.isdir(store.repo):
             raise NotFound(f"{store.repo} is not there")
-        store.make_folders()
+        os.makedirs(store.folder, exist_ok=True)
         self.mutex = os.open(store.path(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self.mutex, fcntl.LOCK_EX)
+            store.make_folders()
             self.state = store.load()
+            if self.state.losers or os.fstat(self.mutex).st_size:
+                self.settle_folders()
             self.heal()
         except BaseException:
             os.close(self.mutex)
             raise
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
+        if kind is None and os.fstat(self.mutex).st_size:
+            os.ftruncate(self.mutex, 0)
         os.close(self.mutex)
 
-    def heal(self) -> None:
-        """Drop outranked copies for good. First make every folder durable: the winner may exist only in a killed writer's cache."""
-        if not self.state.losers:
-            return
+    def mark_dirty(self) -> None:
+        """Leave a mark in the mutex file while moves are made: who finds it knows that the last holder was killed."""
+        os.pwrite(self.mutex, b"1", 0)
+
+    def settle_folders(self) -> None:
+        """Make durable what a killed writer may have left in the cache only, before anyone answers or heals because of it."""
         for name in ("task_queue", "merge_queue", LOCK_FOLDER):
             self.store.disk.fsync_folder(self.store.path(name))
-        places = {place for place, _ in self.state.losers}
+
+    def heal(self) -> None:
+        """Drop outranked copies for good."""
+        places = {place for place, _, _ in self.state.losers}
         if "pending" in places:
             self.write("pending")
         if places & {"ready", "landed"}:
@@ -842,6 +881,7 @@ class Transaction:
 
     def write(self, place: str) -> None:
         """Make one queue file durable as `state` has it."""
+        self.mark_dirty()
         if place == "pending":
             self.store.write_durably(PENDING_FILE, self.store.pending_bytes(self.state))
         else:
@@ -849,25 +889,32 @@ class Transaction:
 
     def write_lock(self, claim: Claim) -> None:
         """A claim's lock file: linked into place when new, renamed over our own when there is one."""
+        self.mark_dirty()
         data = (dump_line(claim.to_json()) + "\n").encode("utf-8")
         is_new = claim.agent not in self.state.claims
         self.store.write_durably(os.path.join(LOCK_FOLDER, claim.agent + ".lock"), data, exclusive=is_new)
         self.state.claims[claim.agent] = claim
 
     def remove_lock(self, agent: str) -> None:
+        self.mark_dirty()
         self.store.disk.unlink(self.store.path(LOCK_FOLDER, agent + ".lock"))
         self.store.disk.fsync_folder(self.store.path(LOCK_FOLDER))
         self.state.claims.pop(agent, None)
 
     def drop_source(self, place: str, task_id: str) -> None:
-        """Remove the copy that a durable new one outranks."""
-        if place != "claimed":
-            self.state.forget(place, task_id)
-            return self.write(place)
-        claim = self.state.find_holder(task_id)
-        if claim.locks:
-            return self.write_lock(claim._replace(task={}, fence=""))
-        self.remove_lock(claim.agent)
+        """Remove the copy that a durable new one outranks. Where that fails the move is made all the same: the next one heals."""
+        claim = self.state.find_holder(task_id) if place == "claimed" else None
+        try:
+            if claim is None:
+                self.state.forget(place, task_id)
+                self.write(place)
+            elif claim.locks:
+                self.write_lock(claim._replace(task={}, fence=""))
+            else:
+                self.remove_lock(claim.agent)
+        except OSError as error:
+            where = error.filename or self.store.folder
+            say(f"{where}: {os.strerror(error.errno)}; {task_id} has moved, its old copy is dropped later")
 
     def move(self, task: Task, place: str, event: str, **details) -> Task:
         """Make `task` (rev + 1) durable at `place`, "pending", "ready" or "landed", then remove it from where it was."""
@@ -1401,7 +1448,7 @@ def find_strays(repo: str, agent: str) -> list:
 
 
 def end_processes(processes: list, seconds: float = 3.0) -> None:
-    """SIGTERM, then SIGKILL to what is left. psutil checks pid and start time before each signal."""
+    """SIGTERM, then SIGKILL to what is left after `seconds`. psutil checks pid and start time before each signal."""
     psutil = import_package("psutil")
     for signal_name in ("terminate", "kill"):
         for process in processes:
@@ -1409,7 +1456,11 @@ def end_processes(processes: list, seconds: float = 3.0) -> None:
                 getattr(process, signal_name)()
             except psutil.Error:
                 continue
-        processes = psutil.wait_procs(processes, timeout=seconds)[1]
+        deadline = CLOCK.monotonic() + seconds
+        while (processes := [process for process in processes if start_of(process.pid) and process.is_running()]):
+            if CLOCK.monotonic() > deadline:
+                break
+            time.sleep(0.01)
 
 
 def end_cause(session: Session | None) -> str:
@@ -1702,12 +1753,6 @@ class Verdicts:
             return ""
 
 
-def printable(text: str) -> str:
-    """`text` without escape sequences and control characters, newlines and tabs kept."""
-    text = re.sub(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[PX^_][^\x1b]*\x1b\\|[@-Z\\^_=>])", "", text)
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "", text)
-
-
 class Gate:
     """One run of the gate on one tree, in a slot: a process group of its own, time-out, bounded output."""
 
@@ -1838,7 +1883,7 @@ class MergeQueue:
         known, tip = [], parent
         for task in tasks:
             step = self.steps.get((tip, task.id, task.commit))
-            if step is None:
+            if step is None or (step.status == "held" and tip == parent):  # what held it has landed: now it conflicts
                 break
             known.append(step)
             tip = step.commit if step.status == "ok" else tip
@@ -1849,7 +1894,7 @@ class MergeQueue:
         if tip != parent and any(step.status in ("conflict", "held") for step in steps):
             known, rest, tip = [], tasks, parent  # only the whole chain can tell a conflict with the target from a held one
             steps = self.run_chain(rest, tip)[1:]
-        for task, step in zip(rest, steps):
+        for task, step in zip(rest, steps, strict=True):
             self.steps[(tip, task.id, task.commit)] = step
             tip = step.commit if step.status == "ok" else tip
         return known + steps
@@ -2034,9 +2079,8 @@ class MergeQueue:
 
     def finish_landing(self, intent: dict) -> bool:
         """The swap and the record; safe to repeat after a crash at any point."""
-        args = ["-C", self.store.repo, "-b", intent["target"], "-o", intent["old"], "-n", intent["new"]]
-        args += ["-r", self.settings.remote] if self.settings.remote else []
-        result = run_script("land.sh", *args, allow=(0, 4, 5), detach=True)
+        remote = ["-r", self.settings.remote] if self.settings.remote else []
+        result = run_script("land.sh", *self.landing_arguments(intent), *remote, allow=(0, 4, 5), detach=True)
         if result.code == 0:
             self.record_landed([tuple(entry) for entry in intent["entries"]])
         elif result.code == 5:
@@ -2045,6 +2089,9 @@ class MergeQueue:
                             "commit them or move them away; the queue goes on by itself")
         self.store.disk.unlink(self.store.path(INTENT_FILE))
         return result.code != 5
+
+    def landing_arguments(self, intent: dict) -> list[str]:
+        return ["-C", self.store.repo, "-b", intent["target"], "-o", intent["old"], "-n", intent["new"]]
 
     def record_landed(self, entries: list[tuple[str, str]]) -> None:
         """Move each (id, commit) from ready to landed; those recorded before a crash are passed over."""
@@ -2119,7 +2166,7 @@ class MergeQueue:
         intent = self.store.read_json(INTENT_FILE)
         if intent:
             wait_for_landing(intent["new"])
-            run_script("land.sh", "recover", "-C", self.store.repo, "-b", intent["target"], "-o", intent["old"], "-n", intent["new"])
+            run_script("land.sh", "recover", *self.landing_arguments(intent))
             say(f"finishing a landing that was cut short: {intent['old'][:10]} -> {intent['new'][:10]}")
             self.finish_landing(intent)
         for task in self.store.snapshot().ready.values():
@@ -2200,7 +2247,11 @@ def wait_for_landing(new: str) -> None:
     """Until no land.sh for `new` runs any more. Raises FarmError after a minute."""
     psutil = import_package("psutil")
     deadline = CLOCK.monotonic() + 60
-    while any("land.sh" in " ".join(p.info["cmdline"] or ()) and new in p.info["cmdline"] for p in psutil.process_iter(["cmdline"])):
+
+    def is_landing(words: list) -> bool:
+        return new in words and any(word.endswith("land.sh") for word in words)
+
+    while any(is_landing(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])):
         if CLOCK.monotonic() > deadline:
             raise FarmError(f"a landing of {new[:10]} from before still runs after a minute", "ps ax | grep land.sh")
         time.sleep(0.05)
@@ -2209,7 +2260,12 @@ def wait_for_landing(new: str) -> None:
 
 AGENTS_FILE = "agents.json"
 FARM_FILE = "farm.json"
-AGENT_COMMAND = 'exec bash "$FARM_HOME/scripts/run-agent.sh"'
+SESSION_COMMAND = """\
+if [ "$FARM_AGENT_NAME" = control ]; then
+  until "$FARM_PYTHON" "$FARM_HOME/farm.py" --repo "$FARM_REPO" run; do sleep 1; done
+else
+  exec bash "$FARM_HOME/scripts/run-agent.sh"
+fi"""
 
 PRESETS = {
     "claude": 'claude -p --permission-mode acceptEdits "$(cat "$FARM_PROMPT_FILE")" </dev/null',
@@ -2248,10 +2304,10 @@ def worktree_of(repo: str, settings: Settings, agent: str) -> str:
     return os.path.join(worktrees_folder(repo, settings), agent + "-worktree")
 
 
-def rescue_dead_owners(store: Store, settings: Settings, state: State) -> dict[str, str]:
+def rescue_dead_owners(store: Store, settings: Settings) -> dict[str, str]:
     """Keep what dead owners' worktrees hold unsaved: agent -> rescue ref. Outside the mutex, before their tasks move on."""
     rescues = {}
-    for claim in state.claims.values():
+    for claim in store.read_claims().values():
         worktree = worktree_of(store.repo, settings, claim.agent)
         if claim.task and find_liveness(Owner.from_json(claim.owner)) is False and os.path.isdir(worktree):
             rescues[claim.agent] = rescue(store.repo, claim.agent, worktree)
@@ -2324,31 +2380,25 @@ class Farm:
         self.worktrees = {row[0]: row for row in read_tsv(made.stdout)}
 
     def spawn(self, names: list[str]) -> list[list[str]]:
-        """A session for each agent that has none; returns spawn-tmux.sh's rows."""
-        rows = [self.worktrees[name] for name in names if name in self.worktrees]
-        lines = "".join("\t".join(map(escape_field, row)) + "\n" for row in rows)
+        """A session for each name that has none, all by one call of tmux; returns spawn-tmux.sh's rows."""
+        control = [CONTROL, "-", self.repo, "reused"]
+        rows = [control if name == CONTROL else self.worktrees[name] for name in names if name in {*self.worktrees, CONTROL}]
         environment = {"FARM_REPO": self.repo, "FARM_HOME": TOOLKIT, "FARM_PYTHON": sys.executable, "FARM_AGENT": self.command,
                        "FARM_TARGET": self.target, "FARM_WORKTREES": worktrees_folder(self.repo, self.settings)}
-        return self.spawn_sessions(AGENT_COMMAND, environment, lines)
-
-    def spawn_sessions(self, command: str, environment: dict, lines: str) -> list[list[str]]:
         pairs = [word for key, value in environment.items() for word in ("-e", f"{key}={value}")]
         result = run_script("spawn-tmux.sh", "-C", self.repo, "-L", self.socket, "-l", self.store.path("logs"), *pairs,
-                            "-c", command, stdin=lines, allow=(0, 1), env={"TMUX": "", "FARM_AGENT_NAME": ""})
+                            "-c", SESSION_COMMAND, stdin="".join("\t".join(map(escape_field, row)) + "\n" for row in rows),
+                            allow=(0, 1), env={"TMUX": "", "FARM_AGENT_NAME": ""})
         if result.stderr.strip():
             say(result.stderr.strip())
-        return read_tsv(result.stdout)
+        return [row for row in read_tsv(result.stdout) if row[0] != CONTROL]
 
     def up(self) -> tuple[int, int]:
         """Worktrees, sessions, and the loop in tmux; (started, adopted). Run again: adopts what runs, repairs what does not."""
         self.remember("running")
         self.prepare()
-        rows = self.spawn(self.names)
-        with_loop = 'while ! "$FARM_PYTHON" "$FARM_HOME/farm.py" --repo "$FARM_REPO" run; do sleep 1; done'
-        line = "\t".join(map(escape_field, (CONTROL, "-", self.repo, "reused"))) + "\n"
-        environment = {"FARM_REPO": self.repo, "FARM_HOME": TOOLKIT, "FARM_PYTHON": sys.executable}
-        if find_recorded(self.store.path("loop.lock")) is None:
-            self.spawn_sessions(with_loop, environment, line)
+        has_loop = find_recorded(self.store.path("loop.lock")) is not None
+        rows = self.spawn([*self.names, *([] if has_loop else [CONTROL])])
         return sum(row[3] != "running" for row in rows), sum(row[3] == "running" for row in rows)
 
     def remember(self, mode: str, reason: str = "") -> None:
@@ -2392,7 +2442,7 @@ class Farm:
 
     def expire(self) -> None:
         """Give the tasks of dead owners back to the queue, their unsaved work kept first."""
-        rescues = rescue_dead_owners(self.store, self.settings, self.store.snapshot())
+        rescues = rescue_dead_owners(self.store, self.settings)
         rescues.update({name: record["rescue"] for name, record in self.agents.items() if record.get("rescue")})
         with self.store.transaction() as tx:
             for claim in LockRegistry(tx).expire(self.leases.is_lapsed, rescues):
@@ -2605,19 +2655,9 @@ def ring(store: Store, agent: str) -> None:
 # ---------------------------------------------------------------------------------------------- reports
 
 
-def say(text: str) -> None:
-    """A line for people, on stderr."""
-    print(text if text.startswith("farm: ") else f"farm: {text}", file=sys.stderr, flush=True)
-
-
 def print_json(data) -> None:
-    print(re.sub("[\x7f-\x9f\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(data, indent=1, ensure_ascii=False)))
-
-
-def one_line(text: str, width: int = 0) -> str:
-    """Text as one printable line, cut to `width` with an ellipsis."""
-    line = " ".join(printable(text).split())
-    return line if not width or len(line) <= width else line[:max(1, width - 1)] + "\u2026"
+    text = json.dumps(data, indent=1, ensure_ascii=False)
+    print(re.sub("[\x7f-\x9f\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def duration(seconds: float) -> str:
@@ -2789,7 +2829,8 @@ class Progress:
     def show(self, state: State) -> None:
         counts = collections.Counter(task.state for task in state.all_tasks())
         total, over = sum(counts.values()), counts["landed"] + counts["failed"] + counts["canceled"]
-        words = " \u00b7 ".join(f"{name} {counts[name]}" for name in ("landed", "ready", "claimed", "pending", "failed") if counts[name])
+        shown = ("landed", "ready", "claimed", "pending", "failed", "canceled")
+        words = " \u00b7 ".join(f"{name} {counts[name]}" for name in shown if counts[name])
         if words == self.last:
             return
         self.last = words
@@ -2813,7 +2854,7 @@ GLOBAL_OPTIONS = "repo= help h|help"
 
 
 def verb(usage: str, summary: str, options: str = "", example: str = ""):
-    """Register a verb. options: words like `json` (flag), `id=` (value), `n|n=#` (short and long, integer), `after=*` (repeated)."""
+    """Register a verb. options: words like `json` (flag), `id=` (value), `n|n=#` (short and long, number), `after=*` (repeated)."""
     def register(function):
         name = function.__name__.removeprefix("verb_").replace("_", "-")
         VERBS[name] = Verb(function, usage, summary, options, example)
@@ -2889,7 +2930,8 @@ def read_option(verb_name: str, name: str, kind: str, value: str, options: dict)
 
 
 @verb("add TITLE [--prompt TEXT | --prompt-file F] | add -f FILE", "add one task, or many from a file (- for stdin)",
-      "prompt= prompt-file= id= priority=# after=* path=* max-attempts=# f|file=", "./farm.py add 'Fix the login test' --priority 5")
+      "prompt= prompt-file= id= priority=# after=* path=* max-attempts=# f|file=",
+      "./farm.py add 'Fix the login test' --priority 5")
 def verb_add(call: Call) -> int:
     settings = call.settings()
     if call.options.get("file"):
@@ -2971,8 +3013,7 @@ def claim_once(call: Call, agent: str, owner: Owner, watch: LeaseWatch, settings
     farm = call.store.read_json(FARM_FILE) or {}
     if farm.get("mode") in ("stopping", "paused"):
         raise NotFound(f"the farm is {farm['mode']}; nothing is handed out", "./farm.py up")
-    state = call.store.snapshot() if os.path.isdir(call.store.folder) else State()
-    rescues = rescue_dead_owners(call.store, settings, state)
+    rescues = rescue_dead_owners(call.store, settings)
     with call.store.transaction() as tx:
         LockRegistry(tx).expire(watch.is_lapsed, rescues)
         return TaskQueue(tx).claim(agent, owner, call.options.get("id", ""))
@@ -2999,7 +3040,8 @@ def fence_of(call: Call) -> str:
     return fence
 
 
-@verb("renew AGENT --fence F", "keep a claim of an owner that others cannot see", "fence=", "farm renew agent-001 --fence t-0001.2")
+@verb("renew AGENT --fence F", "keep a claim of an owner that others cannot see", "fence=",
+      "farm renew agent-001 --fence t-0001.2")
 def verb_renew(call: Call) -> int:
     with call.store.transaction() as tx:
         TaskQueue(tx).renew(call.agent(), fence_of(call))
@@ -3031,9 +3073,9 @@ def verb_submit(call: Call) -> int:
     agent, fence = call.agent(), fence_of(call)
     task_id = fence.rpartition(".")[0]
     branch = call.options.get("branch") or f"farm/{agent}/{task_id}"
-    current = TaskQueueView(call.store).get_claimed(agent, fence, "submit")
-    if current is None:
-        return 0
+    with call.store.transaction() as tx:
+        if TaskQueue(tx).get_claimed(agent, fence, "submit") is None:
+            return 0
     head = call.options.get("commit") or "refs/heads/" + branch
     commit = spawn_script("pin-ref.sh", "-C", call.repo, f"refs/farm/ready/{task_id}", head).strip()
     if commit == os.environ.get("FARM_BASE"):
@@ -3041,13 +3083,6 @@ def verb_submit(call: Call) -> int:
     with call.store.transaction() as tx:
         TaskQueue(tx).submit(agent, fence, branch, commit)
     return 0
-
-
-class TaskQueueView(TaskQueue):
-    """A task queue on a snapshot, for questions only."""
-
-    def __init__(self, store: Store):
-        self.state = store.snapshot()
 
 
 @verb("cancel ID", "take a task out", "", "./farm.py cancel t-0007")
@@ -3088,7 +3123,8 @@ def lock_names(call: Call, names: list[str]) -> list[str]:
     return names
 
 
-@verb("lock AGENT NAME... [--wait S]", "hold named resources, all or none", "wait=# owner-pid=#", "farm lock agent-001 schema 'path:src/db/**'")
+@verb("lock AGENT NAME... [--wait S]", "hold named resources, all or none", "wait=# owner-pid=#",
+      "farm lock agent-001 schema 'path:src/db/**'")
 def verb_lock(call: Call) -> int:
     acquire_waiting(call, call.agent(), lock_names(call, call.args[1:]), caller(call.options.get("owner_pid")))
     return 0
@@ -3165,7 +3201,8 @@ def target_of(call: Call, settings: Settings) -> str:
 def verb_merge(call: Call) -> int:
     settings = call.settings()
     target = target_of(call, settings)
-    call.store.make_folders()
+    with call.store.transaction():
+        pass  # makes what is missing below coordination/
     if not settings.gate:
         say("there is no gate: what merges cleanly lands, and nothing was tested (set one: --gate 'make test')")
     guard = hold_long(call.store.path("merger.lock"), "a merger")
@@ -3217,11 +3254,10 @@ FARM_OPTIONS = "n|n=# agent= gate= into= slots=# style= strict remote="
 
 def open_farm(call: Call) -> Farm:
     """A Farm from the settings, everything checked that would stop its agents later."""
-    run_script("check-tools.sh")
+    run_script("check-tools.sh", "git", "tmux")
     settings = call.settings()
     target = target_of(call, settings)
     command = resolve_agent(settings.agent)
-    call.store.make_folders()
     return Farm(call.store, settings, command, target)
 
 
@@ -3235,8 +3271,8 @@ def verb_up(call: Call) -> int:
     return 0
 
 
-@verb("run [-n N] ... [--until-drained]", "the same loop in the foreground; Ctrl-C stops the farm", FARM_OPTIONS + " until-drained",
-      "./farm.py run -n 4 --agent ./agent.sh --until-drained")
+@verb("run [-n N] ... [--until-drained]", "the same loop in the foreground; Ctrl-C stops the farm",
+      FARM_OPTIONS + " until-drained", "./farm.py run -n 4 --agent ./agent.sh --until-drained")
 def verb_run(call: Call) -> int:
     import signal
 
@@ -3254,7 +3290,8 @@ def verb_run(call: Call) -> int:
         return 128 + should_stop.signal
     if should_stop.is_set():
         say("stopping: agents may finish their tasks; press Ctrl-C again to end them now")
-    farm.down(0 if until_drained and not should_stop.is_set() else farm.settings.grace_seconds, hurry=lambda: should_stop.count > 1)
+    grace_seconds = farm.settings.grace_seconds if should_stop.is_set() else 0
+    farm.down(grace_seconds, hurry=lambda: should_stop.count > 1)
     guard.close()
     if should_stop.is_set():
         return 130
@@ -3329,7 +3366,8 @@ def verb_logs(call: Call) -> int:
                 time.sleep(0.2)
 
 
-@verb("send AGENT TEXT", "type a text into an agent's session, and see that it was taken", "", "./farm.py send 3 'please also add a test'")
+@verb("send AGENT TEXT", "type a text into an agent's session, and see that it was taken", "",
+      "./farm.py send 3 'please also add a test'")
 def verb_send(call: Call) -> int:
     text = " ".join(call.args[1:])
     if not text:
@@ -3364,8 +3402,9 @@ def verb_doctor(call: Call) -> int:
 
 def find_problems(call: Call):
     """(problem, hint, exit code) of everything that stands in the way."""
-    for check in (lambda: run_script("check-tools.sh"), lambda: import_package("psutil"), lambda: import_package("portalocker"),
-                  lambda: import_package("tabulate"), call.settings, call.store.snapshot, lambda: target_of(call, call.settings())):
+    packages = [lambda name=name: import_package(name) for name in ("psutil", "portalocker", "tabulate")]
+    for check in (lambda: run_script("check-tools.sh", env={"FARM_PYTHON": sys.executable}), *packages, call.settings,
+                  call.store.snapshot, lambda: target_of(call, call.settings())):
         try:
             check()
         except FarmError as error:
@@ -3423,7 +3462,7 @@ def main(argv: list[str]) -> int:
             return 0
         return VERBS[call.name].run(call) or 0
     except FarmError as error:
-        print(f"farm: {one_block(error)}" + (f"\n  try: {one_block(error.hint)}" if error.hint else ""), file=sys.stderr)
+        print(f"farm: {printable(str(error))}" + (f"\n  try: {printable(error.hint)}" if error.hint else ""), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -3434,10 +3473,6 @@ def main(argv: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-def one_block(text) -> str:
-    return printable(str(text))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ break_function() {
   local name=$1
   if [ "$FARM_ATTEMPT" -gt 1 ]; then
     printf 'it came back; what the prompt says: %s\n' "$(grep -c . "$FARM_PROMPT_FILE") lines"
-    printf 'def %s(text):\n    return text.upper() + "!"\n' "$name" >"textkit/$name.py"
+    printf 'def %s(text):\n    return text.upper() + "!!"[:1]\n' "$name" >"textkit/$name.py"
     run_tests
   else
     printf 'def %s(text):\n    return text.lower()\n' "$name" >"textkit/$name.py"

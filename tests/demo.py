@@ -114,7 +114,8 @@ def run_demo(folder: Path, agents: int) -> int:
     repo = folder / "textkit"
     make_repo(repo)
     gate = f"{shlex.quote(sys.executable)} -B -m unittest -q"
-    command = f"DEMO_AGENTS={agents} DEMO_PYTHON={shlex.quote(sys.executable)} bash {shlex.quote(str(ROOT / 'tests/demo-agent.sh'))}"
+    script = shlex.quote(str(ROOT / "tests/demo-agent.sh"))
+    command = f"DEMO_AGENTS={agents} DEMO_PYTHON={shlex.quote(sys.executable)} bash {script}"
     lines = "\n".join(json.dumps(task) for task in demo_tasks())
     farm(repo, "add", "-f", "-", input=lines, stdout=subprocess.DEVNULL)
     print(f"{agents} agents, {len(demo_tasks())} tasks, gate: python -m unittest", flush=True)

@@ -1,0 +1,127 @@
+#!/usr/bin/env bash
+# Usage: gate-slot.sh prepare [-C REPO] SLOTDIR COMMIT   make SLOTDIR a detached work tree of REPO at COMMIT, or move it there
+#        gate-slot.sh check SLOTDIR COMMIT               are HEAD and the tracked files still COMMIT's?
+#        gate-slot.sh remove [-C REPO] SLOTDIR           delete it (renamed first) and let git forget it
+# prepare drops every change and untracked file, nested repos too, and keeps what git ignores: the caches. A broken slot
+# is mended, or made anew. A folder is a slot when a file .NAME.slot lies beside it; others are refused and left alone.
+# Prints: prepare: the slot's path; check: the changed paths, one a line (\\ \t \n \r escaped), HEAD or .git if that is it
+# Exit: 0 ok, 1 git failed or (check) changed, 2 usage or no repo, 3 no such commit or slot, 4 not a slot
+set -euo pipefail
+
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
+die() { printf 'farm: %s\n  try: %s\n' "$1" "$2" >&2; exit "${3:-1}"; }
+in_slot() { git -C "$slot" "$@"; }
+
+pin_settings() {
+  local pair n=${GIT_CONFIG_COUNT:-0}
+  unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY GIT_NAMESPACE
+  for pair in gc.auto=0 maintenance.auto=false core.hooksPath=/dev/null core.fsmonitor=false core.untrackedCache=false \
+    core.trustctime=true core.checkStat=default diff.autoRefreshIndex=true submodule.recurse=false \
+    worktree.useRelativePaths=false core.filesRefLockTimeout=10000; do
+    export "GIT_CONFIG_KEY_$n=${pair%%=*}" "GIT_CONFIG_VALUE_$n=${pair#*=}"
+    n=$((n + 1))
+  done
+  export GIT_CONFIG_COUNT=$n GIT_TERMINAL_PROMPT=0 GIT_OPTIONAL_LOCKS=0 LC_ALL=C
+}
+
+# Sets slot (absolute, without links) and mark.
+set_slot() {
+  local parent
+  parent=$(dirname "$1")
+  mkdir -p "$parent"
+  parent=$(cd "$parent" && pwd -P)
+  slot=$parent/${1##*/} mark=$parent/.${1##*/}.slot
+}
+
+# Sets GIT_DIR to the folder that git keeps about this slot. Naming it keeps every command here from ever finding a repo
+# further up, where `clean` would be fatal. With $1, the repo's git dir, a slot that lost its .git file is found too.
+find_entry() {
+  local entry='' back
+  if [ -f "$slot/.git" ]; then IFS= read -r entry <"$slot/.git" || true; fi
+  for entry in "${entry#gitdir: }" ${1:+"$1"/worktrees/*}; do
+    back=
+    if [ -f "$entry/gitdir" ]; then IFS= read -r back <"$entry/gitdir" || true; fi
+    if [ "$back" = "$slot/.git" ]; then
+      export GIT_DIR=$entry GIT_WORK_TREE=$slot
+      return 0
+    fi
+  done
+  return 1
+}
+
+delete_tree() {
+  rm -rf "$1" 2>/dev/null || { find "$1" -type d -exec chmod u+rwx {} + && rm -rf "$1"; }
+}
+
+move_slot() {
+  rm -rf "$GIT_DIR"/*.lock "$GIT_DIR"/MERGE_* "$GIT_DIR"/rebase-* "$GIT_DIR/sequencer"
+  [ -f "$slot/.git" ] || printf 'gitdir: %s\n' "$GIT_DIR" >"$slot/.git"
+  in_slot checkout -q --detach --force "$1" -- && in_slot clean -ffdq
+}
+
+# What stops a move: folders that the gate left unwritable, then an index that git cannot read.
+move_or_mend() {
+  move_slot "$1" 2>/dev/null && return
+  find "$slot" -type d ! -perm -u=rwx -exec chmod u+rwx {} +
+  move_slot "$1" 2>/dev/null && return
+  rm -f "$GIT_DIR/index"
+  move_slot "$1"
+}
+
+# The entry goes by hand: git refuses to remove a locked one, and `worktree prune` would take other people's along.
+drop_slot() {
+  local old entry=
+  if find_entry "$common"; then entry=$GIT_DIR; fi
+  unset GIT_DIR GIT_WORK_TREE
+  [ ! -e "$slot" ] || mv "$slot" "$slot.trash.$$"
+  [ -z "$entry" ] || rm -rf "$entry"
+  for old in "$slot".trash.*; do [ ! -e "$old" ] || delete_tree "$old"; done
+}
+
+make_slot() {
+  drop_slot
+  : >"$mark"
+  git -C "$common" worktree add --no-checkout --detach --lock "$slot" "$1" >/dev/null &&
+    find_entry "$common" && move_slot "$1"
+}
+
+prepare() {
+  common=$(git -C "$repo" rev-parse --path-format=absolute --git-common-dir 2>/dev/null) || die "$repo is no git repo" "git init" 2
+  git --git-dir="$common" cat-file -e "$1^{commit}" 2>/dev/null || die "there is no commit $1 in $repo" "git log --all" 3
+  if [ -e "$mark" ] && find_entry "$common"; then
+    [ "${GIT_DIR%/worktrees/*}" = "$common" ] && [ -d "$slot" ] && move_or_mend "$1" || make_slot "$1"
+  else
+    make_slot "$1"
+  fi || die "git could not check out $1 in $slot" "gate-slot.sh remove $slot"
+  printf '%s\n' "$slot"
+}
+
+check() {
+  local path shas list='' slash="\\\\" tab='\t' line='\n' return='\r'
+  find_entry '' && [ -f "$slot/.git" ] || { printf '.git\n'; return 1; }
+  shas=$(in_slot rev-parse HEAD "$1^{commit}" 2>/dev/null) || die "there is no commit $1" "git log --all" 3
+  [ "${shas%%$'\n'*}" = "${shas##*$'\n'}" ] || list=$'HEAD\n'
+  while IFS= read -r -d '' path; do
+    path=${path//\\/"$slash"} path=${path//$'\t'/"$tab"} path=${path//$'\n'/"$line"} path=${path//$'\r'/"$return"}
+    list=$list$path$'\n'
+  done < <(in_slot diff --name-only --no-renames --ignore-submodules=dirty -z "$1" --)
+  printf '%s' "$list"
+  [ -z "$list" ]
+}
+
+main() {
+  local verb=${1-} repo=. common='' slot mark
+  [ "$verb" != -h ] || { usage; exit 0; }
+  shift || true
+  if [ "${1-}" = -C ] && [ $# -ge 2 ]; then repo=$2 && shift 2; fi
+  case $verb:$# in prepare:2 | check:2 | remove:1) ;; *) die "a verb, a folder and (not to remove) a commit are needed" "gate-slot.sh -h" 2 ;; esac
+  pin_settings
+  set_slot "$1"
+  [ -e "$mark" ] || [ ! -e "$slot" ] || rmdir "$slot" 2>/dev/null || die "$slot is not a slot of gates" "ls -la $slot" 4
+  case $verb in
+    prepare) prepare "$2" ;;
+    check) [ -d "$slot" ] || die "there is no slot $slot" "gate-slot.sh prepare $slot COMMIT" 3; check "$2" ;;
+    remove) drop_slot && rm -f "$mark" ;;
+  esac
+}
+main "$@"

@@ -1,0 +1,133 @@
+#!/usr/bin/env bash
+# Usage: merge-chain.sh -b TARGET [-B BASE_SHA] [-s merge|squash|rebase] [-C REPO] <ENTRIES
+# Merge entries one on top of the other; no ref, index or checkout is touched, and the same input gives the same shas.
+# Reads: id<TAB>commit<TAB>epoch<TAB>agent<TAB>title, the first to land first (fields escaped: \\ \t \n \r).
+# Prints: base<TAB>-<TAB>sha<TAB>tree, then one line an entry: id<TAB>status<TAB>commit<TAB>tree<TAB>detail
+#   ok: the chain's commit and tree after it    landed: it is in the base    empty: it changes nothing
+#   conflict: with the base itself; detail: paths (a blank in one is \x20)    missing: no such commit
+#   held: merges with the base but not with the chain; detail: the entry it is behind    unrelated: no common ancestor
+# Environment: FARM_CONFLICTS=DIR gets ID.txt with the messages and hunks of a conflict; FARM_MERGE=worktree merges by
+#   merge-scratch.sh, as git < 2.38 must.
+# Beside it: pinned-git.sh, and for some of this merge-scratch.sh, read-conflict.sh, replay-commits.sh.
+# Exit: 0 ok, 1 git failed, 2 usage or no repo, 3 no such branch
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd -P) scratch=
+
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
+die() { printf 'farm: %s\n  try: %s\n' "$1" "$2" >&2; exit "${3:-1}"; }
+
+# A folder of this process, from which git merges and where it finds the base's attributes; those of dead processes go.
+open_scratch() {
+  local old
+  scratch=$GIT_DIR/farm-scratch.$$
+  for old in "$GIT_DIR"/farm-scratch.*; do
+    if [ "$old" = "$scratch" ] || ! kill -0 "${old##*.}" 2>/dev/null; then rm -rf "$old"; fi
+  done
+  trap 'rm -rf "$scratch"' EXIT
+  mkdir -p "$scratch/tree"
+  export GIT_WORK_TREE=$scratch/tree
+  GIT_INDEX_FILE=$scratch/index git -C "$scratch/tree" -c core.sparseCheckout=false checkout -q "$base" -- \
+    ':(glob)**/.gitattributes' 2>"$scratch/errors" || true
+  merge=(git -C "$scratch/tree" merge-tree --write-tree -z --name-only)
+  if [ "${FARM_MERGE-}" = worktree ] || ! "${merge[@]}" "$base" "$base" >"$scratch/errors" 2>&1; then
+    merge=("$here/merge-scratch.sh" "$scratch")
+  fi
+}
+
+# Merge two commits into $scratch/$3; sets `tree`. Returns 0 clean, 1 conflict, 2 no common ancestor.
+merge_pair() {
+  local code=0
+  "${merge[@]}" "$1" "$2" >"$scratch/$3" 2>"$scratch/errors" </dev/null || code=$?
+  if [ "$code" -gt 1 ]; then
+    git merge-base "$1" "$2" >"$scratch/$3" || return 2
+    die "git could not merge $2 into $1: $(head -n 1 "$scratch/errors")" "git fsck --connectivity-only"
+  fi
+  IFS= read -r -d '' tree <"$scratch/$3"
+  return "$code"
+}
+
+# Sets status, detail and tree of entry $1, commit $2; what is not plainly ok is merged with the base alone as well.
+classify() {
+  local chain=0 alone=0 wanted
+  merge_pair "$tip" "$2" chain || chain=$?
+  [ "$chain" -ne 0 ] || [ "$tree" = "$tip_tree" ] || return 0
+  wanted=$tree
+  merge_pair "$base" "$2" alone || alone=$?
+  case $chain$alone in *2*) status=unrelated ;; 11) status=conflict ;; 10) status=held ;; esac
+  if [ "$alone" -eq 0 ] && [ "$tree" = "$base_tree" ]; then status=empty; fi
+  tree=$wanted
+  case $status in
+    conflict) explain paths "$base" "$target" "$1" "$2" alone ;;
+    held) explain cause "$tip" "$target and the work ahead" "$1" "$2" chain ;;
+  esac
+}
+
+# Sets detail, and writes what a person wants to read, of the conflict in $scratch/$6.
+explain() {
+  detail=$("$here/read-conflict.sh" "$1" "$2" "$5" "$base" <"$scratch/$6")
+  [ -n "${FARM_CONFLICTS-}" ] || return 0
+  "$here/read-conflict.sh" text "$2" "$5" "$3" "$4" <"$scratch/$6" >"$FARM_CONFLICTS/${4//\//_}.txt"
+}
+
+# Put entry (id, commit, epoch, agent, title) on the tip; its texts become one line each, without control characters.
+commit_entry() {
+  local text trailers plain=()
+  for text in "$1" "$4" "$5"; do
+    printf -v text '%b' "$text"
+    text=${text//[[:cntrl:]]/ } text=${text//$'\xc2'[$'\x80'-$'\x9f']/ }
+    text=${text#"${text%%[! ]*}"}
+    plain[${#plain[@]}]=${text%"${text##*[! ]}"}
+  done
+  set -- "${plain[0]}" "$2" "${3%%[!0-9]*}" "${plain[1]}" "${plain[2]}"
+  export GIT_AUTHOR_DATE="@${3:-0} +0000" GIT_COMMITTER_DATE="@${3:-0} +0000"
+  trailers="Farm-Task: $1"$'\n'"Farm-Agent: $4"$'\n'"Farm-Tested-Tree: $tree"
+  case $style in
+    merge) tip=$(git commit-tree "$tree" -p "$tip" -p "$2" -m "Merge $1${5:+: $5}" -m "$trailers") ;;
+    squash) tip=$(git commit-tree "$tree" -p "$tip" -m "${5:-$1}" -m "$trailers") ;;
+    rebase) tip=$("$here/replay-commits.sh" "$tip" "$2" "$tree" "${5:-$1}" "$trailers" "${merge[@]}") ;;
+  esac
+  tip_tree=$tree
+}
+
+merge_entries() {
+  local input sha kind id epoch agent title fresh status detail tree n=0 shas=()
+  input=$(grep . || true)
+  while read -r sha kind _; do
+    [ "$kind" = commit ] || sha=
+    shas[${#shas[@]}]=$sha
+  done < <(printf '%s\n' "$input" | cut -f 2 | sed 's/$/^{commit}/' | git cat-file --batch-check)
+  fresh=$({ printf '^%s\n' "$base"; printf '%s\n' "${shas[@]}"; } | grep . | git rev-list --stdin)
+  while IFS=$'\37' read -r -u 3 id _ epoch agent title; do
+    sha=${shas[n]} n=$((n + 1)) status=missing detail='' tree=-
+    if [[ -n $sha && $fresh != *"$sha"* ]]; then status=landed; fi
+    if [[ -n $sha && $fresh == *"$sha"* ]]; then status=ok && classify "$id" "$sha"; fi
+    case $status in
+      ok) commit_entry "$id" "$sha" "$epoch" "$agent" "$title"; printf '%s\tok\t%s\t%s\t\n' "$id" "$tip" "$tree" ;;
+      landed) printf '%s\tlanded\t%s\t%s\t\n' "$id" "$base" "$base_tree" ;;
+      *) printf '%s\t%s\t-\t-\t%s\n' "$id" "$status" "$detail" ;;
+    esac
+  done 3< <(printf '%s\n' "$input" | grep . | tr '\t' '\37')
+}
+
+main() {
+  local repo=. target='' base='' style=merge option base_tree tip tip_tree merge
+  while getopts ':b:B:s:C:h' option; do
+    case $option in
+      b) target=$OPTARG ;;
+      B) base=$OPTARG ;;
+      s) style=$OPTARG ;;
+      C) repo=$OPTARG ;;
+      h) usage; exit 0 ;;
+      *) die "-$OPTARG is unknown or lacks its value" "merge-chain.sh -h" 2 ;;
+    esac
+  done
+  case $style:$target in merge:?* | squash:?* | rebase:?*) ;; *) die "a branch (-b) and a known style are needed" "merge-chain.sh -h" 2 ;; esac
+  [ -n "${FARM_PINNED-}" ] || exec "$here/pinned-git.sh" "$repo" "$here/${0##*/}" "$@"
+  base=$(git rev-parse -q --verify "${base:-refs/heads/$target}^{commit}") || die "there is no branch $target" "git branch" 3
+  base_tree=$(git rev-parse "$base^{tree}")
+  tip=$base tip_tree=$base_tree
+  open_scratch
+  printf 'base\t-\t%s\t%s\n' "$base" "$base_tree"
+  merge_entries
+}
+main "$@"

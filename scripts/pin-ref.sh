@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Usage: pin-ref.sh [-C REPO] REF COMMIT-ISH
+# Create or move REF, which must lie below refs/farm/, so that nothing can lose that commit.
+# Prints the commit's sha.
+# Exit: 0 ok, 1 git failed, 2 usage or a ref elsewhere, 3 no such commit
+set -euo pipefail
+
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
+die() { printf 'farm: %s\n  try: %s\n' "$1" "$2" >&2; exit "${3:-1}"; }
+
+main() {
+  local repo=. option ref sha
+  while getopts ':C:h' option; do
+    case $option in
+      C) repo=$OPTARG ;;
+      h) usage; exit 0 ;;
+      *) die "unknown option -$OPTARG" "pin-ref.sh -h" 2 ;;
+    esac
+  done
+  shift $((OPTIND - 1))
+  [ $# -eq 2 ] || die "a ref and a commit are needed" "pin-ref.sh -h" 2
+  ref=$1
+  case $ref in
+    refs/farm/?*) ;;
+    *) die "$ref is not below refs/farm/" "pin-ref.sh refs/farm/ready/TASK COMMIT" 2 ;;
+  esac
+  unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_COMMON_DIR GIT_NAMESPACE
+  sha=$(git -C "$repo" rev-parse --quiet --verify --end-of-options "$2^{commit}") ||
+    die "there is no commit $2 in $repo" "git -C $repo log --oneline" 3
+  git -C "$repo" -c core.filesRefLockTimeout=10000 -c core.hooksPath=/dev/null update-ref "$ref" "$sha" ||
+    die "git could not write $ref" "git -C $repo update-ref $ref $sha"
+  printf '%s\n' "$sha"
+}
+main "$@"

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Usage: pinned-git.sh REPO COMMAND [ARGUMENT]...
+# Run COMMAND with GIT_DIR set to REPO's and with all pinned that could bend a merge or a commit, so that every machine
+# and both ways of merging reach the same shas: the options of merging, and the identity (the configured user.name and
+# user.email, else farm <farm@localhost>). No hooks, signing, rerere, editor; no attributes of the user or the system.
+# What stays: the merge drivers that the configuration defines, for the paths that the repo's attributes give them.
+# Exit: COMMAND's own, 2 usage or no repo
+set -euo pipefail
+
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
+die() { printf 'farm: %s\n  try: %s\n' "$1" "$2" >&2; exit "${3:-1}"; }
+
+set_identity() {
+  local key value name=farm email=farm@localhost
+  while read -r key value; do
+    case $key=$value in
+      user.name=?*) name=$value ;;
+      user.email=?*) email=$value ;;
+    esac
+  done < <(git config --get-regexp '^user\.(name|email)$')
+  export GIT_AUTHOR_NAME=$name GIT_AUTHOR_EMAIL=$email GIT_COMMITTER_NAME=$name GIT_COMMITTER_EMAIL=$email
+}
+
+pin_settings() {
+  local pair n=${GIT_CONFIG_COUNT:-0}
+  for pair in gc.auto=0 maintenance.auto=false \
+    core.hooksPath=/dev/null core.attributesFile=/dev/null core.fsmonitor=false core.autocrlf=false core.splitIndex=false \
+    core.sparseCheckout=true core.sparseCheckoutCone=false index.sparse=false sparse.expectFilesOutsideOfPatterns=true \
+    merge.renames=true diff.renames=true merge.renameLimit=7000 diff.renameLimit=7000 diff.algorithm=histogram \
+    merge.directoryRenames=conflict merge.conflictStyle=merge merge.renormalize=false merge.verbosity=2 \
+    merge.verifySignatures=false merge.autoStash=false rerere.enabled=false commit.gpgSign=false submodule.recurse=false \
+    i18n.commitEncoding=UTF-8 i18n.logOutputEncoding=UTF-8 log.showSignature=false; do
+    export "GIT_CONFIG_KEY_$n=${pair%%=*}" "GIT_CONFIG_VALUE_$n=${pair#*=}"
+    n=$((n + 1))
+  done
+  export GIT_CONFIG_COUNT=$n GIT_ATTR_NOSYSTEM=1 GIT_EDITOR=true GIT_TERMINAL_PROMPT=0 FARM_PINNED=1 LC_ALL=C
+}
+
+main() {
+  local repo
+  case ${1-} in -h) usage; exit 0 ;; esac
+  [ $# -ge 2 ] || die "a repo and a command are needed" "pinned-git.sh -h" 2
+  repo=$1
+  shift
+  unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY GIT_NAMESPACE GIT_ATTR_SOURCE
+  GIT_DIR=$(git -C "$repo" rev-parse --path-format=absolute --git-common-dir 2>/dev/null) || die "$repo is no git repo" "git init" 2
+  export GIT_DIR
+  set_identity
+  pin_settings
+  exec "$@"
+}
+main "$@"

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Usage: git merge-tree --write-tree -z --name-only OURS THEIRS | read-conflict.sh VERB OURS THEIRS ...
+#   paths OURS THEIRS            the conflicted paths, space separated (\\ \t \n \r \x20 escaped)
+#   cause OURS THEIRS BASE       the Farm-Task of the latest commit of BASE..OURS that touches one, else of the last commit
+#   text OURS THEIRS NAME NAME   for people: messages and hunks, the shas replaced by names, at most 200 lines
+# Exit: 0 ok, 1 git failed, 2 usage
+set -euo pipefail
+export LC_ALL=C
+
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
+
+# Where a folder is in a file's way git names the file PATH~COMMIT; that name is in neither commit.
+read_paths() {
+  local path
+  IFS= read -r -d '' tree
+  while IFS= read -r -d '' path && [ -n "$path" ]; do
+    names[${#names[@]}]=$path
+    path=${path%"~$1"} path=${path%"~$2"}
+    paths[${#paths[@]}]=${path%"~HEAD"}
+  done
+}
+
+print_paths() {
+  local text slash="\\\\" tab='\t' line='\n' return='\r' blank='\x20' separator=
+  for text in "${paths[@]}"; do
+    text=${text//\\/"$slash"} text=${text//$'\t'/"$tab"} text=${text//$'\n'/"$line"} text=${text//$'\r'/"$return"}
+    printf '%s%s' "$separator" "${text// /"$blank"}"
+    separator=' '
+  done
+}
+
+# A rebased entry has several commits, of which only the last names it; where a rename hides who, the last entry it is.
+print_cause() {
+  local commit
+  commit=$(git --literal-pathspecs rev-list --first-parent -1 "$3..$1" -- "${paths[@]:0:500}")
+  git log --first-parent --reverse --format='%H %(trailers:key=Farm-Task,valueonly,separator=%x2C)' "$3..$1" |
+    awk -v commit="$commit" '{ if ($1 == commit) seen = 1 } !done && NF > 1 { task = $2; done = seen } END { printf "%s", task }'
+}
+
+# Messages come as: a count, that many paths, a kind, the text.
+print_messages() {
+  local count text
+  while IFS= read -r -d '' count; do
+    while [ "$count" -ge 0 ] && IFS= read -r -d '' text; do count=$((count - 1)); done
+    IFS= read -r -d '' text || true
+    case $text in Auto-merging*) ;; *) printf '%s' "$text" ;; esac
+  done
+}
+
+print_hunks() {
+  local name
+  for name in "${names[@]:0:40}"; do
+    git cat-file blob "$tree:$name" 2>/dev/null | name=$name awk '/^<<<<<<< / { if (!on++) print "\n--- " ENVIRON["name"] }
+      /^<<<<<<< /, /^>>>>>>> /' || true
+  done
+}
+
+print_text() {
+  local ours=${3//[^A-Za-z0-9 ._-]/?} theirs=${4//[^A-Za-z0-9 ._-]/?}
+  { print_messages && print_hunks; } | sed -e "s/$1/$ours/g" -e "s/$2/$theirs/g" -e "s/^<<<<<<< HEAD/<<<<<<< $ours/" | awk 'NR <= 200'
+}
+
+main() {
+  local verb=${1-} tree='' paths=() names=()
+  case $verb:$# in
+    paths:[34] | cause:4 | text:5) ;;
+    -h:*) usage; exit 0 ;;
+    *) printf 'farm: a verb and two commits are needed\n  try: read-conflict.sh -h\n' >&2; exit 2 ;;
+  esac
+  shift
+  read_paths "$@"
+  "print_$verb" "$@"
+}
+main "$@"

@@ -1,0 +1,115 @@
+"""How the tests call farm.py: as a process, from outside, and what they ask it about its tasks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SCRIPTS, git, run
+
+SHIM = SCRIPTS / "farm"
+FARM = ROOT / "farm.py"
+NEEDS_PACKAGES = {"merge", "up", "run", "down", "clean", "doctor", "status"}
+
+
+class Caller:
+    """farm.py on one repo. A call gives the finished process; `ok`, `json` and `refused` also check how it ended."""
+
+    def __init__(self, repo: Path, owner: int):
+        self.repo, self.owner = repo, owner
+        self.folder = repo / "coordination"
+
+    def argv(self, verb: str, *args: str) -> list[str]:
+        """The command line: by the shim, as agents do it, or by the interpreter that has the run-time packages."""
+        start = [sys.executable, str(FARM)] if verb in NEEDS_PACKAGES else [str(SHIM)]
+        return [*start, "--repo", str(self.repo), verb, *args]
+
+    def __call__(self, verb: str, *args: str, **options) -> subprocess.CompletedProcess[str]:
+        return run(self.argv(verb, *args), **options)
+
+    def ok(self, verb: str, *args: str, **options) -> str:
+        """What it printed, when it ended with 0."""
+        done = self(verb, *args, **options)
+        if done.returncode:
+            pytest.fail(f"farm {verb} {args} exited {done.returncode}\n{done.stdout}{done.stderr}")
+        return done.stdout.removesuffix("\n")
+
+    def json(self, verb: str, **options):
+        return json.loads(self.ok(verb, "--json", **options))
+
+    def refused(self, code: int, verb: str, *args: str, **options) -> str:
+        """What it said on stderr, when it ended with `code` and in the one form that errors have."""
+        done = self(verb, *args, **options)
+        assert_is_error(done, code)
+        return done.stderr
+
+    def start(self, verb: str, *args: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+        """The same without waiting for its end."""
+        return subprocess.Popen(
+            ["env", *(f"{key}={value}" for key, value in (env or {}).items()), *self.argv(verb, *args)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    # -- asking and moving
+
+    def task(self, task_id: str) -> dict:
+        """What `tasks --json` says of one task."""
+        return next(task for task in self.json("tasks") if task["id"] == task_id)
+
+    def claim(self, agent: str, *args: str, **options) -> dict:
+        return json.loads(self.ok("claim", agent, "--owner-pid", str(self.owner), *args, **options))
+
+    def lock(self, agent: str, *names: str, **options) -> subprocess.CompletedProcess[str]:
+        return self("lock", agent, *names, "--owner-pid", str(self.owner), **options)
+
+    def submit(self, agent: str, files: Mapping[str, str], *args: str) -> dict:
+        """Claim a task, commit `files` for it on its branch (straight into git, no worktree), and submit; returns the claim."""
+        claim = self.claim(agent, *args)
+        branch = f"farm/{agent}/{claim['task']['id']}"
+        git(self.repo, "update-ref", f"refs/heads/{branch}", make_commit(self.repo, files))
+        self.ok("submit", agent, "--fence", claim["fence"])
+        return claim
+
+
+def assert_is_error(done: subprocess.CompletedProcess[str], code: int) -> None:
+    """The exit code, one line `farm: what`, perhaps `  try: command`, nothing on stdout, no traceback."""
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
+    lines = done.stderr.splitlines()
+    assert lines and lines[0].startswith("farm: "), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def make_commit(repo: Path, files: Mapping[str, str], base: str = "HEAD", message: str = "work") -> str:
+    """A commit on `base` with `files` in its top folder, made without touching index or checkout."""
+    tree = {line.split("\t", 1)[1]: line for line in git(repo, "ls-tree", base).splitlines()}
+    for name, text in files.items():
+        tree[name] = f"100644 blob {git(repo, 'hash-object', '-w', '--stdin', input=text)}\t{name}"
+    return git(repo, "commit-tree", "-p", base, "-m", message, git(repo, "mktree", input="\n".join(tree.values()) + "\n"))
+
+
+@contextlib.contextmanager
+def living_process() -> Iterator[subprocess.Popen[bytes]]:
+    """A process to own locks; `kill()` and `wait()` make it a dead owner."""
+    with subprocess.Popen(["sleep", "600"], stdin=subprocess.DEVNULL) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def bytes_below(folder: Path, *, but: Sequence[str] = ()) -> dict[str, bytes]:
+    """Every file below `folder` with its content: equal before and after means that nothing was written."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and not path.is_symlink() and name not in but:
+            found[name] = path.read_bytes()
+    return found
