@@ -146,7 +146,12 @@ def read_env_file(path: str) -> dict:
 
 
 def load_settings(repo: str, flags: dict | None = None, remembered: dict | None = None) -> Settings:
-    """flag > FARM_* in the environment > farm.env > what the last `up` was told > default."""
+    """flag > FARM_* in the environment > farm.env > what the last `up` was told > default.
+
+    With FARM_AS_TOLD, which the farm's own loop and merger have, what `up` was told comes first.
+    """
+    if os.environ.get("FARM_AS_TOLD"):
+        flags = {**(remembered or {}), **(flags or {})}
     env_file = read_env_file(os.path.join(repo, "farm.env"))
     values = {}
     for name, setting in SETTINGS.items():
@@ -344,6 +349,8 @@ class Record:
             default = cls._field_defaults[key]
             if not isinstance(value, type(default)) or isinstance(value, bool):
                 raise ValueError(f"{cls.__name__}.{key} must be {type(default).__name__}, not {json.dumps(value)[:60]}")
+            if isinstance(value, list) and not all(isinstance(item, str) for item in value):
+                raise ValueError(f"{cls.__name__}.{key} must be a list of text")
         return cls(**known, extra=extra)
 
     def to_json(self) -> dict:
@@ -1122,10 +1129,10 @@ class TaskQueue:
         return [(state.get_task(task.id), is_new) for task, is_new in answers]
 
     def resolve_after(self, new: list[Task], drafts: list[Task], answers: list) -> list[Task]:
-        """`after` entries as ids; `#3` in a draft means the file's item with that index."""
+        """`after` entries as ids; NUL and a number in a draft mean the file's item with that index."""
         resolved = []
         for task in new:
-            after = [answers[int(name[1:])][0].id if name.startswith("#") else name for name in task.after]
+            after = [answers[int(name[1:])][0].id if name.startswith("\0") else name for name in task.after]
             for name in after:
                 if not self.state.find_task(name) and name not in self.state.done:
                     raise UsageError(f"task {task.title!r} comes after {name}, and there is no such task", "./farm.py tasks")
@@ -1260,7 +1267,7 @@ def parse_checklist(text: str) -> list[Task]:
             if index is not None:
                 drafts.append(Task(title=item[3].strip()))
                 if parent is not None:
-                    drafts[parent] = drafts[parent]._replace(after=[*drafts[parent].after, f"#{index}"])
+                    drafts[parent] = drafts[parent]._replace(after=[*drafts[parent].after, f"\0{index}"])
             open_items.append((indent, index))
         elif line.strip() and indent == 0:
             open_items = []
@@ -1284,7 +1291,9 @@ def parse_json_item(item, where: str) -> Task:
         draft = Task.from_json(fields)
     except ValueError as error:
         raise UsageError(f"{where}: {error}; nothing was added") from None
-    return draft._replace(id=draft.id and checked_name(draft.id, "task id"))
+    for name in [draft.id] * bool(draft.id) + draft.after:
+        checked_name(name, f"{where}: task id")
+    return draft
 
 
 def parse_json_tasks(text: str, name: str) -> list[Task]:
@@ -1433,8 +1442,8 @@ def measure(tree: list) -> Usage:
     return Usage(round(cpu, 1), int(rss), len(tree), zombie)
 
 
-def find_strays(repo: str, agent: str) -> list:
-    """Processes that this farm's agent left behind: its session's environment names both the repo and the agent."""
+def find_by_environment(**wanted: str) -> list:
+    """The processes whose environment at their start had these values; this one left out."""
     psutil = import_package("psutil")
     found = []
     for process in psutil.process_iter():
@@ -1442,9 +1451,9 @@ def find_strays(repo: str, agent: str) -> list:
             environment = process.environ()
         except (psutil.Error, OSError):
             continue
-        if environment.get("FARM_REPO") == repo and environment.get("FARM_AGENT_NAME") == agent:
+        if process.pid != os.getpid() and all(environment.get(key) == value for key, value in wanted.items()):
             found.append(process)
-    return [process for process in found if process.pid != os.getpid()]
+    return found
 
 
 def end_processes(processes: list, seconds: float = 3.0) -> None:
@@ -1709,16 +1718,15 @@ class Verdicts:
         named = [[name, os.environ.get(name)] for name in sorted(env_names.replace(",", " ").split())]
         self.key = hashlib.sha1(json.dumps([gate, named]).encode(), usedforsecurity=False).hexdigest()[:8]
         self.memo: dict[str, Evidence] = {}
-        self.known = self.count_known()
-
-    def count_known(self) -> collections.Counter:
-        """How many trees were ever green, and how many of them flaky: both green and red."""
-        known = collections.Counter()
+        self.green_trees = self.flaky_trees = 0
         for name in self.store.disk.list_folder(self.store.path("results")):
             if name.endswith(f"-{self.key}.json"):
-                found = self.evidence_in(os.path.join("results", name))
-                known.update(green=bool(found.greens), flaky=bool(found.greens and found.reds))
-        return known
+                self.count(self.evidence_in(os.path.join("results", name)), 1)
+
+    def count(self, found: Evidence, step: int) -> None:
+        """Keep the numbers of trees that were ever green, and of those that were red as well."""
+        self.green_trees += step * bool(found.greens)
+        self.flaky_trees += step * bool(found.greens and found.reds)
 
     def name_of(self, tree: str, ending: str) -> str:
         return os.path.join("results", f"{tree[:16]}-{self.key}.{ending}")
@@ -1740,9 +1748,10 @@ class Verdicts:
         name = self.name_of(tree, "json")
         data = self.store.read_json(name) or {"schema": SCHEMA, "tree": tree, "gate": self.gate, "runs": []}
         data["runs"].append({"at": utc(CLOCK.now()), **verdict._asdict()})
+        self.count(self.evidence(tree), -1)
         self.store.write_durably(name, (json.dumps(data) + "\n").encode("utf-8"))
         self.memo.pop(tree, None)
-        self.known = self.count_known()
+        self.count(self.evidence(tree), 1)
 
     def tail(self, tree: str, lines: int = 60) -> str:
         """The end of what the gate printed about a tree."""
@@ -1763,7 +1772,7 @@ class Gate:
         self.is_done = self.is_abandoned = False
         self.verdict: Verdict | None = None
 
-    def start(self, folder: str, settings: Settings, log: str, pid_file: str, wake) -> None:
+    def start(self, folder: str, settings: Settings, log: str, wake) -> None:
         """Run the gate in `folder` (a worktree at the commit) on a thread of its own; `wake` is set when it is over."""
         import subprocess
         import threading
@@ -1771,10 +1780,10 @@ class Gate:
         temp = folder + ".tmp"
         os.makedirs(temp, exist_ok=True)
         env = {key: value for key, value in os.environ.items() if not key.startswith("FARM_")}
-        env.update(TMPDIR=temp, FARM_PORT=str(gate_port(folder)), GIT_TERMINAL_PROMPT="0")
+        env.update(TMPDIR=temp, FARM_PORT=str(gate_port(folder)), FARM_GATE=folder, GIT_TERMINAL_PROMPT="0")
         self.folder, self.process = folder, subprocess.Popen(
-            ["bash", os.path.join(SCRIPTS, "run-gate.sh"), pid_file, settings.gate], cwd=folder, env=env,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+            ["bash", "-c", settings.gate], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True)
         threads = [threading.Thread(target=self.keep_output, args=(log,), daemon=True)]
         threads.append(threading.Thread(target=self.watch, args=(settings.gate_timeout, threads[0], wake), daemon=True))
         for thread in threads:
@@ -1808,7 +1817,7 @@ class Gate:
         wake.set()
 
     def end_group(self) -> None:
-        """Kill what is left of the gate's process group: a gate that is over has no business running."""
+        """Kill what is left of the gate, also what moved to a session of its own: a gate that is over has no business running."""
         import signal
 
         try:
@@ -1816,6 +1825,7 @@ class Gate:
         except (ProcessLookupError, PermissionError):
             pass
         self.process.wait()
+        end_gates(self.folder)
 
 
 def gate_port(folder: str) -> int:
@@ -1866,6 +1876,9 @@ class MergeQueue:
         self.tasks: dict[str, Task] = {}
         self.held: dict[str, str] = {}
         self.front: list[str] = []
+        self.walked: dict[tuple, Step | None] = {}
+        self.just_landed: Step | None = None
+        self.unjudged = collections.Counter()
         self.diagnoses: list[Task] = []
         self.counts = collections.Counter()
 
@@ -1905,13 +1918,14 @@ class MergeQueue:
         return self.verdicts.evidence(step.tree) if step else Evidence(0, 0)
 
     def known_step(self, ids: tuple) -> Step | None:
-        """The last step of a chain that was built already."""
-        step = self.base
-        for task_id in ids:
-            step = self.steps.get((step.commit, task_id, self.tasks[task_id].commit))
-            if step is None or step.status != "ok":
-                return None
-        return step
+        """The last step of a chain that was built already; remembered for a tick, since the planner asks for every prefix."""
+        if not ids:
+            return self.base
+        if ids not in self.walked:
+            before = self.known_step(ids[:-1])
+            step = self.steps.get((before.commit, ids[-1], self.tasks[ids[-1]].commit)) if before else None
+            self.walked[ids] = step if step and step.status == "ok" else None
+        return self.walked[ids]
 
     def step_of(self, ids: tuple) -> Step | None:
         """The last step of the chain of `ids` on the target; None when they do not merge so."""
@@ -1928,7 +1942,7 @@ class MergeQueue:
         if self.reap_gates():
             return True
         self.order_tasks()
-        self.base = self.run_chain([])[0]
+        self.base, self.walked, self.just_landed = self.just_landed or self.run_chain([])[0], {}, None
         steps = self.chain(list(self.tasks.values()), self.base.commit)
         if self.settle(steps):
             return True
@@ -1954,9 +1968,9 @@ class MergeQueue:
                 gate.ids = tuple(task_id for task_id in gate.ids if task_id in self.tasks)
         running = tuple(gate.ids for gate in self.gates if self.is_current(gate))
         done = self.counts["landed"] + self.counts["returned"]
-        known = self.verdicts.known
+        reds = reds_needed(self.verdicts.flaky_trees, self.verdicts.green_trees)
         answer = plan(queue, self.evidence_of, self.slots - sum(gate.is_diagnosis for gate in self.gates),
-                      failure_rate(self.counts["returned"], done), running, reds=reds_needed(known["flaky"], known["green"]),
+                      failure_rate(self.counts["returned"], done), running, reds=reds,
                       strict=self.settings.strict)
         for gate in self.gates:
             if not gate.is_diagnosis and (gate.ids in answer.abandon or not self.is_current(gate)):
@@ -2012,17 +2026,20 @@ class MergeQueue:
 
     # -- gates
 
+    def slot_folder(self, number: int) -> str:
+        return os.path.join(self.slots_folder, f"gate-{number}")
+
     def has_slot(self) -> bool:
         return len(self.gates) < self.slots
 
     def start_gate(self, ids: tuple, step: Step, diagnosis: Task | None = None) -> None:
         """Put a tree under test in a free slot: that of `ids` on the target, or a returned entry's own."""
         slot = next(number for number in range(1, self.slots + 1) if number not in {gate.slot for gate in self.gates})
-        folder = os.path.join(self.slots_folder, f"gate-{slot}")
+        folder = self.slot_folder(slot)
         run_script("gate-slot.sh", "prepare", "-C", self.store.repo, folder, step.commit)
         gate = Gate(slot, ids, step.commit, step.tree, diagnosis)
         log = self.store.path(self.verdicts.name_of(step.tree, "log"))
-        gate.start(folder, self.settings, log, self.store.path("merge_queue", f"gate-{slot}.pid"), self.wake)
+        gate.start(folder, self.settings, log, self.wake)
         self.gates.append(gate)
         self.front += [task_id for task_id in ids if task_id not in self.front]
         self.counts["diagnoses" if gate.is_diagnosis else "gates"] += 1
@@ -2057,15 +2074,15 @@ class MergeQueue:
             say(f"flaky gate: tree {gate.tree[:10]} was both green and red; nobody's work goes back for it")
 
     def give_up_on(self, gate: Gate, note: str) -> None:
-        """A tree that gave no verdict three times in a row cannot be judged: the first entry of it goes back with that reason."""
-        self.counts[gate.tree] += 1
+        """A tree that twice gave no verdict: one entry goes back with that reason, several are suspects until halved."""
+        self.unjudged[gate.tree] += 1
         say(f"{note} ({', '.join(gate.ids) or self.target}, tree {gate.tree[:10]})")
-        if self.counts[gate.tree] < 2:
+        if self.unjudged[gate.tree] < 2:
             return
         if len(gate.ids) == 1 and gate.ids[0] in self.tasks:
             self.return_work(self.tasks[gate.ids[0]], note, self.verdicts.tail(gate.tree))
-        else:
-            self.verdicts.memo[gate.tree] = Evidence(0, 1)  # suspicion in memory only: the halves are tested next
+        else:  # in memory only, for it is no evidence; two make the target itself pause the queue
+            self.verdicts.memo[gate.tree] = Evidence(0, 1 if gate.ids else 2)
 
     # -- landing
 
@@ -2075,7 +2092,9 @@ class MergeQueue:
         intent = {"schema": SCHEMA, "target": self.target, "old": self.base.commit, "new": steps[-1].commit,
                   "entries": [[step.id, step.commit] for step in steps]}
         self.store.write_durably(INTENT_FILE, (json.dumps(intent) + "\n").encode("utf-8"))
-        return self.finish_landing(intent)
+        has_moved = self.finish_landing(intent)
+        self.just_landed = steps[-1] if has_moved and steps[-1].id not in self.store.snapshot().ready else None
+        return has_moved
 
     def finish_landing(self, intent: dict) -> bool:
         """The swap and the record; safe to repeat after a crash at any point."""
@@ -2160,17 +2179,17 @@ class MergeQueue:
 
     def recover(self) -> None:
         """Before anything else: end gates of a dead merger, finish or undo a landing that was cut short, pin what is ready."""
-        for slot_file in sorted(os.listdir(self.store.path("merge_queue"))):
-            if slot_file.startswith("gate-") and slot_file.endswith(".pid"):
-                end_recorded_gate(self.store.path("merge_queue", slot_file))
+        for number in range(1, 65):
+            if os.path.isdir(self.slot_folder(number)):
+                end_gates(self.slot_folder(number))
         intent = self.store.read_json(INTENT_FILE)
         if intent:
             wait_for_landing(intent["new"])
             run_script("land.sh", "recover", *self.landing_arguments(intent))
             say(f"finishing a landing that was cut short: {intent['old'][:10]} -> {intent['new'][:10]}")
             self.finish_landing(intent)
-        for task in self.store.snapshot().ready.values():
-            run_script("pin-ref.sh", "-C", self.store.repo, f"refs/farm/ready/{task.id}", task.commit, allow=(0, 3))
+        pins = "".join(f"refs/farm/ready/{task.id} {task.commit}\n" for task in self.store.snapshot().ready.values())
+        run_script("pin-ref.sh", "-C", self.store.repo, "-", stdin=pins)
 
     def publish(self, queue: tuple) -> None:
         """What is being done right now, for `queue` and `status`; worth nothing once this process is gone."""
@@ -2227,20 +2246,9 @@ def free_memory_mib() -> int:
         return import_package("psutil").virtual_memory().available >> 20
 
 
-def end_recorded_gate(pid_file: str) -> None:
-    """End the gate that a dead merger left running: by pid and start time, its whole session."""
-    psutil = import_package("psutil")
-    with open(pid_file, encoding="ascii") as file:
-        pid_text, _, start = file.read().strip().partition("\t")
-    members = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == int(pid_text) and (process.pid != int(pid_text) or start_of(process.pid) == start):
-                members.append(process)
-        except OSError:
-            continue
-    end_processes(members, 1.0)
-    os.unlink(pid_file)
+def end_gates(folder: str) -> None:
+    """End every process of the gate in this slot, whoever started it."""
+    end_processes(find_by_environment(FARM_GATE=folder), 0.0)
 
 
 def wait_for_landing(new: str) -> None:
@@ -2384,7 +2392,8 @@ class Farm:
         control = [CONTROL, "-", self.repo, "reused"]
         rows = [control if name == CONTROL else self.worktrees[name] for name in names if name in {*self.worktrees, CONTROL}]
         environment = {"FARM_REPO": self.repo, "FARM_HOME": TOOLKIT, "FARM_PYTHON": sys.executable, "FARM_AGENT": self.command,
-                       "FARM_TARGET": self.target, "FARM_WORKTREES": worktrees_folder(self.repo, self.settings)}
+                       "FARM_TARGET": self.target, "FARM_WORKTREES": worktrees_folder(self.repo, self.settings),
+                       "FARM_AS_TOLD": "1"}
         pairs = [word for key, value in environment.items() for word in ("-e", f"{key}={value}")]
         result = run_script("spawn-tmux.sh", "-C", self.repo, "-L", self.socket, "-l", self.store.path("logs"), *pairs,
                             "-c", SESSION_COMMAND, stdin="".join("\t".join(map(escape_field, row)) + "\n" for row in rows),
@@ -2434,7 +2443,7 @@ class Farm:
                 continue
             record.update(down=True, cause=end_cause(session), since=utc(now))
             record["ends"] = [*self.policy.recent(record["ends"], now), now]
-            end_processes(find_strays(self.repo, name))
+            end_processes(find_by_environment(FARM_REPO=self.repo, FARM_AGENT_NAME=name))
             if name in self.worktrees and os.path.isdir(self.worktrees[name][2]):
                 record["rescue"] = rescue(self.repo, name, self.worktrees[name][2])
             self.store.append_event("session-ended", None, agent=name, cause=record["cause"])
@@ -2508,7 +2517,7 @@ class Farm:
         with open(self.store.path("logs", "merger.log"), "ab") as log:
             argv = [sys.executable, os.path.join(TOOLKIT, "farm.py"), "--repo", self.repo, "merge", "--watch"]
             self.merger = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=TOOLKIT,
-                                           start_new_session=True)
+                                           env={**os.environ, "FARM_AS_TOLD": "1"}, start_new_session=True)
 
     def save(self) -> None:
         """agents.json for `status`: why each session ended, and who is parked. Only the loop writes it."""
@@ -2603,7 +2612,7 @@ class Farm:
         doomed = [process for session in self.sessions.values() if not session.dead for process in tree_of(session.pid, children)]
         end_processes(doomed, 2.0)
         for name in self.names:
-            end_processes(find_strays(self.repo, name), 1.0)
+            end_processes(find_by_environment(FARM_REPO=self.repo, FARM_AGENT_NAME=name), 1.0)
         run_script("stop-tmux.sh", "-C", self.repo, "-L", self.socket, "-a", allow=(0, 3))
 
     def keep_work(self) -> list[str]:
@@ -2723,6 +2732,22 @@ def queue_records(store: Store, state: State) -> list[dict]:
     return records
 
 
+def describe_queue(state: State, records: list[dict], activity: dict) -> str:
+    """One line, such as `landed 12, returned 2, testing 3 (main+8), held 1 behind t-0031`, and what is next."""
+    counts = collections.Counter(record["state"] for record in records)
+    returned = sum(task.ended_by == "return" for task in state.pending.values())
+    parts = [f"landed {len(state.landed)}", f"returned {returned}"]
+    largest = max((len(gate["ids"]) for gate in activity.get("testing", [])), default=0)
+    if activity.get("testing"):
+        parts.append(f"testing {len(activity['testing'])} ({activity['target']}+{largest})")
+    if counts["held"]:
+        parts.append(f"held {counts['held']} behind {next(iter(activity['held'].values()))}")
+    waiting = [record["id"] for record in records if record["state"] == "ready"]
+    parts += [f"ready {len(waiting)}, next {waiting[0]}"] if waiting else []
+    trouble = activity.get("trouble")
+    return " \u00b7 ".join(parts) + (f"\n{trouble[0]}\n  try: {trouble[1]}" if trouble else "")
+
+
 def agent_record(name: str, session: Session | None, claim: Claim | None, told: dict, usage: Usage | None, store: Store,
                  settings: Settings) -> dict:
     """One agent as `status --json` shows it; the process tree speaks before anything else."""
@@ -2772,12 +2797,13 @@ def farm_status(store: Store, settings: Settings) -> dict:
         problems.append(str(error))
         agents, activity, farm = [], {}, {}
     now = CLOCK.now()
+    records = queue_records(store, state) if not problems else []
     loop = find_recorded(store.path("loop.lock"))
-    status = {"agents": agents, "tasks": dict(collections.Counter(derived_state(task, state, now) for task in state.all_tasks())),
-              "merge_queue": dict(collections.Counter(record["state"] for record in queue_records(store, state)) if not problems
-                                  else {}),
-              "loop": {"pid": loop, "alive": loop is not None}, "mode": farm.get("mode", ""),
-              "trouble": activity.get("trouble", []), "target": activity.get("target", "")}
+    task_counts = collections.Counter(derived_state(task, state, now) for task in state.all_tasks())
+    status = {"agents": agents, "tasks": dict(task_counts),
+              "merge_queue": dict(collections.Counter(record["state"] for record in records)),
+              "queue_line": describe_queue(state, records, activity), "loop": {"pid": loop, "alive": loop is not None},
+              "mode": farm.get("mode", ""), "trouble": activity.get("trouble", []), "target": activity.get("target", "")}
     return {**status, "problems": problems} if problems else status
 
 
@@ -2811,8 +2837,8 @@ def print_status(status: dict) -> None:
         print_table(rows, ["AGENT", "STATE", "FOR", "TASK", "CPU", "MEM", "OUTPUT", "CAUSE"])
     tasks = " \u00b7 ".join(f"{name} {count}" for name, count in sorted(status["tasks"].items())) or "none"
     loop = f"running (pid {status['loop']['pid']})" if status["loop"]["alive"] else "not running"
-    print(f"tasks: {tasks}\nloop: {loop}")
-    for line in [*status["trouble"], *status.get("problems", [])]:
+    print(f"tasks: {tasks}\nmerge queue: {one_line(status['queue_line'])}\nloop: {loop}")
+    for line in status.get("problems", []):
         print(one_line(line))
     if not status["loop"]["alive"]:
         print("next: ./farm.py up" if status["tasks"] else "next: ./farm.py add 'what to do', then ./farm.py up")
@@ -2854,7 +2880,7 @@ GLOBAL_OPTIONS = "repo= help h|help"
 
 
 def verb(usage: str, summary: str, options: str = "", example: str = ""):
-    """Register a verb. options: words like `json` (flag), `id=` (value), `n|n=#` (short and long, number), `after=*` (repeated)."""
+    """Register a verb. options: words like `json` (flag), `id=` (text), `n|n=#` (whole number), `wait=s` (seconds), `after=*`."""
     def register(function):
         name = function.__name__.removeprefix("verb_").replace("_", "-")
         VERBS[name] = Verb(function, usage, summary, options, example)
@@ -2916,16 +2942,19 @@ def parse_options(verb_name: str, argv: list[str]) -> tuple[list[str], dict]:
 
 
 def read_option(verb_name: str, name: str, kind: str, value: str, options: dict):
-    """One option's value by its kind: flag, text, number, or a list that grows."""
+    """One option's value by its kind: flag, text, whole number (#), seconds (s), or a list that grows (*)."""
     if kind == "":
         return True
     if kind == "=*":
         return [*options.get(name.replace("-", "_"), []), value]
-    if kind == "=#":
+    if kind in ("=#", "=s"):
         try:
-            return float(value) if "." in value else int(value)
-        except ValueError:
-            raise UsageError(f"{verb_name}: --{name} needs a number, not {value!r}") from None
+            number = int(value) if kind == "=#" else float(value)
+            if 0 <= number < 1e9 or name == "priority":
+                return number
+        except (ValueError, OverflowError):
+            pass
+        raise UsageError(f"{verb_name}: --{name} needs a number{' of seconds' * (kind == '=s')}, not {value!r}")
     return value
 
 
@@ -2955,18 +2984,20 @@ def draft_from(call: Call) -> Task:
     if not title:
         raise UsageError("a task needs a title", "./farm.py add 'what to do'")
     options = call.options
+    if options.get("max_attempts", 1) < 1:
+        raise UsageError("a task needs at least one attempt: --max-attempts 1")
     prompt = read_text(options["prompt_file"]) if options.get("prompt_file") else options.get("prompt", "")
     return Task(id=checked_name(options["id"], "task id") if options.get("id") else "", title=title, prompt=prompt,
-                priority=int(options.get("priority", 0)), after=options.get("after", []), paths=options.get("path", []),
-                max_attempts=max(0, int(options.get("max_attempts", 0))))
+                priority=options.get("priority", 0), after=options.get("after", []), paths=options.get("path", []),
+                max_attempts=options.get("max_attempts", 0))
 
 
 def read_text(path: str) -> str:
     """A file of the user's, or stdin for `-`. Raises NotFound or UsageError."""
     try:
         if path == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        with open(path, encoding="utf-8") as file:
+            return sys.stdin.buffer.read().decode("utf-8-sig")
+        with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except FileNotFoundError:
         raise NotFound(f"there is no file {path}") from None
@@ -2988,7 +3019,7 @@ def verb_tasks(call: Call) -> int:
 
 
 @verb("claim AGENT [--owner-pid PID] [--wait SECONDS] [--id ID]", "take the next task; prints its lock file as one line",
-      "owner-pid=# wait=# id= env", "./farm.py claim agent-001 --owner-pid $$")
+      "owner-pid=# wait=s id= env", "./farm.py claim agent-001 --owner-pid $$")
 def verb_claim(call: Call) -> int:
     agent, owner = call.agent(), caller(call.options.get("owner_pid"))
     settings = call.settings()
@@ -3001,8 +3032,7 @@ def verb_claim(call: Call) -> int:
         except NotFound:
             if CLOCK.monotonic() >= deadline:
                 raise
-        while CLOCK.monotonic() < deadline and call.store.signature() == before and not has_due_task(call.store):
-            time.sleep(min(0.1, max(0.0, deadline - CLOCK.monotonic())))
+        wait_for_change(call.store, before, deadline)
     prompt = write_prompt(call.store, claim, settings.gate)
     print(claim_environment(claim, prompt) if call.options.get("env") else dump_line(claim.to_json()))
     return 0
@@ -3019,10 +3049,11 @@ def claim_once(call: Call, agent: str, owner: Owner, watch: LeaseWatch, settings
         return TaskQueue(tx).claim(agent, owner, call.options.get("id", ""))
 
 
-def has_due_task(store: Store) -> bool:
-    """Whether a backoff has ended since the last look."""
-    now = CLOCK.now()
-    return any(task.not_before and now - 1 <= epoch(task.not_before) <= now for task in store.snapshot().pending.values())
+def wait_for_change(store: Store, before: tuple, deadline: float) -> None:
+    """Until a move was made, or a second is over (backoffs, leases and owners end without one), or the deadline is reached."""
+    deadline = min(deadline, CLOCK.monotonic() + 1)
+    while store.signature() == before and (left := deadline - CLOCK.monotonic()) > 0:
+        time.sleep(min(0.05, left))
 
 
 def claim_environment(claim: Claim, prompt: str) -> str:
@@ -3101,20 +3132,19 @@ def verb_retry(call: Call) -> int:
 
 def acquire_waiting(call: Call, agent: str, names: list[str], owner: Owner) -> None:
     """Hold all names, waiting up to --wait seconds. Raises Refused."""
-    deadline = CLOCK.monotonic() + call.options.get("wait", 0)
+    watch, deadline = LeaseWatch(call.settings().lease_seconds), CLOCK.monotonic() + call.options.get("wait", 0)
     while True:
         before = call.store.signature()
         try:
             with call.store.transaction() as tx:
                 registry = LockRegistry(tx)
-                registry.expire()
+                registry.expire(watch.is_lapsed)
                 registry.acquire(agent, names, owner)
             return
         except Refused:
             if CLOCK.monotonic() >= deadline:
                 raise
-        while CLOCK.monotonic() < deadline and call.store.signature() == before:
-            time.sleep(0.05)
+        wait_for_change(call.store, before, deadline)
 
 
 def lock_names(call: Call, names: list[str]) -> list[str]:
@@ -3123,7 +3153,7 @@ def lock_names(call: Call, names: list[str]) -> list[str]:
     return names
 
 
-@verb("lock AGENT NAME... [--wait S]", "hold named resources, all or none", "wait=# owner-pid=#",
+@verb("lock AGENT NAME... [--wait S]", "hold named resources, all or none", "wait=s owner-pid=#",
       "farm lock agent-001 schema 'path:src/db/**'")
 def verb_lock(call: Call) -> int:
     acquire_waiting(call, call.agent(), lock_names(call, call.args[1:]), caller(call.options.get("owner_pid")))
@@ -3153,24 +3183,41 @@ def verb_locks(call: Call) -> int:
     return 0
 
 
-@verb("with-lock NAME... -- COMMAND", "run a command while holding names", "wait=#", "farm with-lock schema -- ./migrate.sh")
+@verb("with-lock NAME... -- COMMAND", "run a command while holding names", "wait=s", "farm with-lock schema -- ./migrate.sh")
 def verb_with_lock(call: Call) -> int:
-    import subprocess
+    import shutil
 
-    command = call.options.get("command")
+    command, names = call.options.get("command"), lock_names(call, call.args)
     if not command:
         raise UsageError("with-lock needs a command after --", "farm with-lock NAME -- COMMAND")
-    names = lock_names(call, call.args)
-    agent = f"with-lock-{os.getpid()}"
-    acquire_waiting(call, agent, names, identify(os.getpid()))
+    if not shutil.which(command[0]):
+        raise NotFound(f"there is no command {command[0]}")
+    child, go = fork_waiting(command)
+    agent = f"with-lock-{child}"
     try:
-        code = subprocess.call(command)
-    except FileNotFoundError:
-        raise NotFound(f"there is no command {command[0]}") from None
+        acquire_waiting(call, agent, names, identify(child))
+        os.write(go, b"1")
     finally:
-        with call.store.transaction() as tx:
-            LockRegistry(tx).release(agent, names)
+        os.close(go)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with call.store.transaction() as tx:
+        LockRegistry(tx).release(agent, names)
     return code if code >= 0 else 128 - code
+
+
+def fork_waiting(command: list[str]) -> tuple[int, int]:
+    """A child that becomes `command` once a byte comes through the pipe: (pid, write end). It owns the lock, so the lock
+    lives exactly as long as the command, whatever happens to this process.
+    """
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(read_end)
+        return child, write_end
+    os.close(write_end)
+    if os.read(read_end, 1):
+        os.execvp(command[0], command)
+    os._exit(Refused.exit_code)
 
 
 @verb("queue [--json]", "the merge queue", "json", "./farm.py queue")
@@ -3182,6 +3229,7 @@ def verb_queue(call: Call) -> int:
         return 0
     rows = [[r["id"], r["state"], r["agent"], r["commit"][:10], r["title"], r["reason"]] for r in records]
     print_table(rows, ["TASK", "STATE", "AGENT", "COMMIT", "TITLE", "WHY"])
+    say(describe_queue(state, records, find_activity(call.store)))
     return 0
 
 
@@ -3205,7 +3253,12 @@ def verb_merge(call: Call) -> int:
         pass  # makes what is missing below coordination/
     if not settings.gate:
         say("there is no gate: what merges cleanly lands, and nothing was tested (set one: --gate 'make test')")
-    guard = hold_long(call.store.path("merger.lock"), "a merger")
+    try:
+        guard = hold_long(call.store.path("merger.lock"), "a merger")
+    except Refused:
+        if call.options.get("watch"):
+            raise
+        return follow_merger(call)
     slots_folder = worktrees_folder(call.repo, settings)
     queue = MergeQueue(call.store, settings, target, slots_folder)
     should_stop = stop_on_signals()
@@ -3216,20 +3269,33 @@ def verb_merge(call: Call) -> int:
         guard.close()
     if should_stop.is_set():
         return 128 + should_stop.signal
-    return report_merge(call, queue)
+    return report_merge(call, queue.moved, queue.trouble or (), queue.counts["gates"])
 
 
-def report_merge(call: Call, queue: MergeQueue) -> int:
+def report_merge(call: Call, moved: list[tuple], trouble: tuple, gates: int) -> int:
     """What landed and what came back; 5 when something came back or waits for a person."""
-    came_back = [move for move in queue.moved if move[1] != "landed"]
-    if queue.trouble:
-        say(f"{queue.trouble[0]}\n  try: {queue.trouble[1]}")
+    came_back = [move for move in moved if move[1] != "landed"]
+    if trouble:
+        say(f"{trouble[0]}\n  try: {trouble[1]}")
     if call.options.get("json"):
-        print_json({"landed": [move[0] for move in queue.moved if move[1] == "landed"], "gates": queue.counts["gates"],
-                    "returned": [{"id": move[0], "reason": move[2]} for move in came_back], "trouble": list(queue.trouble or ())})
+        print_json({"landed": [move[0] for move in moved if move[1] == "landed"], "gates": gates,
+                    "returned": [{"id": move[0], "reason": move[2]} for move in came_back], "trouble": list(trouble)})
     else:
-        print_table(queue.moved, ["TASK", "WHAT", "COMMIT OR REASON"])
-    return 5 if came_back or queue.trouble else 0
+        print_table(moved, ["TASK", "WHAT", "COMMIT OR REASON"])
+    return 5 if came_back or trouble else 0
+
+
+def follow_merger(call: Call) -> int:
+    """The farm's own merger is at work: wait until it has drained the queue or needs a person, and report what it did."""
+    say("the farm's merger is at work; waiting until the queue is empty")
+    store, waiting = call.store, call.store.snapshot().ready
+    while (activity := find_activity(store)) and store.snapshot().ready and not activity["trouble"]:
+        wait_for_change(store, store.signature(), CLOCK.monotonic() + 1)
+    state = store.snapshot()
+    tasks = [state.get_task(task_id) for task_id in waiting if task_id not in state.ready]
+    moved = [(task.id, "landed", task.landed_commit[:10]) if task.state == "landed" else (task.id, "returned", task.reason)
+             for task in tasks]
+    return report_merge(call, moved, tuple(activity.get("trouble", ())), activity.get("gates", 0))
 
 
 def stop_on_signals(count_to_exit: int = 0):

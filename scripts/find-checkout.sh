@@ -31,12 +31,16 @@ find_checkouts() {
 }
 
 find_operations() {
-  local file path
+  local file entry path kind
   for file in "$common"/{,worktrees/*/}{rebase-merge/head-name,rebase-merge/update-refs,rebase-apply/head-name,BISECT_START}; do
-    [ -f "$file" ] && grep -qxF -e "$1" -e "refs/heads/$1" "$file" || continue
+    if ! [ -f "$file" ] || ! grep -qxF -e "$1" -e "refs/heads/$1" "$file"; then continue; fi
+    case $file in
+      */BISECT_START) kind=bisect entry=${file%/*} ;;
+      *) kind=rebase entry=${file%/rebase-*} ;;
+    esac
     path=$main
-    case $file in "$common"/worktrees/*) IFS= read -r path <"${file%/*}/../gitdir" || IFS= read -r path <"${file%/*}/gitdir" ;; esac
-    case $file in */BISECT_START) answer bisect "${path%/.git}" ;; *) answer rebase "${path%/.git}" ;; esac
+    if [ "$entry" != "$common" ]; then IFS= read -r path <"$entry/gitdir"; fi
+    answer "$kind" "${path%/.git}"
   done
 }
 

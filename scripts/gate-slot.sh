@@ -10,18 +10,12 @@ set -euo pipefail
 
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
 die() { printf 'farm: %s\n  try: %s\n' "$1" "$2" >&2; exit "${3:-1}"; }
-in_slot() { git -C "$slot" "$@"; }
 
-pin_settings() {
-  local pair n=${GIT_CONFIG_COUNT:-0}
-  unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY GIT_NAMESPACE
-  for pair in gc.auto=0 maintenance.auto=false core.hooksPath=/dev/null core.fsmonitor=false core.untrackedCache=false \
-    core.trustctime=true core.checkStat=default diff.autoRefreshIndex=true submodule.recurse=false \
-    worktree.useRelativePaths=false core.filesRefLockTimeout=10000; do
-    export "GIT_CONFIG_KEY_$n=${pair%%=*}" "GIT_CONFIG_VALUE_$n=${pair#*=}"
-    n=$((n + 1))
-  done
-  export GIT_CONFIG_COUNT=$n GIT_TERMINAL_PROMPT=0 GIT_OPTIONAL_LOCKS=0 LC_ALL=C
+# git in folder $1, without hooks, and with nothing of the user's settings that could hide a change.
+git_in() {
+  git -C "$1" -c gc.auto=0 -c maintenance.auto=false -c core.hooksPath=/dev/null -c core.fsmonitor=false -c core.trustctime=true \
+    -c core.untrackedCache=false -c core.checkStat=default -c diff.autoRefreshIndex=true -c submodule.recurse=false \
+    -c worktree.useRelativePaths=false -c core.filesRefLockTimeout=10000 "${@:2}"
 }
 
 # Sets slot (absolute, without links) and mark.
@@ -56,7 +50,7 @@ delete_tree() {
 move_slot() {
   rm -rf "$GIT_DIR"/*.lock "$GIT_DIR"/MERGE_* "$GIT_DIR"/rebase-* "$GIT_DIR/sequencer"
   [ -f "$slot/.git" ] || printf 'gitdir: %s\n' "$GIT_DIR" >"$slot/.git"
-  in_slot checkout -q --detach --force "$1" -- && in_slot clean -ffdq
+  git_in "$slot" checkout -q --detach --force "$1" -- && git_in "$slot" clean -ffdq
 }
 
 # What stops a move: folders that the gate left unwritable, then an index that git cannot read.
@@ -81,30 +75,28 @@ drop_slot() {
 make_slot() {
   drop_slot
   : >"$mark"
-  git -C "$common" worktree add --no-checkout --detach --lock "$slot" "$1" >/dev/null &&
+  git_in "$common" worktree add -q --no-checkout --detach --lock "$slot" "$1" &&
     find_entry "$common" && move_slot "$1"
 }
 
 prepare() {
-  common=$(git -C "$repo" rev-parse --path-format=absolute --git-common-dir 2>/dev/null) || die "$repo is no git repo" "git init" 2
-  git --git-dir="$common" cat-file -e "$1^{commit}" 2>/dev/null || die "there is no commit $1 in $repo" "git log --all" 3
-  if [ -e "$mark" ] && find_entry "$common"; then
-    [ "${GIT_DIR%/worktrees/*}" = "$common" ] && [ -d "$slot" ] && move_or_mend "$1" || make_slot "$1"
-  else
-    make_slot "$1"
-  fi || die "git could not check out $1 in $slot" "gate-slot.sh remove $slot"
+  common=$(git_in "$repo" rev-parse --path-format=absolute --git-common-dir 2>/dev/null) || die "$repo is no git repo" "git init" 2
+  git_in "$common" cat-file -e "$1^{commit}" 2>/dev/null || die "there is no commit $1 in $repo" "git log --all" 3
+  if ! { [ -e "$mark" ] && [ -d "$slot" ] && find_entry "$common" && move_or_mend "$1"; } && ! make_slot "$1"; then
+    die "git could not check out $1 in $slot" "gate-slot.sh remove $slot"
+  fi
   printf '%s\n' "$slot"
 }
 
 check() {
   local path shas list='' slash="\\\\" tab='\t' line='\n' return='\r'
-  find_entry '' && [ -f "$slot/.git" ] || { printf '.git\n'; return 1; }
-  shas=$(in_slot rev-parse HEAD "$1^{commit}" 2>/dev/null) || die "there is no commit $1" "git log --all" 3
+  if ! [ -f "$slot/.git" ] || ! find_entry ''; then printf '.git\n' && return 1; fi
+  shas=$(git_in "$slot" rev-parse HEAD "$1^{commit}" 2>/dev/null) || die "there is no commit $1" "git log --all" 3
   [ "${shas%%$'\n'*}" = "${shas##*$'\n'}" ] || list=$'HEAD\n'
   while IFS= read -r -d '' path; do
     path=${path//\\/"$slash"} path=${path//$'\t'/"$tab"} path=${path//$'\n'/"$line"} path=${path//$'\r'/"$return"}
     list=$list$path$'\n'
-  done < <(in_slot diff --name-only --no-renames --ignore-submodules=dirty -z "$1" --)
+  done < <(git_in "$slot" diff --name-only --no-renames --ignore-submodules=dirty -z "$1" --)
   printf '%s' "$list"
   [ -z "$list" ]
 }
@@ -115,7 +107,8 @@ main() {
   shift || true
   if [ "${1-}" = -C ] && [ $# -ge 2 ]; then repo=$2 && shift 2; fi
   case $verb:$# in prepare:2 | check:2 | remove:1) ;; *) die "a verb, a folder and (not to remove) a commit are needed" "gate-slot.sh -h" 2 ;; esac
-  pin_settings
+  unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY GIT_NAMESPACE
+  export GIT_OPTIONAL_LOCKS=0 LC_ALL=C
   set_slot "$1"
   [ -e "$mark" ] || [ ! -e "$slot" ] || rmdir "$slot" 2>/dev/null || die "$slot is not a slot of gates" "ls -la $slot" 4
   case $verb in

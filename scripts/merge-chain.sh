@@ -49,7 +49,7 @@ merge_pair() {
 # Sets status, detail and tree of entry $1, commit $2; what is not plainly ok is merged with the base alone as well.
 classify() {
   local chain=0 alone=0 wanted
-  merge_pair "$tip" "$2" chain || chain=$?
+  merge_pair "$join" "$2" chain || chain=$?
   [ "$chain" -ne 0 ] || [ "$tree" = "$tip_tree" ] || return 0
   wanted=$tree
   merge_pair "$base" "$2" alone || alone=$?
@@ -58,7 +58,7 @@ classify() {
   tree=$wanted
   case $status in
     conflict) explain paths "$base" "$target" "$1" "$2" alone ;;
-    held) explain cause "$tip" "$target and the work ahead" "$1" "$2" chain ;;
+    held) explain cause "$join" "$target and the work ahead" "$1" "$2" chain ;;
   esac
 }
 
@@ -69,7 +69,8 @@ explain() {
   "$here/read-conflict.sh" text "$2" "$5" "$3" "$4" <"$scratch/$6" >"$FARM_CONFLICTS/${4//\//_}.txt"
 }
 
-# Put entry (id, commit, epoch, agent, title) on the tip; its texts become one line each, without control characters.
+# Put entry (id, commit, epoch, agent, title) on the tip. In every style the next one is merged with `join`, which knows
+# what was merged before and so merges stacked work. Texts become one line without control characters.
 commit_entry() {
   local text trailers plain=()
   for text in "$1" "$4" "$5"; do
@@ -81,8 +82,9 @@ commit_entry() {
   set -- "${plain[0]}" "$2" "${3%%[!0-9]*}" "${plain[1]}" "${plain[2]}"
   export GIT_AUTHOR_DATE="@${3:-0} +0000" GIT_COMMITTER_DATE="@${3:-0} +0000"
   trailers="Farm-Task: $1"$'\n'"Farm-Agent: $4"$'\n'"Farm-Tested-Tree: $tree"
+  join=$(git commit-tree "$tree" -p "$join" -p "$2" -m "Merge $1${5:+: $5}" -m "$trailers")
   case $style in
-    merge) tip=$(git commit-tree "$tree" -p "$tip" -p "$2" -m "Merge $1${5:+: $5}" -m "$trailers") ;;
+    merge) tip=$join ;;
     squash) tip=$(git commit-tree "$tree" -p "$tip" -m "${5:-$1}" -m "$trailers") ;;
     rebase) tip=$("$here/replay-commits.sh" "$tip" "$2" "$tree" "${5:-$1}" "$trailers" "${merge[@]}") ;;
   esac
@@ -110,13 +112,10 @@ merge_entries() {
 }
 
 main() {
-  local repo=. target='' base='' style=merge option base_tree tip tip_tree merge
+  local repo=. target='' base='' style=merge option base_tree tip join tip_tree merge
   while getopts ':b:B:s:C:h' option; do
     case $option in
-      b) target=$OPTARG ;;
-      B) base=$OPTARG ;;
-      s) style=$OPTARG ;;
-      C) repo=$OPTARG ;;
+      b) target=$OPTARG ;; B) base=$OPTARG ;; s) style=$OPTARG ;; C) repo=$OPTARG ;;
       h) usage; exit 0 ;;
       *) die "-$OPTARG is unknown or lacks its value" "merge-chain.sh -h" 2 ;;
     esac
@@ -125,7 +124,7 @@ main() {
   [ -n "${FARM_PINNED-}" ] || exec "$here/pinned-git.sh" "$repo" "$here/${0##*/}" "$@"
   base=$(git rev-parse -q --verify "${base:-refs/heads/$target}^{commit}") || die "there is no branch $target" "git branch" 3
   base_tree=$(git rev-parse "$base^{tree}")
-  tip=$base tip_tree=$base_tree
+  tip=$base join=$base tip_tree=$base_tree
   open_scratch
   printf 'base\t-\t%s\t%s\n' "$base" "$base_tree"
   merge_entries

@@ -37,7 +37,7 @@ print_conflict() {
   printf '%s\0' "$(in_scratch write-tree)"
   cat "$scratch/paths"
   printf '\0000\0CONFLICT\0'
-  grep -v '^Automatic merge failed' "$scratch/messages"
+  grep -v -e '^Auto-merging' -e '^Automatic merge failed' "$scratch/messages"
   printf '\0'
 }
 

@@ -1,12 +1,22 @@
 #!/usr/bin/env bash
 # Usage: pin-ref.sh [-C REPO] REF COMMIT-ISH
+#        pin-ref.sh [-C REPO] -              many: a line "REF SHA" each on stdin; a commit that is gone is passed over
 # Create or move REF, which must lie below refs/farm/, so that nothing can lose that commit.
-# Prints the commit's sha.
+# Prints the commit's sha; nothing for many.
 # Exit: 0 ok, 1 git failed, 2 usage or a ref elsewhere, 3 no such commit
 set -euo pipefail
 
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
 die() { printf 'farm: %s\n  try: %s\n' "$1" "$2" >&2; exit "${3:-1}"; }
+
+pin_many() {
+  local ref sha
+  while read -r ref sha; do
+    case $ref in refs/farm/?*) printf '%s %s\n' "$sha" "$ref" ;; esac
+  done | git -C "$repo" cat-file --batch-check='%(objecttype) %(objectname) %(rest)' |
+    sed -n 's/^commit \([0-9a-f]*\) \(.*\)$/update \2 \1/p' |
+    git -C "$repo" -c core.filesRefLockTimeout=10000 -c core.hooksPath=/dev/null update-ref --stdin
+}
 
 main() {
   local repo=. option ref sha
@@ -18,13 +28,15 @@ main() {
     esac
   done
   shift $((OPTIND - 1))
+  unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_COMMON_DIR GIT_NAMESPACE
+  if [ "$*" = - ]; then pin_many; return; fi
   [ $# -eq 2 ] || die "a ref and a commit are needed" "pin-ref.sh -h" 2
   ref=$1
   case $ref in
+    *..*) die "$ref is no name of a ref" "pin-ref.sh refs/farm/ready/TASK COMMIT" 2 ;;
     refs/farm/?*) ;;
     *) die "$ref is not below refs/farm/" "pin-ref.sh refs/farm/ready/TASK COMMIT" 2 ;;
   esac
-  unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_COMMON_DIR GIT_NAMESPACE
   sha=$(git -C "$repo" rev-parse --quiet --verify --end-of-options "$2^{commit}") ||
     die "there is no commit $2 in $repo" "git -C $repo log --oneline" 3
   git -C "$repo" -c core.filesRefLockTimeout=10000 -c core.hooksPath=/dev/null update-ref "$ref" "$sha" ||

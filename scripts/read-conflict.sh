@@ -29,12 +29,11 @@ print_paths() {
   done
 }
 
-# A rebased entry has several commits, of which only the last names it; where a rename hides who, the last entry it is.
+# Where a rename hides who it was, the last entry it is.
 print_cause() {
   local commit
   commit=$(git --literal-pathspecs rev-list --first-parent -1 "$3..$1" -- "${paths[@]:0:500}")
-  git log --first-parent --reverse --format='%H %(trailers:key=Farm-Task,valueonly,separator=%x2C)' "$3..$1" |
-    awk -v commit="$commit" '{ if ($1 == commit) seen = 1 } !done && NF > 1 { task = $2; done = seen } END { printf "%s", task }'
+  git log -1 --format='%(trailers:key=Farm-Task,valueonly,separator=%x2C)' "${commit:-$1}" | tr -d '\n'
 }
 
 # Messages come as: a count, that many paths, a kind, the text.

@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # Usage: recover-landing.sh -b TARGET -o OLD -n NEW [-C REPO]
 # Mend what a landing left that was killed half-way; all processes of that landing must be dead. May be repeated.
-# Locks: one on the branch that holds NEW is ours; another goes only when it is newer than the landing's mark, every git
-#   that lives now and so could hold it has ended, and nobody has it open. Else it stays: exit 1.
+# Locks: those go that remove-stale-lock.sh proves to be the dead landing's; else they stay: exit 1.
 # Files: where the branch still is at OLD, a checkout that was clean before the landing gets back its files and index
 #   entries of OLD..NEW, and only these, after what lay there is kept under refs/farm/rescue/landing/.
 # Prints one line: landed<TAB>NEW   moved<TAB>sha   clean<TAB>OLD   restored<TAB>OLD<TAB>rescue ref
-# Beside it: find-checkout.sh
+# Beside it: find-checkout.sh, remove-stale-lock.sh
 # Exit: 0 the landing may run again, 1 git failed or a lock may be another's, 2 usage or no repo, 3 no such branch
 set -euo pipefail
 here=$(dirname "$0") scratch=
@@ -15,66 +14,24 @@ usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
 die() { printf 'farm: %s\n  try: %s\n' "$1" "$2" >&2; exit "${3:-1}"; }
 in_place() { git -C "$place" -c core.hooksPath=/dev/null -c submodule.recurse=false -c gc.auto=0 "$@"; }
 
-list_gits() {
-  local folder name
-  if [ ! -r "/proc/$$/stat" ]; then
-    ps -A -o pid= -o stat= -o comm= | awk '$2 !~ /^Z/ && $3 ~ /(^|\/)git/ { print $1 }'
-    return
-  fi
-  for folder in /proc/[0-9]*; do
-    { IFS= read -r name <"$folder/stat"; } 2>/dev/null || continue
-    case $name in *"(git"*") Z"*) ;; *"(git"*) printf '%s\n' "${folder#/proc/}" ;; esac
-  done
-}
-
-is_open() {
-  if [ -r "/proc/$$/stat" ]; then
-    find /proc/[0-9]*/fd -maxdepth 1 -lname "$1" 2>/dev/null | grep -q .
-  else
-    lsof -- "$1" >/dev/null 2>&1
-  fi
-}
-
-# A git that starts after this one has looked found the lock there, and so does not hold it.
-outlive_holders() {
-  local pid tries=$((${FARM_LOCK_SECONDS:-10} * 10))
-  for pid in $(list_gits); do
-    while [ -e "$1" ] && list_gits | grep -qx "$pid"; do
-      [ "$tries" -gt 0 ] || return 1
-      tries=$((tries - 1))
-      sleep 0.1
-    done
-  done
-  ! is_open "$1"
-}
-
-remove_lock() {
-  [ -e "$1" ] || return 0
-  if [ "$1" = "$common/$ref.lock" ] && [ "$(cat "$1")" = "$new" ]; then
-    rm -f "$1"
-  elif [ -e "$mark" ] && [ ! "$1" -ot "$mark" ] && outlive_holders "$1"; then
-    rm -f "$1"
-  else
-    die "$1 may be another git's lock" "ls -l $1; remove it when no git is running"
-  fi
-}
-
 # Lists and sets of paths are sorted lines in which \1 stands for a newline.
 to_lines() { tr '\0\n' '\n\1'; }
 to_records() { tr '\n\1' '\0\n'; }
 
-# Makes two lists: `added`, index entries of the files that only NEW has, and `remains`, the paths of OLD..NEW at which the
-# index or the files are not OLD's. A copy of the index is asked that knows of the added files, so that these show.
+# Lists where the index or the files are not OLD's: `extra`, index entries of files that only NEW has, and `differing`, paths
+# of OLD; `remains` is both. What is extra shows when a copy of the index is asked that knows of all such files.
 find_remains() {
-  in_place diff-tree -r -z --no-renames --name-only "$old" "$new" | to_lines | sort >"$scratch/changed"
+  local compare=(diff --no-renames --ignore-submodules --name-only -z)
   in_place diff-tree -r -z --no-renames --diff-filter=A "$old" "$new" | to_lines |
     awk 'NR % 2 { entry = $2 " " $4; next } { print entry "\t" $0 }' >"$scratch/added"
-  cp "$home/index" "$scratch/index"
+  cp -p "$home/index" "$scratch/index"
   to_records <"$scratch/added" | GIT_INDEX_FILE=$scratch/index in_place update-index --add --replace -z --index-info
-  {
-    in_place diff --cached --no-renames --ignore-submodules --name-only -z "$old" --
-    GIT_INDEX_FILE=$scratch/index in_place diff --no-renames --ignore-submodules --name-only -z "$old" --
-  } | to_lines | sort -u | comm -12 - "$scratch/changed" >"$scratch/remains"
+  GIT_INDEX_FILE=$scratch/index in_place "${compare[@]}" "$old" -- | to_lines |
+    awk 'NR == FNR { shown[$0]; next } substr($0, index($0, "\t") + 1) in shown' - "$scratch/added" >"$scratch/extra"
+  in_place diff-tree -r -z --no-renames --diff-filter=a --name-only "$old" "$new" | to_lines | sort >"$scratch/changed"
+  { in_place "${compare[@]}" --cached "$old" -- && in_place "${compare[@]}" "$old" --; } | to_lines | sort -u |
+    comm -12 - "$scratch/changed" >"$scratch/differing"
+  cut -f 2- "$scratch/extra" | sort - "$scratch/differing" >"$scratch/remains"
 }
 
 # Keep what lies at these paths now.
@@ -91,16 +48,24 @@ rescue() {
   in_place update-ref "$kept" "$commit"
 }
 
+# First away with what only NEW has: it may be a folder where OLD has a file, or the other way round.
 put_back() {
-  to_records <"$scratch/added" | in_place update-index --add --replace -z --index-info
-  to_records <"$scratch/remains" |
-    in_place --literal-pathspecs restore --source="$old" --staged --worktree --pathspec-from-file=- --pathspec-file-nul
+  if [ -s "$scratch/extra" ]; then
+    to_records <"$scratch/extra" | in_place update-index --add --replace -z --index-info
+    cut -f 2- "$scratch/extra" | to_records | in_place rm -q -f --pathspec-from-file=- --pathspec-file-nul
+  fi
+  if [ -s "$scratch/differing" ]; then
+    to_records <"$scratch/differing" | in_place restore -S -W --source="$old" --pathspec-from-file=- --pathspec-file-nul
+  fi
 }
 
 recover() {
   local now kind path place='' home='' state='' lock kept=
   if [ -e "$mark" ]; then { IFS= read -r home && IFS= read -r state; } <"$mark" || true; fi
-  for lock in ${home:+"$home/index.lock" "$home/HEAD.lock" "$home/ORIG_HEAD.lock"} "$common/$ref.lock"; do remove_lock "$lock"; done
+  "$here/remove-stale-lock.sh" "$mark" "$common/$ref.lock" "$new"
+  for lock in ${home:+"$home/index.lock" "$home/HEAD.lock" "$home/ORIG_HEAD.lock"}; do
+    "$here/remove-stale-lock.sh" "$mark" "$lock"
+  done
   now=$(git -C "$repo" rev-parse -q --verify "$ref^{commit}") || die "there is no branch $target" "git branch" 3
   if git -C "$repo" merge-base --is-ancestor "$new" "$now"; then printf 'landed\t%s\n' "$new"; return; fi
   if [ "$now" != "$old" ]; then printf 'moved\t%s\n' "$now"; return; fi
@@ -133,7 +98,7 @@ main() {
   done
   case $target:$old:$new in :* | *::* | *:) die "-b, -o and -n are needed" "recover-landing.sh -h" 2 ;; esac
   unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY GIT_NAMESPACE
-  export LC_ALL=C ref=refs/heads/$target
+  export LC_ALL=C GIT_OPTIONAL_LOCKS=0 GIT_LITERAL_PATHSPECS=1 ref=refs/heads/$target
   common=$(git -C "$repo" rev-parse --path-format=absolute --git-common-dir 2>/dev/null) || die "$repo is no git repo" "git init" 2
   mark=$common/farm-landing scratch=$common/farm-recover.$$
   trap 'rm -rf "$scratch"' EXIT

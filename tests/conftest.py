@@ -230,9 +230,7 @@ def farm_cleanup(sandbox: Sandbox) -> Callable[[], None]:
 def make_repo(sandbox: Sandbox) -> Callable[..., Path]:
     """A factory of throw-away repos: `make_repo(name="repo", files={"a.txt": "text"}, commits=1, branch="main")`."""
 
-    def make(
-        name: str = "repo", files: Mapping[str, str] | None = None, commits: int = 1, branch: str = "main"
-    ) -> Path:
+    def make(name: str = "repo", files: Mapping[str, str] | None = None, commits: int = 1, branch: str = "main") -> Path:
         repo = sandbox.work / name
         repo.mkdir(parents=True)
         git(repo, "init", "-q", "-b", branch)

@@ -14,6 +14,7 @@ from conftest import ROOT, SCRIPTS, git, run
 
 SHIM = SCRIPTS / "farm"
 FARM = ROOT / "farm.py"
+UGLY = "red \x1b[31mtext\x1b[0m \x1b]0;title\x07 bell\x07 del\x7f c1\x85\x9b2J tab\there\nand\r\na line \u2028 end"
 NEEDS_PACKAGES = {"merge", "up", "run", "down", "clean", "doctor", "status"}
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import pty
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +26,10 @@ def escape(text: str) -> str:
 
 def tmux(*arguments: str, socket: str = SOCKET) -> str:
     return run(["tmux", "-u", "-L", socket, *arguments]).stdout.rstrip("\n")
+
+
+def screen(name: str = "agent-001") -> str:
+    return tmux("capture-pane", "-p", "-t", f"={name}:")
 
 
 @pytest.fixture
@@ -89,7 +95,7 @@ def test_fifty_sessions_fit_into_one_call(spawn):
 
 
 def test_the_command_knows_agent_worktree_branch_and_settings(spawn, folder):
-    odd = "it's \"$HOME\"; #{pid}\n\\n é"
+    odd = 'it\'s "$HOME"; #{pid}\n\\n é'
     spawn('printf "%s|" "$FARM_AGENT_NAME" "$FARM_WORKTREE" "$FARM_BRANCH" "$ODD" "$PWD" >out', options=("-e", f"ODD={odd}"))
     wait_until(is_dead, message="the command to end")
     assert (folder / "out").read_text() == f"agent-001|{folder}|farm/agent-001/work|{odd}|{folder}|"
@@ -105,7 +111,7 @@ def test_a_session_starts_in_a_folder_with_an_odd_name(spawn, sandbox):
     odd = sandbox.work / ODD_NAME
     odd.mkdir()
     spawn("touch here", at=odd)
-    wait_until(lambda: (odd / "here").exists(), message="the command to run in the odd folder")
+    wait_until((odd / "here").exists, message="the command to run in the odd folder")
 
 
 def test_a_log_in_a_folder_with_an_odd_name_is_written(spawn, sandbox):
@@ -147,7 +153,10 @@ def test_a_pane_that_a_person_added_is_not_taken_for_the_agents(spawn):
 def test_two_spawns_at_once_start_each_session_once(spawn, folder):
     lines = "".join(f"agent-{number:03d}\tb\t{folder}\n" for number in range(1, 9))
     command = [str(SCRIPTS / "spawn-tmux.sh"), "-L", SOCKET, "-c", "echo >>count-$FARM_AGENT_NAME; exec sleep 60"]
-    calls = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    calls = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
     for call in calls:
         call.stdin.write(lines)
         call.stdin.close()
@@ -282,7 +291,7 @@ def test_thirty_kilobytes_of_many_lines_arrive_whole(spawn, folder):
 
 def test_many_lines_are_one_paste_for_a_program_that_asks_for_it(spawn, folder):
     spawn("bash --norc --noprofile")
-    wait_until(lambda: "$" in tmux("capture-pane", "-p", "-t", "=agent-001:") or "#" in tmux("capture-pane", "-p", "-t", "=agent-001:"), message="the prompt")
+    wait_until(lambda: re.search(r"[$#] ?$", screen()), message="the prompt")
     send("echo one >>out\necho two >>out")
     wait_until(lambda: (folder / "out").exists() and (folder / "out").read_text() == "one\ntwo\n", message="both commands")
     assert "\x1b[?2004h" in log_of(folder)
@@ -290,20 +299,27 @@ def test_many_lines_are_one_paste_for_a_program_that_asks_for_it(spawn, folder):
 
 def test_a_program_that_shows_nothing_has_not_taken_the_text(spawn):
     spawn("stty raw -echo; echo ready; exec sleep 60")
-    wait_until(lambda: "ready" in tmux("capture-pane", "-p", "-t", "=agent-001:"), message="raw mode")
+    wait_until(lambda: "ready" in screen(), message="raw mode")
     assert send("hello").returncode == 4
 
 
 def test_a_program_that_ignores_enter_has_not_taken_the_text(spawn):
-    spawn("stty -icanon -echo -icrnl; echo ready; while IFS= read -rsn1 -d '' c; do case $c in $'\\r') ;; *) printf %s \"$c\" ;; esac; done")
-    wait_until(lambda: "ready" in tmux("capture-pane", "-p", "-t", "=agent-001:"), message="the program")
+    program = """
+import os, tty
+tty.setraw(0)
+os.write(1, b"ready")
+while True:
+    os.write(1, os.read(0, 1024).replace(b"\\r", b""))
+"""
+    spawn(f"exec {shlex.quote(sys.executable)} -c {shlex.quote(program)}")
+    wait_until(lambda: "ready" in screen(), message="the program")
     assert send("hello").returncode == 4
 
 
 def test_without_enter_the_text_waits_in_the_input_line(spawn, folder):
     spawn("cat >out")
     send("not yet", "-n")
-    assert ("not yet" in tmux("capture-pane", "-p", "-t", "=agent-001:"), (folder / "out").read_text()) == (True, "")
+    assert ("not yet" in screen(), (folder / "out").read_text()) == (True, "")
 
 
 def test_text_arrives_though_somebody_has_scrolled_back(spawn, folder):
@@ -338,10 +354,10 @@ def terminal() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     ends: list[int] = []
     started: list[subprocess.Popen[bytes]] = []
 
-    def open_terminal(*argv: str | Path, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def open_terminal(*argv: str | Path) -> subprocess.Popen[bytes]:
         ours, theirs = pty.openpty()
         ends.extend([ours, theirs])
-        process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env={**os.environ, **(env or {})})
+        process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
         started.append(process)
         return process
 
