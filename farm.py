@@ -820,6 +820,11 @@ class Store:
         head = {"schema": SCHEMA, **state.heads.get(READY_FILE, {}), "done": state.done}
         return dump_records(head, {key: [task.to_json() for task in getattr(state, key).values()] for key in ("ready", "landed")})
 
+    def ensure_folders(self) -> None:
+        """Make what is missing below coordination/, under the mutex."""
+        with self.transaction():
+            pass
+
     def transaction(self) -> Transaction:
         """`with store.transaction() as tx:` holds the mutex; inside, state is read and healed, and moves are made."""
         return Transaction(self)
@@ -3249,8 +3254,7 @@ def target_of(call: Call, settings: Settings) -> str:
 def verb_merge(call: Call) -> int:
     settings = call.settings()
     target = target_of(call, settings)
-    with call.store.transaction():
-        pass  # makes what is missing below coordination/
+    call.store.ensure_folders()
     if not settings.gate:
         say("there is no gate: what merges cleanly lands, and nothing was tested (set one: --gate 'make test')")
     try:
@@ -3324,6 +3328,7 @@ def open_farm(call: Call) -> Farm:
     settings = call.settings()
     target = target_of(call, settings)
     command = resolve_agent(settings.agent)
+    call.store.ensure_folders()
     return Farm(call.store, settings, command, target)
 
 

@@ -26,8 +26,7 @@ open_scratch() {
   trap 'rm -rf "$scratch"' EXIT
   mkdir -p "$scratch/tree"
   export GIT_WORK_TREE=$scratch/tree
-  GIT_INDEX_FILE=$scratch/index git -C "$scratch/tree" -c core.sparseCheckout=false checkout -q "$base" -- \
-    ':(glob)**/.gitattributes' 2>"$scratch/errors" || true
+  GIT_INDEX_FILE=$scratch/index git -C "$scratch/tree" checkout -q "$base" -- ':(glob)**/.gitattributes' 2>"$scratch/errors" || true
   merge=(git -C "$scratch/tree" merge-tree --write-tree -z --name-only)
   if [ "${FARM_MERGE-}" = worktree ] || ! "${merge[@]}" "$base" "$base" >"$scratch/errors" 2>&1; then
     merge=("$here/merge-scratch.sh" "$scratch")
@@ -57,20 +56,13 @@ classify() {
   if [ "$alone" -eq 0 ] && [ "$tree" = "$base_tree" ]; then status=empty; fi
   tree=$wanted
   case $status in
-    conflict) explain paths "$base" "$target" "$1" "$2" alone ;;
-    held) explain cause "$join" "$target and the work ahead" "$1" "$2" chain ;;
+    conflict) detail=$("$here/read-conflict.sh" paths "$base" "$2" "$target" "$1" <"$scratch/alone") ;;
+    held) detail=$("$here/read-conflict.sh" cause "$join" "$2" "$target and the work ahead" "$1" "$base" <"$scratch/chain") ;;
   esac
 }
 
-# Sets detail, and writes what a person wants to read, of the conflict in $scratch/$6.
-explain() {
-  detail=$("$here/read-conflict.sh" "$1" "$2" "$5" "$base" <"$scratch/$6")
-  [ -n "${FARM_CONFLICTS-}" ] || return 0
-  "$here/read-conflict.sh" text "$2" "$5" "$3" "$4" <"$scratch/$6" >"$FARM_CONFLICTS/${4//\//_}.txt"
-}
-
-# Put entry (id, commit, epoch, agent, title) on the tip. In every style the next one is merged with `join`, which knows
-# what was merged before and so merges stacked work. Texts become one line without control characters.
+# Put entry (id, commit, epoch, agent, title) on the tip, its texts made one line without control characters. In every style
+# the next one is merged with `join`, which knows what was merged before: so stacked work merges.
 commit_entry() {
   local text trailers plain=()
   for text in "$1" "$4" "$5"; do
@@ -101,8 +93,7 @@ merge_entries() {
   fresh=$({ printf '^%s\n' "$base"; printf '%s\n' "${shas[@]}"; } | grep . | git rev-list --stdin)
   while IFS=$'\37' read -r -u 3 id _ epoch agent title; do
     sha=${shas[n]} n=$((n + 1)) status=missing detail='' tree=-
-    if [[ -n $sha && $fresh != *"$sha"* ]]; then status=landed; fi
-    if [[ -n $sha && $fresh == *"$sha"* ]]; then status=ok && classify "$id" "$sha"; fi
+    case $sha:$fresh in :*) ;; *:*"$sha"*) status=ok && classify "$id" "$sha" ;; *) status=landed ;; esac
     case $status in
       ok) commit_entry "$id" "$sha" "$epoch" "$agent" "$title"; printf '%s\tok\t%s\t%s\t\n' "$id" "$tip" "$tree" ;;
       landed) printf '%s\tlanded\t%s\t%s\t\n' "$id" "$base" "$base_tree" ;;
@@ -123,8 +114,8 @@ main() {
   case $style:$target in merge:?* | squash:?* | rebase:?*) ;; *) die "a branch (-b) and a known style are needed" "merge-chain.sh -h" 2 ;; esac
   [ -n "${FARM_PINNED-}" ] || exec "$here/pinned-git.sh" "$repo" "$here/${0##*/}" "$@"
   base=$(git rev-parse -q --verify "${base:-refs/heads/$target}^{commit}") || die "there is no branch $target" "git branch" 3
-  base_tree=$(git rev-parse "$base^{tree}")
-  tip=$base join=$base tip_tree=$base_tree
+  base_tree=$(git rev-parse "$base^{tree}") tip=$base join=$base
+  tip_tree=$base_tree
   open_scratch
   printf 'base\t-\t%s\t%s\n' "$base" "$base_tree"
   merge_entries

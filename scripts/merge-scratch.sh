@@ -8,7 +8,9 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd -P)
 
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
-in_scratch() { git -C "$scratch/tree" "$@"; }
+in_scratch() {
+  git -C "$scratch/tree" -c core.sparseCheckout=true -c core.sparseCheckoutCone=false -c sparse.expectFilesOutsideOfPatterns=true "$@"
+}
 
 # Git takes a folder with HEAD and commondir for a work tree's own; registered nowhere, it needs no cleaning up in the repo.
 open_scratch() {

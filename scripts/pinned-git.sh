@@ -25,7 +25,7 @@ pin_settings() {
   local pair n=${GIT_CONFIG_COUNT:-0}
   for pair in gc.auto=0 maintenance.auto=false \
     core.hooksPath=/dev/null core.attributesFile=/dev/null core.fsmonitor=false core.autocrlf=false core.splitIndex=false \
-    core.sparseCheckout=true core.sparseCheckoutCone=false index.sparse=false sparse.expectFilesOutsideOfPatterns=true \
+    core.sparseCheckout=false index.sparse=false \
     merge.renames=true diff.renames=true merge.renameLimit=7000 diff.renameLimit=7000 diff.algorithm=histogram \
     merge.directoryRenames=conflict merge.conflictStyle=merge merge.renormalize=false merge.verbosity=2 \
     merge.verifySignatures=false merge.autoStash=false rerere.enabled=false commit.gpgSign=false submodule.recurse=false \

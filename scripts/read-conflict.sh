@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Usage: git merge-tree --write-tree -z --name-only OURS THEIRS | read-conflict.sh VERB OURS THEIRS ...
-#   paths OURS THEIRS            the conflicted paths, space separated (\\ \t \n \r \x20 escaped)
-#   cause OURS THEIRS BASE       the Farm-Task of the latest commit of BASE..OURS that touches one, else of the last commit
-#   text OURS THEIRS NAME NAME   for people: messages and hunks, the shas replaced by names, at most 200 lines
+# Usage: git merge-tree --write-tree -z --name-only OURS THEIRS | read-conflict.sh VERB OURS THEIRS OUR_NAME THEIR_NAME [BASE]
+#   paths   prints the conflicted paths, space separated (\\ \t \n \r \x20 escaped)
+#   cause   prints the Farm-Task of the latest commit of BASE..OURS that touches one of them, else of the last commit
+#   text    prints, for people, messages and hunks with the shas replaced by the names, at most 200 lines
+# Environment: FARM_CONFLICTS=DIR, where paths and cause put the text too, as THEIR_NAME.txt
 # Exit: 0 ok, 1 git failed, 2 usage
 set -euo pipefail
 export LC_ALL=C
@@ -32,7 +33,7 @@ print_paths() {
 # Where a rename hides who it was, the last entry it is.
 print_cause() {
   local commit
-  commit=$(git --literal-pathspecs rev-list --first-parent -1 "$3..$1" -- "${paths[@]:0:500}")
+  commit=$(git --literal-pathspecs rev-list --first-parent -1 "$5..$1" -- "${paths[@]:0:500}")
   git log -1 --format='%(trailers:key=Farm-Task,valueonly,separator=%x2C)' "${commit:-$1}" | tr -d '\n'
 }
 
@@ -62,12 +63,16 @@ print_text() {
 main() {
   local verb=${1-} tree='' paths=() names=()
   case $verb:$# in
-    paths:[34] | cause:4 | text:5) ;;
     -h:*) usage; exit 0 ;;
-    *) printf 'farm: a verb and two commits are needed\n  try: read-conflict.sh -h\n' >&2; exit 2 ;;
+    paths:[56] | text:[56] | cause:6) ;;
+    *) printf 'farm: a verb, two commits and their names are needed\n  try: read-conflict.sh -h\n' >&2; exit 2 ;;
   esac
   shift
-  read_paths "$@"
+  read_paths "$1" "$2"
+  if [ -n "${FARM_CONFLICTS-}" ] && [ "$verb" != text ]; then
+    mkdir -p "$FARM_CONFLICTS"
+    print_text "$@" >"$FARM_CONFLICTS/${4//\//_}.txt"
+  fi
   "print_$verb" "$@"
 }
 main "$@"

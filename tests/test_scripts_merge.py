@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPTS, Sandbox, commit_files, git, run, write_files
+from conftest import SCRIPTS, Sandbox, commit_files, git, run, wait_until, write_files
 
 MERGE_TREE: Mapping[str, str] = {}
 WORKTREE: Mapping[str, str] = {"FARM_MERGE": "worktree"}
@@ -671,12 +671,12 @@ def test_recovery_keeps_a_lock_older_than_the_landing(repo: Repo, step: tuple[st
 def test_recovery_keeps_a_lock_while_a_git_lives_that_may_hold_it(repo: Repo, step: tuple[str, str]) -> None:
     mark_landing(repo)
     lock = repo / ".git/index.lock"
-    lock.touch()
-    with subprocess.Popen(["git", "-C", repo, "cat-file", "--batch"], stdin=subprocess.PIPE) as holder:
+    with subprocess.Popen(["git", "-C", repo, "update-index", "--stdin"], stdin=subprocess.PIPE) as holder:
+        wait_until(lock.exists)
         code = recover(repo, *step)[0]
+        kept = lock.exists()
         holder.communicate()
-    assert code == 1
-    assert lock.exists()
+    assert (code, kept) == (1, True)
 
 
 def test_recovery_keeps_a_lock_that_somebody_has_open(repo: Repo, step: tuple[str, str]) -> None:

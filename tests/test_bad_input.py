@@ -1,0 +1,723 @@
+"""What may go wrong at the edges: odd names, odd repos, odd numbers, damaged files, no room, missing tools. Nothing is lost, one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, SCRIPTS, commit_files, git, run, wait_until, write_files
+from farm_calls import FARM, SHIM, Caller, assert_is_error, bytes_below, living_process, make_commit
+
+A, B = "agent-001", "agent-002"
+ODD_NAMES = {
+    "spaces": " two  words ",
+    "quotes": "it's \"so\"",
+    "unicode": "ünï çødé 文",
+    "newline": "new\nline",
+    "shell": "$(touch pwned) `touch pwned`; touch pwned & #{pane_id} %s",
+    "backslash": "back\\slash\\n\\t",
+    "dash": "-n --help",
+    "tab": "a\ttab",
+}
+QUEUE_FILES = ["task_queue/pending.json", "merge_queue/ready-to-merge.json", f"agent_locks/{A}.lock"]
+COPY_PROMPT = 'cp "$FARM_PROMPT_FILE" prompt.txt'
+
+
+@pytest.fixture
+def farm(make_repo) -> Caller:
+    return Caller(make_repo(), os.getpid())
+
+
+def drain(farm: Caller, *args: str, agent: str = "date >made.txt", check: bool = True) -> subprocess.CompletedProcess[str]:
+    """The whole way of every task by one agent, in the foreground, until nothing is left to do."""
+    argv = ["run", "-n", "1", "--agent", agent, "--until-drained", *args]
+    done = farm(*argv, timeout=120)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def landed(farm: Caller) -> list[str]:
+    return [task["id"] for task in farm.json("tasks") if task["state"] == "landed"]
+
+
+# ---------------------------------------------------------------------------------------------- odd names
+
+
+@pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES)
+def test_a_farm_works_in_a_folder_of_any_name(make_repo, name):
+    farm = Caller(make_repo(name), os.getpid())
+    farm.ok("add", "Write a file")
+    drain(farm)
+    assert landed(farm) == ["t-0001"]
+
+
+@pytest.mark.parametrize("name", ["it's-\"so\"", "feature/ünï-çødé", "a$(touch${IFS}pwned);b", "a#{pane_id}%s", "x&y|z", "-dash"])
+def test_work_lands_on_a_branch_of_any_name(farm, name):
+    git(farm.repo, "symbolic-ref", "HEAD", f"refs/heads/{name}")
+    git(farm.repo, "commit", "-q", "--allow-empty", "-m", "first")
+    farm.ok("add", "Write a file")
+    drain(farm)
+    assert git(farm.repo, "ls-tree", "--name-only", f"refs/heads/{name}").split() == ["README.md", "made.txt"]
+
+
+def test_titles_of_any_text_reach_main_and_run_nothing(farm):
+    titles = [*ODD_NAMES.values(), "x" * 5000, "'", "\\", "Merge branch 'x'", "# not a comment", "é" * 300]
+    farm.ok("add", "-f", "-", input="".join(json.dumps({"title": title}) + "\n" for title in titles))
+    drain(farm, agent='date >"$FARM_TASK"')
+    assert (len(landed(farm)), list(farm.repo.rglob("pwned"))) == (len(titles), [])
+
+
+def test_the_commit_of_what_is_left_over_carries_the_title(farm):
+    farm.ok("add", "--", "-n it's \"so\" $(touch pwned) ünï")
+    drain(farm)
+    assert git(farm.repo, "log", "-1", "--format=%s", "main^2") == "-n it's \"so\" $(touch pwned) ünï"
+
+
+@pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES)
+def test_an_agent_reads_the_prompt_as_it_was_given(farm, name):
+    farm.ok("add", "-f", "-", input=json.dumps({"title": "Read", "prompt": f"first\n{name}\nlast"}))
+    claim = farm.claim(A)
+    assert f"first\n{name}\nlast" in (farm.folder / "prompts" / f"{claim['task']['id']}.1.md").read_text()
+
+
+def test_a_prompt_of_a_megabyte_reaches_the_agent(farm):
+    farm.ok("add", "-f", "-", input=json.dumps({"title": "Long", "prompt": "word " * 200_000}))
+    drain(farm, agent=COPY_PROMPT)
+    assert git(farm.repo, "show", "main:prompt.txt").count("word ") >= 199_999
+
+
+def test_a_prompt_with_unpaired_surrogates_and_nul_is_no_trouble(farm):
+    farm.ok("add", "-f", "-", input='{"title": "odd \\ud800", "prompt": "nul \\u0000 half \\udfff"}\n')
+    drain(farm, agent=COPY_PROMPT)
+    assert landed(farm) == ["t-0001"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES)
+def test_files_of_any_name_land(farm, name):
+    farm.ok("add", "Write")
+    drain(farm, agent=f"printf text >./{shlex.quote(name)}")
+    assert git(farm.repo, "show", f"main:{name}") == "text"
+
+
+def test_conflicts_in_files_of_any_name_come_back_with_the_name(farm):
+    for name in ODD_NAMES.values():
+        (farm.repo / name).write_text("base\n")
+    commit_files(farm.repo, {}, "base")
+    farm.ok("add", "Conflict")
+    claim = farm.claim(A)
+    git(farm.repo, "checkout", "-q", "-b", f"farm/{A}/t-0001")
+    commit_files(farm.repo, dict.fromkeys(ODD_NAMES.values(), "theirs\n"))
+    git(farm.repo, "checkout", "-q", "main")
+    commit_files(farm.repo, dict.fromkeys(ODD_NAMES.values(), "ours\n"))
+    farm.ok("submit", A, "--fence", claim["fence"])
+    assert farm("merge").returncode == 5
+    assert "ünï" in farm.task("t-0001")["reason"]
+
+
+def test_a_file_in_the_way_of_any_name_blocks_and_stays(farm):
+    farm.ok("add", "Write")
+    commit = make_commit(farm.repo, {"it's.txt": "theirs"})
+    farm.ok("submit", A, "--fence", farm.claim(A)["fence"], "--commit", commit)
+    (farm.repo / "it's.txt").write_text("mine")
+    assert farm("merge").returncode == 5
+    assert (farm.repo / "it's.txt").read_text() == "mine"
+
+
+# ---------------------------------------------------------------------------------------------- odd repos
+
+LOOKS_AT_THE_REPO = [["tasks"], ["add", "a"], ["status"], ["merge"], ["up", "-n", "1", "--agent", "true"], ["doctor"], ["down"]]
+
+
+@pytest.mark.parametrize("argv", LOOKS_AT_THE_REPO, ids=lambda argv: argv[0])
+def test_outside_a_repo_every_verb_says_so(sandbox, argv):
+    done = run([sys.executable, FARM, *argv], cwd=sandbox.home)
+    assert_is_error(done, 3)
+    assert "git" in done.stderr
+
+
+@pytest.mark.parametrize("argv", LOOKS_AT_THE_REPO, ids=lambda argv: argv[0])
+def test_a_repo_that_is_not_there_is_one_clear_line(sandbox, argv):
+    assert_is_error(run([sys.executable, FARM, "--repo", sandbox.home / "nowhere", *argv]), 3)
+
+
+@pytest.mark.parametrize("argv", [["up", "-n", "1", "--agent", "true"], ["merge"], ["status"]], ids=lambda argv: argv[0])
+def test_a_bare_repo_is_one_clear_line(sandbox, argv):
+    git(sandbox.work, "init", "-q", "--bare", "bare.git")
+    assert_is_error(run([sys.executable, FARM, "--repo", sandbox.work / "bare.git", *argv]), 3)
+
+
+@pytest.mark.parametrize("argv", [["up", "-n", "1", "--agent", "true"], ["merge"]], ids=lambda argv: argv[0])
+def test_a_repo_without_commits_is_one_clear_line(make_repo, argv):
+    farm = Caller(make_repo(commits=0), os.getpid())
+    assert "commit" in farm.refused(3, *argv)
+
+
+def test_tasks_can_be_added_before_the_first_commit(make_repo):
+    assert Caller(make_repo(commits=0), os.getpid()).ok("add", "a") == "t-0001"
+
+
+@pytest.mark.parametrize("verb", ["up", "merge"])
+def test_a_detached_head_is_refused_and_the_branches_are_named(farm, verb):
+    git(farm.repo, "checkout", "-q", "--detach")
+    assert "main" in farm.refused(3, verb, *(["-n", "1", "--agent", "true"] if verb == "up" else []))
+
+
+def test_with_a_detached_head_work_lands_on_the_branch_that_is_named(farm):
+    git(farm.repo, "checkout", "-q", "--detach")
+    head = git(farm.repo, "rev-parse", "HEAD")
+    farm.ok("add", "Write")
+    drain(farm, "--into", "main")
+    assert (git(farm.repo, "ls-tree", "--name-only", "main").split(), git(farm.repo, "rev-parse", "HEAD")) == (
+        ["README.md", "made.txt"],
+        head,
+    )
+
+
+def test_without_a_main_the_branch_that_is_checked_out_is_the_target(make_repo):
+    farm = Caller(make_repo(branch="trunk"), os.getpid())
+    farm.ok("add", "Write")
+    drain(farm)
+    assert "made.txt" in git(farm.repo, "ls-tree", "--name-only", "trunk")
+
+
+@pytest.mark.parametrize("verb", ["up", "run", "merge"])
+def test_a_target_that_is_not_there_names_the_branches_that_are(make_repo, verb):
+    farm = Caller(make_repo(branch="trunk"), os.getpid())
+    flags = ["-n", "1", "--agent", "true"] if verb != "merge" else []
+    assert "trunk" in farm.refused(3, verb, "--into", "main", *flags)
+
+
+@pytest.mark.parametrize("kind", ["tag", "commit"])
+def test_a_target_that_is_no_branch_is_refused(farm, kind):
+    git(farm.repo, "tag", "v1")
+    farm.refused(3, "merge", "--into", "v1" if kind == "tag" else git(farm.repo, "rev-parse", "HEAD"))
+
+
+def test_a_shallow_clone_works(farm, sandbox):
+    commit_files(farm.repo, {"more.txt": "more"})
+    git(sandbox.work, "clone", "-q", "--depth", "1", f"file://{farm.repo}", "shallow")
+    clone = Caller(sandbox.work / "shallow", os.getpid())
+    clone.ok("add", "Write")
+    drain(clone)
+    assert "made.txt" in git(clone.repo, "ls-tree", "--name-only", "main")
+
+
+def test_a_dirty_checkout_keeps_every_edit(farm):
+    commit_files(farm.repo, {"tracked.txt": "old\n", "staged.txt": "old\n"})
+    write_files(farm.repo, {"tracked.txt": "edited\n", "staged.txt": "staged\n", "untracked.txt": "new\n"})
+    git(farm.repo, "add", "staged.txt")
+    before = git(farm.repo, "status", "--porcelain", "-uall")
+    farm.ok("add", "Write")
+    drain(farm)
+    assert git(farm.repo, "status", "--porcelain", "-uall") == before
+    assert (farm.repo / "tracked.txt").read_text() == "edited\n"
+
+
+def test_agents_start_from_the_commit_not_from_the_dirty_checkout(farm):
+    (farm.repo / "README.md").write_text("half an edit\n")
+    farm.ok("add", "Read")
+    drain(farm, agent="cp README.md copy.txt")
+    assert git(farm.repo, "show", "main:copy.txt") == "a throw-away repo"
+
+
+def test_submodules_are_said_not_to_be_supported(farm, make_repo):
+    other = make_repo("other")
+    git(farm.repo, "submodule", "add", "-q", str(other), "sub")
+    git(farm.repo, "commit", "-q", "-m", "with a submodule")
+    farm.ok("add", "Write")
+    assert "submodule" in drain(farm).stderr
+
+
+def test_work_beside_a_submodule_lands(farm, make_repo):
+    other = make_repo("other")
+    git(farm.repo, "submodule", "add", "-q", str(other), "sub")
+    git(farm.repo, "commit", "-q", "-m", "with a submodule")
+    farm.ok("add", "Write")
+    drain(farm)
+    assert git(farm.repo, "diff", "--stat", "HEAD~1", "--", "sub") == ""
+
+
+def make_hook(repo: Path, *names: str) -> None:
+    for name in names:
+        path = repo / ".git" / "hooks" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\necho the hook {name} says no >&2\nexit 1\n")
+        path.chmod(0o755)
+
+
+def test_failing_hooks_of_merging_do_not_stop_the_farm(farm):
+    make_hook(farm.repo, "post-checkout", "post-merge", "pre-merge-commit", "pre-push", "post-commit", "post-rewrite")
+    farm.ok("add", "Write")
+    drain(farm)
+    assert landed(farm) == ["t-0001"]
+
+
+def test_a_hook_that_refuses_the_agents_commit_is_the_reason_of_the_failure(farm):
+    make_hook(farm.repo, "pre-commit")
+    farm.ok("add", "Write", "--max-attempts", "1")
+    drain(farm, check=False)
+    assert "the hook pre-commit says no" in farm.task("t-0001")["reason"]
+
+
+def test_what_a_hook_refused_is_kept(farm):
+    make_hook(farm.repo, "pre-commit")
+    farm.ok("add", "Write", "--max-attempts", "1")
+    drain(farm, agent="echo precious >made.txt", check=False)
+    ref = farm.ok("rescue", "list").split("\t")[0]
+    assert git(farm.repo, "show", f"{ref}:made.txt") == "precious"
+
+
+def test_the_users_git_settings_do_not_change_what_lands(farm):
+    for key, value in {"merge.ff": "false", "commit.gpgSign": "true", "core.autocrlf": "true", "merge.conflictStyle": "diff3",
+                       "rebase.autoStash": "true", "status.showUntrackedFiles": "no", "core.quotePath": "false",
+                       "color.ui": "always", "push.default": "nothing", "commit.verbose": "true"}.items():
+        git(farm.repo, "config", key, value)
+    farm.ok("add", "Write")
+    commit = make_commit(farm.repo, {"a.txt": "a"})
+    farm.ok("submit", A, "--fence", farm.claim(A)["fence"], "--commit", commit)
+    farm.ok("merge", "--gate", "test -e a.txt")
+    assert landed(farm) == ["t-0001"]
+
+
+def test_the_users_git_config_is_untouched(farm, sandbox):
+    before = (farm.repo / ".git" / "config").read_bytes(), (sandbox.home / ".gitconfig").read_bytes()
+    farm.ok("add", "Write")
+    drain(farm)
+    farm.ok("clean")
+    assert ((farm.repo / ".git" / "config").read_bytes(), (sandbox.home / ".gitconfig").read_bytes()) == before
+
+
+# ---------------------------------------------------------------------------------------------- odd numbers and commands
+
+
+@pytest.mark.parametrize("verb", ["up", "run"])
+@pytest.mark.parametrize("count", ["0", "-1", "ten", "", "1.5", "1e9"])
+def test_a_number_of_agents_that_makes_no_sense_is_a_usage_error(farm, verb, count):
+    farm.refused(2, verb, "-n", count, "--agent", "true")
+
+
+def test_a_refused_up_starts_nothing(farm):
+    farm("up", "-n", "0", "--agent", "true")
+    assert (git(farm.repo, "worktree", "list").count("\n"), Path(f"{farm.repo}-farm").exists()) == (0, False)
+
+
+@pytest.mark.parametrize("setting", ["FARM_N=0", "FARM_N=-3", "FARM_STYLE=octopus", "FARM_GATE_TIMEOUT=soon", "FARM_GATE_TIMEOUT=-1", "FARM_SLOTS=-1"])
+def test_a_setting_that_makes_no_sense_is_a_usage_error(farm, setting):
+    farm.refused(2, "merge", env=dict([setting.split("=")]))
+
+
+@pytest.mark.parametrize("verb", ["up", "run"])
+def test_an_agent_command_that_is_not_there_exits_6(farm, verb):
+    assert "no-such-agent" in farm.refused(6, verb, "-n", "1", "--agent", "no-such-agent --flag")
+
+
+def test_no_agent_and_no_claude_exits_6_and_points_to_the_demo(farm):
+    assert "make demo" in farm.refused(6, "up", "-n", "1", env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"})
+
+
+def test_a_preset_that_is_not_installed_exits_6(farm):
+    assert "aider" in farm.refused(6, "up", "-n", "1", "--agent", "aider", env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"})
+
+
+def test_an_unknown_agent_leaves_no_session_and_no_worktree(farm):
+    farm("up", "-n", "1", "--agent", "no-such-agent")
+    assert not Path(f"{farm.repo}-farm").exists()
+
+
+def test_an_agent_that_only_fails_uses_up_its_attempts_and_keeps_its_last_words(farm):
+    farm.ok("add", "Fail", "--max-attempts", "1")
+    drain(farm, agent="echo the disk is made of cheese; exit 3", check=False)
+    task = farm.task("t-0001")
+    assert (task["state"], "cheese" in task["reason"]) == ("failed", True)
+
+
+def test_run_until_drained_exits_5_when_a_task_failed(farm):
+    farm.ok("add", "Fail", "--max-attempts", "1")
+    assert drain(farm, agent="exit 3", check=False).returncode == 5
+
+
+# ---------------------------------------------------------------------------------------------- damaged files
+
+
+@pytest.fixture
+def damaged(farm) -> Caller:
+    """A farm with one task in each place; a test then damages one file."""
+    farm.ok("add", "-f", "-", input="one\ntwo\nthree\n")
+    farm.submit(B, {"b.txt": "b"})
+    farm.claim(A)
+    return farm
+
+
+DAMAGE = {"cut": b'{\n "schema": 1,\n "tasks": [', "empty": b"", "null": b"null\n", "list": b"[]\n", "text": b"<<<<<<< HEAD\n",
+          "bytes": b"\xff\xfe{}", "newer": b'{"schema": 99}\n', "wrong-type": b'{"schema": 1, "tasks": {}, "ready": 7, "agent": 3}\n'}
+
+
+@pytest.mark.parametrize("name", QUEUE_FILES)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_stops_the_verb_with_its_path(damaged, name, damage):
+    (damaged.folder / name).write_bytes(DAMAGE[damage])
+    assert name in damaged.refused(7, "claim", "agent-003", "--owner-pid", str(damaged.owner))
+
+
+@pytest.mark.parametrize("name", QUEUE_FILES)
+def test_a_damaged_file_is_never_rewritten(damaged, name):
+    (damaged.folder / name).write_bytes(DAMAGE["cut"])
+    before = bytes_below(damaged.folder)
+    for argv in (["add", "new"], ["claim", "agent-003", "--owner-pid", str(damaged.owner)], ["cancel", "t-0003"], ["tasks"], ["merge"],
+                 ["unlock", A, "x"], ["status"], ["queue"], ["locks"]):
+        damaged(*argv)
+    assert bytes_below(damaged.folder, but=["merger.lock"]) == {key: text for key, text in before.items() if key != "merger.lock"}
+
+
+@pytest.mark.parametrize("argv", [["add", "new"], ["tasks"], ["queue"], ["locks"], ["merge"], ["cancel", "t-0003"], ["doctor"]], ids=lambda argv: argv[0])
+def test_every_verb_exits_7_on_a_damaged_queue(damaged, argv):
+    (damaged.folder / "task_queue/pending.json").write_bytes(DAMAGE["cut"])
+    assert damaged(*argv).returncode == 7
+
+
+def test_damage_is_told_with_line_and_column(damaged):
+    (damaged.folder / "task_queue/pending.json").write_text('{\n "schema": 1,\n "tasks": [,]\n}\n')
+    assert "line 3, column 12" in damaged.refused(7, "tasks")
+
+
+@pytest.mark.parametrize("record", ['{"id": "t-0009"', '{"id": 7, "title": "x"}', '{"title": "x", "state": "asleep"}', '"text"', "{}",
+                                    '{"id": "t-0009", "title": "x", "after": [1]}', '{"id": "t-0009", "title": "x", "rev": true}',
+                                    '{"id": "../../x", "title": "x"}'])
+def test_a_hand_written_record_that_is_wrong_stops_the_verb(damaged, record):
+    (damaged.folder / "task_queue/pending.json").write_text('{"schema": 1, "tasks": [\n' + record + "\n]}\n")
+    damaged.refused(7, "claim", "agent-003", "--owner-pid", str(damaged.owner))
+
+
+@pytest.mark.parametrize(("broken", "still"), [("task_queue/pending.json", {"ready": 1, "claimed": 1}),
+                                               ("merge_queue/ready-to-merge.json", {"claimed": 1, "pending": 1}),
+                                               (f"agent_locks/{A}.lock", {"ready": 1, "pending": 1})])
+def test_status_shows_what_it_can_of_a_damaged_farm(damaged, broken, still):
+    (damaged.folder / broken).write_bytes(DAMAGE["cut"])
+    done = damaged("status", "--json")
+    shown = json.loads(done.stdout)
+    assert (done.returncode, any(broken in problem for problem in shown["problems"])) == (7, True)
+    assert still.items() <= shown["tasks"].items()
+
+
+def test_status_lists_every_damaged_file(damaged):
+    for name in QUEUE_FILES:
+        (damaged.folder / name).write_bytes(DAMAGE["cut"])
+    problems = json.loads(damaged("status", "--json").stdout)["problems"]
+    assert [name for name in QUEUE_FILES if not any(name in problem for problem in problems)] == []
+
+
+@pytest.mark.parametrize("name", ["farm.json", "agents.json"])
+def test_status_survives_damage_in_what_the_loop_wrote(damaged, name):
+    (damaged.folder / name).write_text("{")
+    done = damaged("status", "--json")
+    assert (done.returncode, name in json.dumps(json.loads(done.stdout)["problems"])) == (7, True)
+
+
+def test_a_queue_file_that_is_gone_is_damage_not_an_empty_queue(damaged):
+    (damaged.folder / "task_queue/pending.json").unlink()
+    damaged.refused(7, "tasks")
+
+
+def test_a_file_that_an_editor_saves_in_two_steps_is_read_whole(damaged):
+    path = damaged.folder / "task_queue/pending.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40])
+    reader = damaged.start("tasks", "--json")
+    wait_until(lambda: any(SHIM.parent.name in word or "farm" in word for word in psutil.Process(reader.pid).cmdline()))
+    path.write_bytes(whole)
+    assert len(json.loads(reader.communicate(timeout=60)[0])) == 3
+
+
+def test_everything_works_again_once_the_file_is_mended(damaged):
+    path = damaged.folder / "task_queue/pending.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40])
+    damaged.refused(7, "tasks")
+    path.write_bytes(whole)
+    assert len(damaged.json("tasks")) == 3
+
+
+def test_a_torn_line_of_history_is_no_damage(damaged):
+    with (damaged.folder / "events.jsonl").open("a") as file:
+        file.write('{"at": "2026-')
+    damaged.ok("add", "more")
+    assert json.loads((damaged.folder / "events.jsonl").read_text().splitlines()[-1])["event"] == "added"
+
+
+# ---------------------------------------------------------------------------------------------- no room, no permission
+
+
+@pytest.fixture
+def read_only():
+    """A function that makes a folder read-only, for root too where the file system can."""
+    locked = []
+
+    def lock(folder: Path) -> None:
+        for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+            path.chmod(0o555)
+            locked.append(path)
+            if os.geteuid() == 0 and run(["chattr", "+i", path]).returncode:
+                pytest.skip("nothing is read-only for root here")
+
+    yield lock
+    for path in locked:
+        if os.geteuid() == 0:
+            run(["chattr", "-i", path])
+        path.chmod(0o755)
+
+
+@pytest.mark.parametrize("argv", [["add", "new"], ["claim", "agent-003", "--owner-pid", "OWNER"], ["cancel", "t-0003"], ["lock", "agent-003", "x", "--owner-pid", "OWNER"]],
+                         ids=lambda argv: argv[0])
+def test_a_read_only_folder_is_one_clear_line_and_nothing_changes(damaged, read_only, argv):
+    before = bytes_below(damaged.folder)
+    read_only(damaged.folder)
+    done = damaged(*[word.replace("OWNER", str(damaged.owner)) for word in argv])
+    assert_is_error(done, 1)
+    assert bytes_below(damaged.folder) == before
+
+
+@pytest.mark.parametrize("verb", ["tasks", "queue", "locks", "status"])
+def test_a_read_only_farm_can_be_looked_at(damaged, read_only, verb):
+    read_only(damaged.folder)
+    damaged.ok(verb)
+
+
+def test_a_repo_that_cannot_be_written_is_one_clear_line(farm, read_only):
+    read_only(farm.repo)
+    farm.refused(1, "add", "new")
+
+
+@pytest.mark.parametrize("name", ["coordination", "coordination/task_queue", "coordination/agent_locks"])
+def test_a_file_where_a_folder_should_be_is_one_clear_line(farm, name):
+    path = farm.repo / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("in the way")
+    done = farm("add", "new")
+    assert done.returncode in (1, 7), done.stderr
+    assert_is_error(done, done.returncode)
+
+
+def test_a_folder_where_a_queue_file_should_be_is_one_clear_line(damaged):
+    (damaged.folder / "task_queue/pending.json").unlink()
+    (damaged.folder / "task_queue/pending.json").mkdir()
+    done = damaged("add", "new")
+    assert_is_error(done, done.returncode)
+
+
+def run_with_small_files(farm: Caller, blocks: int, *argv: str) -> subprocess.CompletedProcess[str]:
+    """A verb that may write no file beyond `blocks` KiB."""
+    return run(["bash", "-c", f'ulimit -f {blocks}; exec "$@"', "bash", *farm.argv(*argv)])
+
+
+def test_a_file_that_cannot_grow_is_one_clear_line_and_nothing_is_lost(damaged):
+    damaged.ok("add", "-f", "-", input="".join(f"task {number}\n" for number in range(30)))
+    before = bytes_below(damaged.folder)
+    assert_is_error(run_with_small_files(damaged, 2, "add", "new"), 1)
+    assert bytes_below(damaged.folder) == before
+
+
+FULL_DISK = """
+set -eu
+mount -t tmpfs -o size=256k tmpfs "$1/coordination"
+shift
+"$@" add -f "$TASKS" >/dev/null
+head -c 1000000 /dev/zero >"$FILLED" 2>/dev/null || true
+code=0
+"$@" add "one too many" || code=$?
+rm "$FILLED"
+"$@" tasks | wc -l >&2
+exit "$code"
+"""
+
+
+def test_a_full_disk_is_one_clear_line_and_nothing_is_lost(farm, sandbox):
+    if run(["unshare", "-m", "true"]).returncode:
+        pytest.skip("no mount namespace may be made here")
+    (sandbox.work / "tasks").write_text("".join(f"task {number}\n" for number in range(20)))
+    farm.folder.mkdir()
+    env = {"TASKS": str(sandbox.work / "tasks"), "FILLED": str(farm.folder / "filled")}
+    done = run(["unshare", "-m", "bash", "-c", FULL_DISK, "bash", farm.repo, SHIM, "--repo", farm.repo], env=env)
+    assert (done.returncode, done.stderr.splitlines()[-1].strip()) == (1, "20"), done.stderr
+    assert done.stderr.startswith("farm: ") and "Traceback" not in done.stderr
+
+
+def test_no_room_stops_new_work_with_a_word_about_it(farm):
+    farm.ok("add", "Write")
+    commit = make_commit(farm.repo, {"a.txt": "a"})
+    farm.ok("submit", A, "--fence", farm.claim(A)["fence"], "--commit", commit)
+    farm("merge", "--gate", "true", env={"FARM_MIN_FREE_MIB": str(10**9)}, timeout=60)
+    assert farm.task("t-0001")["state"] in ("ready", "landed")
+
+
+# ---------------------------------------------------------------------------------------------- gates that misbehave
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def submit_one(farm: Caller) -> None:
+    farm.ok("add", "Write")
+    farm.ok("submit", A, "--fence", farm.claim(A)["fence"], "--commit", make_commit(farm.repo, {"a.txt": "a"}))
+
+
+def pids_in(path: Path) -> list[int]:
+    return [int(word) for word in path.read_text().split()]
+
+
+def test_a_gate_that_hangs_is_ended_with_its_whole_group(farm, sandbox):
+    submit_one(farm)
+    gate = f"trap '' TERM HUP; sleep 600 & echo $$ $! >>{sandbox.work}/pids; (trap '' TERM; sleep 600)"
+    farm("merge", "--gate", gate, env={"FARM_GATE_TIMEOUT": "0.5"}, timeout=60)
+    wait_until(lambda: all(gone(pid) for pid in pids_in(sandbox.work / "pids")), message="the end of the gate's processes")
+
+
+def test_work_whose_gate_hangs_comes_back_with_that_reason(farm):
+    submit_one(farm)
+    done = farm("merge", "--gate", "sleep 600", env={"FARM_GATE_TIMEOUT": "0.5"}, timeout=60)
+    assert done.returncode == 5
+    assert "took longer" in farm.task("t-0001")["reason"] or "took longer" in done.stderr
+
+
+def test_what_a_green_gate_leaves_running_is_ended(farm, sandbox):
+    submit_one(farm)
+    farm.ok("merge", "--gate", f"sleep 600 & echo $! >>{sandbox.work}/pids; exit 0", timeout=60)
+    wait_until(lambda: all(gone(pid) for pid in pids_in(sandbox.work / "pids")), message="the end of the gate's process")
+
+
+def test_a_gate_that_prints_without_end_is_bounded(farm):
+    submit_one(farm)
+    farm("merge", "--gate", "head -c 30000000 /dev/zero | tr '\\0' x; false", timeout=60)
+    assert max(path.stat().st_size for path in (farm.folder / "results").iterdir()) < 2_000_000
+
+
+def test_a_gate_that_reads_input_gets_none(farm):
+    submit_one(farm)
+    farm.ok("merge", "--gate", "! read -r line", timeout=60)
+    assert landed(farm) == ["t-0001"]
+
+
+def test_a_gate_that_edits_tracked_files_lands_nothing(farm):
+    submit_one(farm)
+    farm("merge", "--gate", "echo edited >a.txt", timeout=60)
+    assert landed(farm) == []
+
+
+def test_a_gate_command_that_is_not_there_blames_nobody(farm):
+    submit_one(farm)
+    done = farm("merge", "--gate", "no-such-gate", timeout=60)
+    assert (done.returncode, farm.task("t-0001")["attempts"]) == (5, 0)
+
+
+@pytest.mark.parametrize("quoting", ["test \"$(cat 'a.txt')\" = a", "test $(( 1 + 1 )) = 2 && echo 'it'\\''s' | grep -q \"it's\"", "true # comment", "true\ntrue"])
+def test_a_gate_is_run_as_it_was_written(farm, quoting):
+    submit_one(farm)
+    farm.ok("merge", "--gate", quoting, timeout=60)
+    assert landed(farm) == ["t-0001"]
+
+
+# ---------------------------------------------------------------------------------------------- missing and old tools
+
+
+@pytest.fixture
+def path_without(sandbox):
+    """A PATH on which everything is but the named tools."""
+
+    def make(*names: str) -> str:
+        folder = sandbox.work / "bin"
+        folder.mkdir()
+        for source in os.environ["PATH"].split(os.pathsep):
+            for path in Path(source).iterdir() if Path(source).is_dir() else ():
+                if path.name not in names and not (folder / path.name).is_symlink():
+                    (folder / path.name).symlink_to(path)
+        return str(folder)
+
+    return make
+
+
+def fake_tool(folder: Path, name: str, says: str) -> str:
+    """A PATH on which `name` is a script that only prints `says`."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\necho '{says}'\n")
+    (folder / name).chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("tool", ["git", "tmux"])
+def test_a_missing_tool_exits_6_with_what_to_install(farm, path_without, tool):
+    said = farm.refused(6, "up", "-n", "1", "--agent", "true", env={"PATH": path_without(tool)})
+    assert [word for word in (tool, f"apt install {tool}", f"dnf install {tool}", f"brew install {tool}") if word not in said] == []
+
+
+@pytest.mark.parametrize(("tool", "says", "found", "needed"), [("git", "git version 2.25.1", "2.25", "2.30"), ("tmux", "tmux 2.8", "2.8", "3.0"),
+                                                              ("tmux", "tmux 1.9a", "1.9", "3.0")])
+def test_a_tool_that_is_too_old_exits_6_with_both_versions(farm, sandbox, tool, says, found, needed):
+    said = farm.refused(6, "up", "-n", "1", "--agent", "true", env={"PATH": fake_tool(sandbox.work / "fake", tool, says)})
+    assert [word for word in (tool, found, needed, "apt", "dnf", "brew") if word not in said] == []
+
+
+@pytest.mark.parametrize(("tool", "says"), [("git", "git version 2.30.0"), ("git", "git version 2.39.5 (Apple Git-154)"), ("git", "git version 3.0.rc1"),
+                                            ("tmux", "tmux 3.0"), ("tmux", "tmux 3.4"), ("tmux", "tmux next-3.5"), ("tmux", "tmux master"),
+                                            ("tmux", "tmux 10.1"), ("git", "git version 2.100.0.windows.1")])
+def test_a_tool_that_is_new_enough_passes(sandbox, tool, says):
+    done = run(["bash", SCRIPTS / "check-tools.sh", tool], env={"PATH": fake_tool(sandbox.work / "fake", tool, says)})
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_every_missing_tool_is_named_at_once(sandbox, path_without):
+    done = run(["bash", SCRIPTS / "check-tools.sh"], env={"PATH": path_without("git", "tmux", "make")})
+    assert (done.returncode, [tool for tool in ("git", "tmux", "make") if f"farm: {tool} " not in done.stderr]) == (6, [])
+
+
+def test_an_old_python_exits_6_with_what_to_install(sandbox):
+    env = {"PATH": fake_tool(sandbox.work / "fake", "python3", "Python 3.8.10")}
+    done = run(["bash", SCRIPTS / "check-tools.sh"], env=env)
+    assert (done.returncode, [word for word in ("3.8", "3.10", "apt", "dnf", "brew") if word not in done.stderr]) == (6, [])
+
+
+def test_doctor_names_the_missing_tool_and_exits_6(farm, path_without):
+    farm.ok("add", "a")
+    done = farm("doctor", env={"PATH": path_without("tmux")})
+    assert (done.returncode, "apt install tmux" in done.stdout + done.stderr) == (6, True)
+
+
+@pytest.mark.parametrize("argv", [["add", "a"], ["tasks"], ["claim", A, "--owner-pid", "OWNER"], ["lock", A, "x", "--owner-pid", "OWNER"]], ids=lambda argv: argv[0])
+def test_agents_verbs_need_no_git_and_no_tmux(farm, path_without, argv):
+    farm.ok("add", "a")
+    farm.ok(*[word.replace("OWNER", str(farm.owner)) for word in argv], env={"PATH": path_without("git", "tmux")})
+
+
+def test_agents_verbs_need_no_package(farm):
+    farm.ok("add", "a")
+    done = run([sys.executable, "-I", "-S", FARM, "--repo", farm.repo, "claim", A, "--owner-pid", str(farm.owner)])
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_dead_owner_is_replaced_without_git_when_it_has_no_worktree(farm, path_without):
+    farm.ok("add", "a")
+    with living_process() as owner:
+        farm.ok("claim", A, "--owner-pid", str(owner.pid))
+        owner.kill()
+        owner.wait()
+    assert farm.claim(B, "--wait", "20", env={"PATH": path_without("git", "tmux")})["agent"] == B
+
+
+def test_a_copy_of_the_toolkit_without_its_packages_says_how_to_get_them(farm, sandbox):
+    copy = sandbox.work / "copy"
+    copy.mkdir()
+    for name in ("farm.py", "scripts"):
+        run(["cp", "-R", ROOT / name, copy / name], check=True)
+    bare = "/usr/bin/python3" if Path("/usr/bin/python3").exists() else sys.executable
+    done = run([bare, "-S", copy / "farm.py", "--repo", farm.repo, "merge"])
+    assert_is_error(done, 6)
+    assert "install" in done.stderr or "setup" in done.stderr

@@ -1,0 +1,88 @@
+"""Every command of the README runs, in a copy of the toolkit, with stand-ins for ssh, scp and claude."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, git, run
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.S | re.M)
+LINES = [line for block in BLOCKS for line in block.splitlines()]
+SKIPPED = {"make demo": "test_farm runs it", "make test": "this is it"}
+
+STAND_INS = {
+    "claude": '#!/bin/sh\necho "$FARM_TASK" > "done-$FARM_TASK.txt"\n',
+    "ssh": '#!/bin/sh\nshift\ncd "$HOME" && exec sh -c "$*"\n',
+    "scp": '#!/bin/sh\nshift\nmkdir -p "$HOME/farm" && cp -r farm.py scripts Makefile "$HOME/farm" && ln -s "$FARM_VENV" "$HOME/farm/.venv"\n',
+}
+
+APP = {"Makefile": "test:\n\ttrue\n", "test.sh": "exit 0\n"}
+
+
+@pytest.fixture
+def toolkit(make_repo, sandbox, monkeypatch):
+    """A checkout of the toolkit beside a repo `app`, and the same under HOME for the other machine."""
+    copy = make_repo("toolkit", files={"tasks.md": "- [ ] one thing\n- [ ] another\n"})
+    for name in ("Makefile", "farm.py"):
+        shutil.copy2(ROOT / name, copy / name)
+    shutil.copytree(ROOT / "scripts", copy / "scripts")
+    os.symlink(ROOT / ".venv", copy / ".venv")
+    (copy / ".gitignore").write_text(".venv\n__pycache__\n")
+    git(copy, "add", "-A")
+    git(copy, "commit", "-q", "-m", "toolkit")
+    for app in (make_repo("app", files=APP), sandbox.home / "app"):
+        if not app.exists():
+            shutil.copytree(make_repo("other", files=APP), app)
+    (sandbox.home / "tasks.md").write_text("- [ ] far away\n")
+    for name, text in STAND_INS.items():
+        path = sandbox.root / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sandbox.root / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FARM_VENV", str(ROOT / ".venv"))
+    return copy
+
+
+def is_fine(line: str, code: int) -> bool:
+    """0, or what the command says when there is nothing there: an attach without a terminal, a clean that keeps."""
+    if "attach" in line:
+        return code != 127
+    return code == 0 or ("clean" in line or "rm-worktrees" in line) and code == 4 or line.endswith("--json") and code == 0
+
+
+def test_every_command_of_the_readme_runs(toolkit, farm_cleanup):
+    failed = []
+    for line in LINES:
+        if line in SKIPPED:
+            continue
+        done = run(["bash", "-c", line], cwd=toolkit, timeout=120)
+        if not is_fine(line, done.returncode):
+            failed.append(f"{line}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+    assert failed == []
+
+
+def test_the_readme_names_every_setting_and_every_verb():
+    import farm
+
+    assert [name for name in farm.SETTINGS if f"`FARM_{name.upper()}`" not in README] == []
+    assert [name for name in farm.VERBS if f"`{name}" not in README and f"{name}`" not in README] == []
+
+
+def test_files_that_the_readme_links_to_exist():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_coordination_readme_names_every_file_that_a_farm_makes(toolkit):
+    text = (ROOT / "coordination" / "README.md").read_text()
+    farm = [toolkit / ".venv/bin/python", "farm.py"]
+    run([*farm, "add", "a task"], cwd=toolkit, check=True)
+    run([*farm, "run", "-n", "1", "--agent", "date > x", "--gate", "true", "--until-drained"], cwd=toolkit, check=True)
+    made = [path for path in (Path(toolkit) / "coordination").iterdir() if path.name not in (".gitignore", "README.md")]
+    assert [path.name for path in made if path.name not in text] == []
