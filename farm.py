@@ -208,6 +208,8 @@ def say(text: str) -> None:
 
 def printable(text: str) -> str:
     """`text` without escape sequences and control characters, newlines and tabs kept."""
+    if text.isprintable():
+        return text
     text = re.sub(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[PX^_][^\x1b]*\x1b\\|[@-Z\\^_=>])", "", text)
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "", text)
 
@@ -405,12 +407,13 @@ class Claim(Record, collections.namedtuple("Claim", CLAIM_DEFAULTS, defaults=CLA
         return [*self.locks, *("path:" + glob for glob in self.task.get("paths", []))]
 
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+NAME_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
 def checked_name(text: str, what: str) -> str:
     """`text`, when it can be a file name and a part of a git ref. Raises UsageError."""
-    if not NAME.fullmatch(text) or ".." in text or text.endswith((".", ".lock")):
+    is_plain = 0 < len(text) <= 100 and NAME_CHARACTERS.issuperset(text)
+    if not is_plain or text[0] in "._-" or ".." in text or text.endswith((".", ".lock")):
         raise UsageError(f"{what} {text!r}: use letters, digits, '.', '_' and '-' only")
     return text
 
@@ -539,7 +542,9 @@ class Disk:
 
 def dump_line(data) -> str:
     """Compact JSON with no raw control character, C1 and DEL included."""
-    text = json.dumps(data, ensure_ascii=False, separators=(", ", ": "))
+    text = json.dumps(data, ensure_ascii=False)
+    if text.isprintable():  # nearly always; compiling the pattern would cost every verb 2 ms
+        return text
     return re.sub("[\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
@@ -605,7 +610,7 @@ class State:
     def next_id(self) -> str:
         """Numbers are never used again: `done` keeps those of finished work."""
         known = [*self.done, *(task.id for task in self.all_tasks())]
-        numbers = [int(name[2:]) for name in known if re.fullmatch(r"t-\d{1,9}", name)]
+        numbers = [int(name[2:]) for name in known if name.startswith("t-") and name[2:].isdecimal()]
         return f"t-{1 + max(numbers, default=0):04d}"
 
     def drop_losers(self) -> None:
@@ -710,29 +715,32 @@ class Store:
                 raise describe_damage(self.path(name), ValueError(f"record {number}: {error}")) from None
         return tasks
 
-    def read_claims(self) -> dict[str, Claim]:
-        """Every lock file, by agent. A damaged one stops all claims: what it holds is not known."""
-        claims = {}
+    def lock_files(self) -> list[str]:
+        """Names of the lock files, relative to coordination/."""
         try:
             names = sorted(self.disk.list_folder(self.path(LOCK_FOLDER)))
         except FileNotFoundError:
-            return claims
-        for name in names:
-            if not name.endswith(".lock") or name.startswith("."):
-                continue
-            file = os.path.join(LOCK_FOLDER, name)
-            data = self.read_json(file)
-            if data is None:
-                continue
-            try:
-                claim = Claim.from_json(data)
-                Owner.from_json(claim.owner)
-                if claim.agent + ".lock" != name or (claim.task and not claim.get_task().id):
-                    raise ValueError("its agent is not the file's name, or its task has no id")
-            except ValueError as error:
-                raise describe_damage(self.path(file), error) from None
-            claims[claim.agent] = claim
-        return claims
+            return []
+        return [os.path.join(LOCK_FOLDER, name) for name in names if name.endswith(".lock") and not name.startswith(".")]
+
+    def read_claim(self, name: str) -> Claim | None:
+        """One lock file; None when it has gone meanwhile."""
+        data = self.read_json(name)
+        if data is None:
+            return None
+        try:
+            claim = Claim.from_json(data)
+            Owner.from_json(claim.owner)
+            if claim.agent + ".lock" != os.path.basename(name) or (claim.task and not claim.get_task().id):
+                raise ValueError("its agent is not the file's name, or its task has no id")
+        except ValueError as error:
+            raise describe_damage(self.path(name), error) from None
+        return claim
+
+    def read_claims(self) -> dict[str, Claim]:
+        """Every lock file, by agent. A damaged one stops all claims: what it holds is not known."""
+        claims = [self.read_claim(name) for name in self.lock_files()]
+        return {claim.agent: claim for claim in claims if claim is not None}
 
     def load(self) -> State:
         """What is on disk, losing copies dropped in memory. Consistent only under the mutex. Raises DamagedState."""
@@ -777,8 +785,8 @@ class Store:
 
     # -- writing
 
-    def write_durably(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
-        """Temp file, fsync, rename (exclusive: link, which never replaces), fsync of the folder."""
+    def write_durably(self, name: str, data: bytes, *, exclusive: bool = False, settle: bool = True) -> None:
+        """Temp file, fsync, rename (exclusive: link, which never replaces), fsync of the folder (settle: at once)."""
         path = self.path(name)
         folder, base = os.path.split(path)
         temp = os.path.join(folder, f".{base}.tmp")
@@ -791,7 +799,8 @@ class Store:
         except OSError:
             self.discard(temp)
             raise
-        self.disk.fsync_folder(folder)
+        if settle:
+            self.disk.fsync_folder(folder)
         if exclusive:
             self.disk.unlink(temp)
 
@@ -825,16 +834,16 @@ class Store:
         with self.transaction():
             pass
 
-    def transaction(self) -> Transaction:
+    def transaction(self, before_load=lambda: None) -> Transaction:
         """`with store.transaction() as tx:` holds the mutex; inside, state is read and healed, and moves are made."""
-        return Transaction(self)
+        return Transaction(self, before_load)
 
 
 class Transaction:
     """One hold of the mutex: `state`, and the moves. Every move is durable when its method returns."""
 
-    def __init__(self, store: Store):
-        self.store = store
+    def __init__(self, store: Store, before_load):
+        self.store, self.before_load = store, before_load
         self.state = State()
 
     def __enter__(self) -> Transaction:
@@ -846,6 +855,7 @@ class Transaction:
         try:
             fcntl.flock(self.mutex, fcntl.LOCK_EX)
             store.make_folders()
+            self.before_load()
             self.state = store.load()
             if self.state.losers or os.fstat(self.mutex).st_size:
                 self.settle_folders()
@@ -882,22 +892,21 @@ class Transaction:
 
     def prune_lock_files(self) -> None:
         """Make the lock folder what `state.claims` says, where healing took a task away from a claim."""
-        for name in self.store.disk.list_folder(self.store.path(LOCK_FOLDER)):
-            if not name.endswith(".lock") or name.startswith("."):
-                continue
-            claim = self.state.claims.get(name.removesuffix(".lock"))
+        for name in self.store.lock_files():
+            agent = os.path.basename(name).removesuffix(".lock")
+            claim = self.state.claims.get(agent)
             if claim is None:
-                self.remove_lock(name.removesuffix(".lock"))
+                self.remove_lock(agent)
             elif not claim.task:
                 self.write_lock(claim)
 
-    def write(self, place: str) -> None:
+    def write(self, place: str, *, settle: bool = True) -> None:
         """Make one queue file durable as `state` has it."""
         self.mark_dirty()
         if place == "pending":
-            self.store.write_durably(PENDING_FILE, self.store.pending_bytes(self.state))
+            self.store.write_durably(PENDING_FILE, self.store.pending_bytes(self.state), settle=settle)
         else:
-            self.store.write_durably(READY_FILE, self.store.ready_bytes(self.state))
+            self.store.write_durably(READY_FILE, self.store.ready_bytes(self.state), settle=settle)
 
     def write_lock(self, claim: Claim) -> None:
         """A claim's lock file: linked into place when new, renamed over our own when there is one."""
@@ -907,23 +916,28 @@ class Transaction:
         self.store.write_durably(os.path.join(LOCK_FOLDER, claim.agent + ".lock"), data, exclusive=is_new)
         self.state.claims[claim.agent] = claim
 
-    def remove_lock(self, agent: str) -> None:
+    def remove_lock(self, agent: str, *, settle: bool = True) -> None:
         self.mark_dirty()
         self.store.disk.unlink(self.store.path(LOCK_FOLDER, agent + ".lock"))
-        self.store.disk.fsync_folder(self.store.path(LOCK_FOLDER))
+        if settle:
+            self.store.disk.fsync_folder(self.store.path(LOCK_FOLDER))
         self.state.claims.pop(agent, None)
 
     def drop_source(self, place: str, task_id: str) -> None:
-        """Remove the copy that a durable new one outranks. Where that fails the move is made all the same: the next one heals."""
+        """Remove the copy that a durable new one outranks.
+
+        Its folder is not fsynced: if a power cut brings the old copy back, it loses. Where the removal fails the move is made
+        all the same, and the next transaction heals.
+        """
         claim = self.state.find_holder(task_id) if place == "claimed" else None
         try:
             if claim is None:
                 self.state.forget(place, task_id)
-                self.write(place)
+                self.write(place, settle=False)
             elif claim.locks:
                 self.write_lock(claim._replace(task={}, fence=""))
             else:
-                self.remove_lock(claim.agent)
+                self.remove_lock(claim.agent, settle=False)
         except OSError as error:
             where = error.filename or self.store.folder
             say(f"{where}: {os.strerror(error.errno)}; {task_id} has moved, its old copy is dropped later")
@@ -951,7 +965,7 @@ class Transaction:
                              fence=f"{task.id}.{task.rev + 1}")
         claim = claim._replace(task=task.to_json(), fence=task.fence, claimed_at=utc(CLOCK.now()))
         self.write_lock(claim)
-        self.store.append_event("claimed", task, agent=claim.agent)
+        self.store.append_event("claimed", task, agent=claim.agent, owner=claim.owner)
         self.drop_source("pending", task.id)
         return claim
 
@@ -1252,7 +1266,7 @@ class TaskQueue:
 
 # ---------------------------------------------------------------------------------------------- task files
 
-CHECKBOX = re.compile(r"^(\s*)[-*+] \[([ xX])\]\s+(.*)$")
+CHECKBOX = r"^(\s*)[-*+] \[([ xX])\]\s+(.*)$"
 
 
 def parse_checklist(text: str) -> list[Task]:
@@ -1263,7 +1277,7 @@ def parse_checklist(text: str) -> list[Task]:
     drafts: list[Task] = []
     open_items: list[tuple[int, int | None]] = []
     for line in text.splitlines():
-        item, indent = CHECKBOX.match(line), len(line) - len(line.lstrip())
+        item, indent = re.match(CHECKBOX, line), len(line) - len(line.lstrip())
         if item:
             while open_items and open_items[-1][0] >= indent:
                 open_items.pop()
@@ -1322,7 +1336,7 @@ def parse_tasks(text: str, name: str) -> list[Task]:
     """Drafts from a checklist, JSON or plain lines, each with the `source` that keeps it from being added twice."""
     import zlib
 
-    if any(CHECKBOX.match(line) for line in text.splitlines()):
+    if any(re.match(CHECKBOX, line) for line in text.splitlines()):
         drafts = parse_checklist(text)
     elif text.lstrip().startswith(("{", "[")):
         drafts = parse_json_tasks(text, name)
@@ -1999,6 +2013,10 @@ class MergeQueue:
             return self.land(queue[:step.land])
         if step.guilty:
             return self.return_red(step.guilty, queue)
+        short = find_shortage(self.store.folder, self.settings.min_free_mib) if step.tests else ""
+        if short:
+            self.trouble = (f"no gate starts: {short}", "free some, and it goes on by itself; or lower FARM_MIN_FREE_MIB")
+            return False
         for test in step.tests:
             place = self.step_of(test.entries)
             if place is not None and self.has_slot():
@@ -2242,6 +2260,14 @@ def default_slots() -> int:
     return max(1, min(os.cpu_count() or 1, free_memory_mib() // 2048, 4))
 
 
+def find_shortage(folder: str, min_free_mib: int) -> str:
+    """What there is too little of, memory or disk, in words; empty when there is room."""
+    import shutil
+
+    free = {"memory": free_memory_mib(), "disk": shutil.disk_usage(folder).free >> 20}
+    return ", ".join(f"{mib} MiB of {what} free, {min_free_mib} wanted" for what, mib in free.items() if mib < min_free_mib)
+
+
 def free_memory_mib() -> int:
     """Memory that a new process can have without swapping."""
     try:
@@ -2411,6 +2437,7 @@ class Farm:
         """Worktrees, sessions, and the loop in tmux; (started, adopted). Run again: adopts what runs, repairs what does not."""
         self.remember("running")
         self.prepare()
+        self.expire()
         has_loop = find_recorded(self.store.path("loop.lock")) is not None
         rows = self.spawn([*self.names, *([] if has_loop else [CONTROL])])
         return sum(row[3] != "running" for row in rows), sum(row[3] == "running" for row in rows)
@@ -2486,14 +2513,10 @@ class Farm:
 
     def has_room(self) -> bool:
         """Whether memory and disk allow a new start; says so when that changes."""
-        import shutil
-
-        free = {"memory": free_memory_mib(), "disk": shutil.disk_usage(self.store.folder).free >> 20}
-        short = [f"{what}: {mib} MiB free of the {self.settings.min_free_mib} wanted" for what, mib in free.items()
-                 if mib < self.settings.min_free_mib]
-        if ", ".join(short) != self.blocked:
-            self.blocked = ", ".join(short)
-            say(f"no new work starts: {self.blocked}" if short else "there is room again")
+        short = find_shortage(self.store.folder, self.settings.min_free_mib)
+        if short != self.blocked:
+            self.blocked = short
+            say(f"no new work starts: {short}" if short else "there is room again")
         return not short
 
     def admit(self) -> None:
@@ -2875,6 +2898,190 @@ class Progress:
     def close(self) -> None:
         if self.is_terminal and self.last:
             self.stream.write("\n")
+
+
+# ---------------------------------------------------------------------------------------------- doctor
+
+# A finding is (what is wrong, what to type, exit code); code 0 is a warning.
+
+
+def attempt(check, *args) -> list[tuple[str, str, int]]:
+    """Run a check that raises; its error as a finding."""
+    try:
+        check(*args)
+    except FarmError as error:
+        return [(str(error), error.hint, error.exit_code)]
+    return []
+
+
+def check_tools(call: Call) -> list[tuple]:
+    """Programs and packages."""
+    packages = [finding for name in ("psutil", "portalocker", "tabulate") for finding in attempt(import_package, name)]
+    result = run_script("check-tools.sh", env={"FARM_PYTHON": sys.executable}, allow=(0, 6))
+    return packages + ([(str(error), error.hint, 6)] if (error := script_error("check-tools.sh", result)) and result.code else [])
+
+
+def check_settings(call: Call) -> list[tuple]:
+    return attempt(call.settings) or attempt(lambda: target_of(call, call.settings()))
+
+
+def check_state(call: Call) -> list[tuple]:
+    """Files that cannot be read, tasks that only the history knows, locks of the dead."""
+    store = call.store
+    findings = [(f"{store.path(name)}: {words}", "mend it in an editor, or: ./farm.py doctor --fix", 7)
+                for name, words in find_damaged(store).items()]
+    if findings or not os.path.isdir(store.folder):
+        return findings
+    state = store.snapshot()
+    findings += [(f"task {task.id} is in events.jsonl (rev {task.rev}), and no file has it", "./farm.py doctor --fix", 7)
+                 for task, _ in find_forgotten(store, state)]
+    findings += [(f"{claim.agent} holds its lock, and its owner (pid {claim.owner.get('pid')}) is gone",
+                  "./farm.py up, or any claim: both take it over", 0)
+                 for claim in state.claims.values() if find_liveness(Owner.from_json(claim.owner)) is False]
+    if not os.access(store.folder, os.W_OK):
+        findings.append((f"{store.folder} cannot be written", f"ls -ld {store.folder}", 1))
+    return findings
+
+
+def check_pins(call: Call) -> list[tuple]:
+    """Submitted work that a pin keeps and no task knows."""
+    if find_damaged(call.store):
+        return []
+    state = call.store.snapshot()
+    pins = read_tsv(run_script("list-pins.sh", "-C", call.repo, allow=(0, 2, 3)).stdout)
+    orphans = [(ref, sha, ref.rpartition("/")[2]) for ref, sha in pins]
+    return [(f"{ref} keeps {sha[:10]}, and no task {task_id} is known", f"git log {sha[:10]}; git update-ref -d {ref}", 0)
+            for ref, sha, task_id in orphans if not state.find_task(task_id) and task_id not in state.done]
+
+
+def check_machine(call: Call) -> list[tuple]:
+    """Disk, memory, limits of the kernel, and the file system that locks must work on."""
+    import resource
+
+    settings = load_settings(call.repo)
+    findings = [(short, "free some, or lower FARM_MIN_FREE_MIB", 0)
+                for short in [find_shortage(call.repo, settings.min_free_mib)] if short]
+    limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if 0 < limit < 64 * settings.n:
+        findings.append((f"only {limit} processes are allowed, for {settings.n} agents", f"ulimit -u {64 * settings.n}", 0))
+    watches = read_number("/proc/sys/fs/inotify/max_user_instances")
+    if watches is not None and watches < 4 * settings.n:
+        findings.append((f"only {watches} inotify instances are allowed, for {settings.n} agents",
+                         f"sudo sysctl fs.inotify.max_user_instances={4 * settings.n}", 0))
+    kind = file_system_of(call.repo)
+    if kind.startswith(("nfs", "cifs", "smb", "fuse.sshfs", "9p")):
+        findings.append((f"{call.repo} lies on {kind}, where flock may not hold", "move the repo to a local disk", 0))
+    return findings
+
+
+def read_number(path: str) -> int | None:
+    try:
+        with open(path, encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return None
+
+
+def file_system_of(path: str) -> str:
+    """The type of the mount that `path` lies on; empty where /proc/mounts is not there to tell."""
+    try:
+        with open("/proc/mounts", encoding="utf-8", errors="replace") as file:
+            mounts = [line.split() for line in file]
+    except OSError:
+        return ""
+    above = [mount for mount in mounts if (path + "/").startswith(mount[1].rstrip("/") + "/")]
+    return max(above, key=lambda mount: len(mount[1]), default=["", "", ""])[2]
+
+
+CHECKS = (check_tools, check_settings, check_state, check_pins, check_machine)
+
+
+def find_damaged(store: Store) -> dict[str, str]:
+    """State files that cannot be read: name -> why. A queue file that history knows of and that is gone counts."""
+    readers = {PENDING_FILE: lambda: store.read_tasks(PENDING_FILE, store.read_queue(PENDING_FILE, ("tasks",))["tasks"]),
+               READY_FILE: lambda: [store.read_tasks(READY_FILE, store.read_queue(READY_FILE, ("ready", "landed"))[key])
+                                    for key in ("ready", "landed")]}
+    for name in (*store.lock_files(), FARM_FILE, AGENTS_FILE, NOW_FILE, INTENT_FILE):
+        readers[name] = functools.partial(store.read_claim if name.startswith(LOCK_FOLDER) else store.read_json, name)
+    damaged = {}
+    for name, reader in readers.items():
+        try:
+            reader()
+        except DamagedState as error:
+            damaged[name] = str(error).removeprefix(store.path(name)).lstrip(":, ")
+    return damaged
+
+
+def read_history(store: Store):
+    """Each event of events.jsonl, oldest first; lines that cannot be read are passed over."""
+    try:
+        lines = store.disk.read(store.path("events.jsonl")).decode("utf-8", "replace").splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield event
+
+
+def find_forgotten(store: Store, state: State) -> list[tuple[Task, dict]]:
+    """(task, event) of what the history knows with a higher rev than any file: the last record of each."""
+    last: dict[str, tuple[Task, dict]] = {}
+    for event in read_history(store):
+        try:
+            task = Task.from_json(event["task"])
+        except (KeyError, ValueError):
+            continue
+        if task.id not in last or task.rev >= last[task.id][0].rev:
+            last[task.id] = (task, event)
+    known = {task.id: task.rev for task in state.all_tasks()}
+    return [(task, event) for task, event in last.values() if task.rev > max(known.get(task.id, -1), state.done.get(task.id, -1))]
+
+
+def mend(store: Store) -> list[str]:
+    """Set damaged files aside (NAME.damaged-UTC, nothing is thrown away) and rebuild what they held from events.jsonl."""
+    if not os.path.isdir(store.folder):
+        return []
+    done = []
+    with store.transaction(before_load=lambda: done.extend(set_aside(store))) as tx:
+        for task, event in find_forgotten(store, tx.state):
+            restore_task(tx, task, event)
+            done.append(f"{task.id} is {task.state} again, from events.jsonl")
+        tx.write("pending")
+        tx.write("ready")
+    return done
+
+
+def set_aside(store: Store) -> list[str]:
+    """Rename damaged files and put empty ones in the place of the queues; under the mutex."""
+    stamp, done, empty = utc(CLOCK.now()).replace(":", ""), [], State()
+    for name in find_damaged(store):
+        if os.path.exists(store.path(name)):
+            os.rename(store.path(name), f"{store.path(name)}.damaged-{stamp}")
+            done.append(f"{name} is kept as {name}.damaged-{stamp}")
+        if name in (PENDING_FILE, READY_FILE):
+            store.write_durably(name, store.pending_bytes(empty) if name == PENDING_FILE else store.ready_bytes(empty))
+            done.append(f"{name} is made anew")
+    return done
+
+
+def restore_task(tx: Transaction, task: Task, event: dict) -> None:
+    """Put a task back where its last event left it, in memory or, for a claim, with its owner's lock file."""
+    state = tx.state
+    for place in ("pending", "ready", "landed"):
+        state.forget(place, task.id)
+    if task.state in ("ready", "landed"):
+        getattr(state, task.state)[task.id] = task
+    elif task.state == "claimed" and task.agent not in state.claims and event.get("owner"):
+        tx.write_lock(Claim(agent=task.agent, fence=task.fence, claimed_at=event.get("at", ""), owner=event["owner"],
+                            task=task.to_json()))
+    else:
+        state.pending[task.id] = task._replace(state="pending" if task.state == "claimed" else task.state)
+    if task.state == "landed":
+        state.done[task.id] = task.rev
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -3336,6 +3543,8 @@ def open_farm(call: Call) -> Farm:
       FARM_OPTIONS, "./farm.py up -n 10 --agent claude --gate 'make test'")
 def verb_up(call: Call) -> int:
     farm = open_farm(call)
+    if (call.store.read_json(FARM_FILE) or {}).get("mode") == "running" and find_recorded(call.store.path("loop.lock")) is None:
+        say("this farm was running and was not stopped; going on from what is on disk")
     started, adopted = farm.up()
     say(f"{started} agents started, {adopted} were running; they go on when you log out")
     say("look: ./farm.py status   go there: ./farm.py attach 1   stop: ./farm.py down")
@@ -3391,6 +3600,7 @@ def verb_clean(call: Call) -> int:
         raise Refused(f"{len(sessions)} sessions are running", "./farm.py down, then ./farm.py clean")
     folder = worktrees_folder(call.repo, settings)
     target = settings.into or target_of(call, settings)
+    run_script("drop-pins.sh", "-C", call.repo, "-b", target)
     result = run_script("rm-worktrees.sh", "-C", call.repo, "-d", folder, "-b", target, allow=(0, 4))
     print_table(read_tsv(result.stdout), ["AGENT", "WHAT", "WHY"])
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
@@ -3459,29 +3669,20 @@ def verb_rescue(call: Call) -> int:
     return 0
 
 
-@verb("doctor [--json]", "what is missing or damaged, and the command that mends it", "json", "./farm.py doctor")
+@verb("doctor [--fix] [--json]", "what is missing or damaged, and the command that mends it", "fix json", "./farm.py doctor")
 def verb_doctor(call: Call) -> int:
-    findings = list(find_problems(call))
+    mended = mend(call.store) if call.options.get("fix") else []
+    findings = [finding for check in CHECKS for finding in check(call)]
     if call.options.get("json"):
-        print_json([{"problem": problem, "try": hint, "exit_code": code} for problem, hint, code in findings])
-    for problem, hint, _ in findings if not call.options.get("json") else ():
-        print(f"{problem}\n  try: {hint}")
-    if not findings and not call.options.get("json"):
+        print_json([{"problem": one_line(what), "try": hint, "exit_code": code} for what, hint, code in findings])
+        return max((code for _, _, code in findings), default=0)
+    for line in mended:
+        print(f"mended: {line}")
+    for what, hint, _ in findings:
+        print(f"{printable(what)}\n  try: {hint}")
+    if not findings:
         print("all is well")
     return max((code for _, _, code in findings), default=0)
-
-
-def find_problems(call: Call):
-    """(problem, hint, exit code) of everything that stands in the way."""
-    packages = [lambda name=name: import_package(name) for name in ("psutil", "portalocker", "tabulate")]
-    for check in (lambda: run_script("check-tools.sh", env={"FARM_PYTHON": sys.executable}), *packages, call.settings,
-                  call.store.snapshot, lambda: target_of(call, call.settings())):
-        try:
-            check()
-        except FarmError as error:
-            yield str(error), error.hint, error.exit_code
-    if os.path.isdir(call.store.folder) and not os.access(call.store.folder, os.W_OK):
-        yield f"{call.store.folder} cannot be written", f"ls -ld {call.store.folder}", 1
 
 
 def usage_text() -> str:

@@ -24,8 +24,7 @@ open_scratch() {
     if [ "$old" = "$scratch" ] || ! kill -0 "${old##*.}" 2>/dev/null; then rm -rf "$old"; fi
   done
   trap 'rm -rf "$scratch"' EXIT
-  mkdir -p "$scratch/tree"
-  export GIT_WORK_TREE=$scratch/tree
+  mkdir -p "$scratch/tree" && export GIT_WORK_TREE=$scratch/tree
   GIT_INDEX_FILE=$scratch/index git -C "$scratch/tree" checkout -q "$base" -- ':(glob)**/.gitattributes' 2>"$scratch/errors" || true
   merge=(git -C "$scratch/tree" merge-tree --write-tree -z --name-only)
   if [ "${FARM_MERGE-}" = worktree ] || ! "${merge[@]}" "$base" "$base" >"$scratch/errors" 2>&1; then
@@ -87,8 +86,7 @@ merge_entries() {
   local input sha kind id epoch agent title fresh status detail tree n=0 shas=()
   input=$(grep . || true)
   while read -r sha kind _; do
-    [ "$kind" = commit ] || sha=
-    shas[${#shas[@]}]=$sha
+    if [ "$kind" = commit ]; then shas[${#shas[@]}]=$sha; else shas[${#shas[@]}]=; fi
   done < <(printf '%s\n' "$input" | cut -f 2 | sed 's/$/^{commit}/' | git cat-file --batch-check)
   fresh=$({ printf '^%s\n' "$base"; printf '%s\n' "${shas[@]}"; } | grep . | git rev-list --stdin)
   while IFS=$'\37' read -r -u 3 id _ epoch agent title; do
@@ -114,8 +112,7 @@ main() {
   case $style:$target in merge:?* | squash:?* | rebase:?*) ;; *) die "a branch (-b) and a known style are needed" "merge-chain.sh -h" 2 ;; esac
   [ -n "${FARM_PINNED-}" ] || exec "$here/pinned-git.sh" "$repo" "$here/${0##*/}" "$@"
   base=$(git rev-parse -q --verify "${base:-refs/heads/$target}^{commit}") || die "there is no branch $target" "git branch" 3
-  base_tree=$(git rev-parse "$base^{tree}") tip=$base join=$base
-  tip_tree=$base_tree
+  base_tree=$(git rev-parse "$base^{tree}") tip_tree=$base_tree tip=$base join=$base
   open_scratch
   printf 'base\t-\t%s\t%s\n' "$base" "$base_tree"
   merge_entries

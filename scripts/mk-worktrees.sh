@@ -13,25 +13,13 @@ say() { printf 'farm: %s\n' "$1" >&2; if [ -n "${2-}" ]; then printf '  try: %s\
 fail() { say "$2" "${3-}"; exit "$1"; }
 run_git() { git -c core.hooksPath=/dev/null -c core.filesRefLockTimeout=10000 -c core.packedRefsTimeout=30000 "$@" >&2; }
 
-find_common_dir() { # REPO -> real path of the git folder that all its worktrees share
-  local found
-  found=$(git -C "$1" rev-parse --git-common-dir 2>&1) || fail 2 "${found#fatal: }" 'mk-worktrees.sh -C REPO -n 10'
-  (CDPATH='' cd -- "$1" && cd -P -- "$found" && pwd -P)
-}
-
 find_start() { # BASE -> the commit to start from
   local ref
   for ref in "refs/heads/$1" "$1" "refs/remotes/origin/$1"; do
-    if git -C "$main" rev-parse -q --verify "$ref^{commit}" 2>/dev/null; then return; fi
+    git -C "$main" rev-parse -q --verify "$ref^{commit}" 2>/dev/null && return
   done
   if [ "$1" = HEAD ]; then fail 3 "$main has no commit yet" "git commit --allow-empty -m 'first commit'"; fi
-  ref=$(git -C "$main" for-each-ref --format='%(refname:short)' refs/heads refs/remotes)
-  fail 3 "no branch or commit $1 in $main; there are: ${ref//$'\n'/ }"
-}
-
-take_lock() { # FILE: held on descriptor 9 until this script and every git it started have ended
-  { exec 9>>"$1"; } 2>/dev/null || fail 1 "cannot write $1"
-  if command -v flock >/dev/null; then flock 9; else perl -e 'open(F, ">&=9") && flock(F, 2) or die "flock: $!\n"'; fi
+  fail 3 "no branch or commit $1 in $main; there are: $(git -C "$main" for-each-ref --format='%(refname:short)' refs/heads | tr '\n' ' ')"
 }
 
 find_admin_dir() { # WORKTREE -> sets admin_dir, its folder in the common git dir (no fork: this is the way of reuse)
@@ -78,9 +66,9 @@ check_out() { # NAME: its files, its setup, then the mark that all of it is done
 }
 
 make_fresh() { # NAME...: entries one after the other, their files on all cores meanwhile
-  local name unmerged cores workers=1 pids=() first=0
+  local name unmerged cores workers pids=() first=0
   cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || printf 2)
-  if [ $# -lt "$cores" ]; then workers=$((cores / $#)); fi
+  workers=$((cores > $# ? cores / $# : 1))
   unmerged=$(git -C "$main" for-each-ref --no-merged "$start" --format='%(refname)' "refs/heads/farm/$prefix-*/work")$'\n'
   for name in "$@"; do
     if ! find_admin_dir "$dir/$name-worktree" && ! add_worktree "$name"; then code=1; continue; fi
@@ -88,15 +76,14 @@ make_fresh() { # NAME...: entries one after the other, their files on all cores 
     if [ $((${#pids[@]} - first)) -ge "$cores" ]; then wait "${pids[first]}" || code=1; first=$((first + 1)); fi
   done
   while [ "$first" -lt "${#pids[@]}" ]; do wait "${pids[first]}" || code=1; first=$((first + 1)); done
-  if ! [ -e "$dir/$1-worktree/.gitmodules" ]; then return; fi
-  say 'submodules are left empty in new worktrees' 'git submodule update --init, in an executable .farm/setup'
+  if [ -e "$dir/$1-worktree/.gitmodules" ]; then say 'submodules are left empty' 'git submodule update --init in .farm/setup'; fi
 }
 
 print_rows() { # a row for each worktree that is complete
   local name path head state
   for name in "$@"; do
     path=$dir/$name-worktree state=reused
-    if ! is_ready "$path"; then continue; fi
+    is_ready "$path" || continue
     IFS= read -r head <"$admin_dir/HEAD" || :
     case $head in 'ref: refs/heads/'*) head=${head#ref: refs/heads/} ;; *) head=- ;; esac
     case " ${fresh[*]-} " in *" $name "*) state=created ;; esac
@@ -117,12 +104,14 @@ main() {
   case $count in '' | 0* | *[!0-9]*) fail 2 "COUNT must be a whole number above 0, not '$count'" 'mk-worktrees.sh -n 10' ;; esac
   case $prefix in '' | *[!A-Za-z0-9_-]* | -*) fail 2 "PREFIX must be letters, digits, - and _, not '$prefix'" ;; esac
   here=$(dirname -- "$0")
-  common=$(find_common_dir "$repo") || exit
+  common=$(git -C "$repo" rev-parse --git-common-dir 2>&1) || fail 2 "${common#fatal: }" 'mk-worktrees.sh -C REPO -n 10'
+  common=$(CDPATH='' cd -- "$repo" && cd -P -- "$common" && pwd -P)
   main=${common%/.git}
   start=$(find_start "$base") || exit
-  if [ -z "$dir" ]; then dir=${main%.git}-farm; fi
-  dir=$(mkdir -p -- "$dir" && CDPATH='' cd -P -- "$dir" && pwd -P) || exit 1
-  take_lock "$common/farm-worktrees.lock"
+  dir=$(mkdir -p -- "${dir:=${main%.git}-farm}" && CDPATH='' cd -P -- "$dir" && pwd -P) || exit 1
+  # Descriptor 9 holds the lock until this script and every git that it started have ended, even after a kill.
+  { exec 9>>"$common/farm-worktrees.lock"; } 2>/dev/null || fail 1 "cannot write $common/farm-worktrees.lock"
+  if command -v flock >/dev/null; then flock 9; else perl -e 'open(F, ">&=9") && flock(F, 2) or die "flock: $!\n"'; fi
   sort_out
   if [ "${#fresh[@]}" -gt 0 ]; then make_fresh "${fresh[@]}"; fi
   print_rows ${names[@]+"${names[@]}"}

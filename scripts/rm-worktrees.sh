@@ -16,11 +16,6 @@ say() { printf 'farm: %s\n' "$1" >&2; if [ -n "${2-}" ]; then printf '  try: %s\
 fail() { say "$2" "${3-}"; exit "$1"; }
 keep() { printf '%s\tkept\t%s\n' "$1" "$2"; code=4; }
 
-take_lock() { # FILE: the one of mk-worktrees.sh, on descriptor 9
-  { exec 9>>"$1"; } 2>/dev/null || fail 1 "cannot write $1"
-  if command -v flock >/dev/null; then flock 9; else perl -e 'open(F, ">&=9") && flock(F, 2) or die "flock: $!\n"'; fi
-}
-
 list_working_directories() { # of every process that can be seen, a line each
   if [ -e /proc/self/cwd ]; then readlink /proc/[0-9]*/cwd 2>/dev/null || :
   elif command -v lsof >/dev/null; then lsof -a -d cwd -Fn 2>/dev/null | sed -n 's/^n//p'
@@ -33,6 +28,16 @@ find_entry() { # PATH -> sets entry, its folder in the common git dir
   link=${link%$'\n'} entry=${link#gitdir: }
   case $entry in "$link") return 1 ;; /*) ;; *) entry=$1/$entry ;; esac
   [ -d "$entry" ] && [ "${entry%/*}" -ef "$common/worktrees" ]
+}
+
+mend_deleted() { # a worktree whose folder somebody deleted has its index and HEAD still: it is mended, then judged
+  local file link=''
+  if ! [ -x "$here/repair-worktree.sh" ]; then return; fi
+  for file in "$common"/worktrees/*/gitdir; do
+    IFS= read -r -d '' link 2>/dev/null <"$file" || :
+    link=${link%$'\n'}
+    case $link in "$dir/$prefix"-*-worktree/.git) [ -e "$link" ] || "$here/repair-worktree.sh" -C "$main" "${link%/.git}" || : ;; esac
+  done
 }
 
 look_at_all() { # NAME...: git's status of each goes to a file, on all cores (it reads every file's date)
@@ -77,13 +82,11 @@ remove() { # NAME PATH
 }
 
 delete_branches() { # NAME...: those whose commits TARGET or a pin has, and that no worktree is on
-  local patterns ref sha merged
-  patterns=("${@/#/refs/heads/farm/}")
+  local patterns=("${@/#/refs/heads/farm/}") ref sha merged
   merged=$'\n'$(git -C "$main" for-each-ref --merged "$target" --format='%(refname)' "${patterns[@]}")$'\n'
-  git -C "$main" for-each-ref --format='%(if)%(worktreepath)%(then)%(else)%(refname) %(objectname)%(end)' "${patterns[@]}" |
+  git -C "$main" for-each-ref --format='%(if)%(worktreepath)%(then)%(else)%(refname) %(objectname)%(end)' "${patterns[@]}" | sed '/^$/d' |
     while read -r ref sha; do
-      if [ -z "$ref" ]; then continue; fi
-      case $merged in *$'\n'"$ref"$'\n'*) ;; *) if [ -z "$(git -C "$main" for-each-ref --count=1 --contains "$sha" refs/farm)" ]; then continue; fi ;; esac
+      case $merged in *$'\n'"$ref"$'\n'*) ;; *) [ -n "$(git -C "$main" for-each-ref --count=1 --contains "$sha" refs/farm)" ] || continue ;; esac
       printf 'delete %s %s\n' "$ref" "$sha"
     done | git -C "$main" -c core.filesRefLockTimeout=10000 -c core.packedRefsTimeout=30000 update-ref --stdin
 }
@@ -107,15 +110,17 @@ main() {
   main=${common%/.git}
   target=$(git -C "$main" rev-parse -q --verify "$target^{commit}") || fail 3 "no branch or commit to measure by" 'rm-worktrees.sh -b main'
   if [ -z "$dir" ]; then dir=${main%.git}-farm; fi
-  if ! [ -d "$dir" ]; then return; fi
+  if ! [ -d "$dir" ] && ! mkdir -p -- "$dir" 2>/dev/null; then return; fi
   dir=$(CDPATH='' cd -P -- "$dir" && pwd -P)
+  { exec 9>>"$common/farm-worktrees.lock"; } 2>/dev/null || fail 1 "cannot write $common/farm-worktrees.lock"
+  if command -v flock >/dev/null; then flock 9; else perl -e 'open(F, ">&=9") && flock(F, 2) or die "flock: $!\n"'; fi
+  mend_deleted
   if [ $# -eq 0 ]; then
     for path in "$dir/$prefix"-*-worktree; do path=${path##*/}; if [ -e "$dir/$path" ]; then set -- "$@" "${path%-worktree}"; fi; done
   fi
-  take_lock "$common/farm-worktrees.lock"
   inside=$(list_working_directories) || fail 4 'cannot tell whether somebody is inside the worktrees' 'install lsof'
-  scratch=$(mktemp -d "${TMPDIR:-/tmp}/farm-rm.XXXXXX")
   trap 'rm -rf "$scratch"' EXIT
+  scratch=$(mktemp -d "${TMPDIR:-/tmp}/farm-rm.XXXXXX")
   look_at_all "$@"
   for path in "$@"; do
     if [ -d "$dir/$path-worktree" ]; then remove "$path" "$dir/$path-worktree"; else say "no worktree of $path"; code=3; fi

@@ -391,9 +391,10 @@ def land(repo: Repo, old: str, new: str, *options: str | Path, **env: str) -> tu
     return done.returncode, done.stdout.rstrip("\n").split("\t")
 
 
-def recover(repo: Repo, old: str, new: str) -> tuple[int, list[str]]:
+def recover(repo: Repo, old: str, new: str, seconds: int = 20) -> tuple[int, list[str]]:
+    """land.sh recover's exit code and fields; `seconds` is how long a git that lives may take to end."""
     argv = [SCRIPTS / "land.sh", "recover", "-C", repo, "-b", "main", "-o", old, "-n", new]
-    done = run(argv, env={"FARM_LOCK_SECONDS": "0"})
+    done = run(argv, env={"FARM_LOCK_SECONDS": str(seconds)})
     return done.returncode, done.stdout.rstrip("\n").split("\t")
 
 
@@ -673,7 +674,7 @@ def test_recovery_keeps_a_lock_while_a_git_lives_that_may_hold_it(repo: Repo, st
     lock = repo / ".git/index.lock"
     with subprocess.Popen(["git", "-C", repo, "update-index", "--stdin"], stdin=subprocess.PIPE) as holder:
         wait_until(lock.exists)
-        code = recover(repo, *step)[0]
+        code = recover(repo, *step, seconds=0)[0]
         kept = lock.exists()
         holder.communicate()
     assert (code, kept) == (1, True)

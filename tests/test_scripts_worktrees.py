@@ -564,3 +564,19 @@ def test_removed_worktrees_can_be_made_again_at_once(make_repo):
     make(repo, 2)
     remove(repo)
     assert [row[3] for row in rows(make(repo, 2))] == ["created", "created"]
+
+
+def test_a_worktree_whose_folder_was_deleted_is_removed_and_its_staged_work_rescued(make_repo):
+    repo = make_repo()
+    make(repo)
+    write_files(worktree(repo), {"staged.txt": "staged\n"})
+    git(worktree(repo), "add", "-A")
+    shutil.rmtree(worktree(repo).parent)
+    remove(repo)
+    assert (entry(repo).exists(), rescued(repo, "staged.txt")) == (False, ["staged\n"])
+
+
+def test_a_removal_leaves_no_folder_where_there_was_no_farm(make_repo):
+    repo = make_repo()
+    remove(repo)
+    wait_until(lambda: not worktree(repo).parent.exists(), message="the empty folder to go")

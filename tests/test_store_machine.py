@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 import simulated_disk as sim  # noqa: E402  (needs the path above)
@@ -19,6 +19,7 @@ AGENTS = st.sampled_from([f"agent-{number:03d}" for number in range(1, 5)])
 TASKS = st.integers(1, 9).map("t-{:04d}".format)
 PATHS = st.sampled_from([[], [], ["src/a.c"], ["src/b.c"], ["src/**"], ["docs"]])
 OVERLAPS = [{"src/a.c"}, {"src/b.c"}, {"docs"}, {"src/**"}, {"src/a.c", "src/**"}, {"src/b.c", "src/**"}]
+PICK = st.integers(0, 3)
 MAX_ATTEMPTS = 2
 
 
@@ -109,10 +110,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     # -- the verbs
 
+    @precondition(lambda self: len(self.tasks()) < 9)
     @rule(priority=st.integers(0, 1), paths=PATHS, after=st.none() | TASKS)
     def add(self, priority, paths, after):
-        if len(self.view) > 12:
-            return
         draft = farm.Task(title="task", priority=priority, paths=paths, after=[after] if after else [])
         answers = self.perform(lambda tx: farm.TaskQueue(tx).add([draft], MAX_ATTEMPTS))
         if answers:
@@ -148,26 +148,41 @@ class StoreMachine(RuleBasedStateMachine):
     def tasks(self) -> list:
         return [item for item in self.view.items() if not item[0].startswith("claim ")]
 
-    @rule(agent=AGENTS, verb=st.sampled_from(["renew", "submit", "fail", "fail for good", "release"]))
-    def end_claim(self, agent, verb):
-        """With the fence that the agent was told last, be it still its own or long taken by another."""
-        fence = self.told.get(agent)
-        if fence is None:
-            return
-        task_id, before = fence.rpartition(".")[0], self.view
-        moves = {
-            "renew": lambda queue: queue.renew(agent, fence) or True,
-            "submit": lambda queue: queue.submit(agent, fence, f"farm/{agent}/{task_id}", "c0ffee"),
-            "fail": lambda queue: queue.fail(agent, fence, "no idea"),
-            "fail for good": lambda queue: queue.fail(agent, fence, "no use", retry=False),
-            "release": lambda queue: queue.release(agent, fence),
-        }
+    def end_claim(self, agent: str, verb: str, move: Callable):
+        """`move(queue, fence)` with the fence that the agent was told last, be it still its own or long taken by another."""
+        fence = self.told[agent]
+        task_id, before, was_cut = fence.rpartition(".")[0], self.view, bool(self.armed)
         is_own = self.place(task_id) == f"claimed by {agent}" and self.record(task_id)["fence"] == fence
-        was_cut = bool(self.armed)
-        answer = self.perform(lambda tx: moves[verb](farm.TaskQueue(tx)))
+        answer = self.perform(lambda tx: move(farm.TaskQueue(tx), fence) or True)
         if not was_cut:
             assert not is_own or answer, f"{verb} with the current fence was refused"
             assert is_own or self.view == before, f"{verb} with an old fence changed something"
+
+    def pick_told(self, number: int) -> str:
+        return sorted(self.told)[number % len(self.told)]
+
+    @precondition(lambda self: self.told)
+    @rule(number=PICK)
+    def renew(self, number):
+        self.end_claim(self.pick_told(number), "renew", lambda queue, fence: queue.renew(self.pick_told(number), fence))
+
+    @precondition(lambda self: self.told)
+    @rule(number=PICK)
+    def submit(self, number):
+        agent = self.pick_told(number)
+        self.end_claim(agent, "submit", lambda queue, fence: queue.submit(agent, fence, f"farm/{agent}/x", "c0ffee"))
+
+    @precondition(lambda self: self.told)
+    @rule(number=PICK, is_final=st.booleans())
+    def fail(self, number, is_final):
+        agent = self.pick_told(number)
+        self.end_claim(agent, "fail", lambda queue, fence: queue.fail(agent, fence, "no idea", retry=not is_final))
+
+    @precondition(lambda self: self.told)
+    @rule(number=PICK)
+    def release(self, number):
+        agent = self.pick_told(number)
+        self.end_claim(agent, "release", lambda queue, fence: queue.release(agent, fence))
 
     @rule(task_id=TASKS, verb=st.sampled_from(["cancel", "retry"]))
     def decide(self, task_id, verb):
@@ -175,17 +190,20 @@ class StoreMachine(RuleBasedStateMachine):
         task = self.perform(lambda tx: getattr(farm.TaskQueue(tx), verb)(task_id))
         assert not (task and was_held), f"{verb} took a task from its holder"
 
-    @rule(task_id=TASKS, is_landed=st.booleans())
-    def merge(self, task_id, is_landed):
-        def move(tx):
-            task = tx.state.ready.get(task_id)
-            if task is None:
-                return None
-            if is_landed:
-                return tx.move(task._replace(state="landed", landed_commit="c0ffee"), "landed", "landed")
-            return farm.TaskQueue(tx).give_back(task, "it conflicts", "return")
+    def ready(self) -> list[str]:
+        return sorted(task_id for task_id, (place, _) in self.tasks() if place == "ready")
 
-        self.perform(move)
+    @precondition(lambda self: self.ready())
+    @rule(number=PICK)
+    def land(self, number):
+        task_id = self.ready()[number % len(self.ready())]
+        self.perform(lambda tx: tx.move(tx.state.ready[task_id]._replace(state="landed"), "landed", "landed"))
+
+    @precondition(lambda self: self.ready())
+    @rule(number=PICK)
+    def return_work(self, number):
+        task_id = self.ready()[number % len(self.ready())]
+        self.perform(lambda tx: farm.TaskQueue(tx).give_back(tx.state.ready[task_id], "it conflicts", "return"))
 
     @rule(agent=AGENTS, name=st.sampled_from(["schema", "port:8080"]), is_taken=st.booleans())
     def lock(self, agent, name, is_taken):
@@ -195,6 +213,7 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             self.perform(lambda tx: farm.LockRegistry(tx).release(agent, [name]))
 
+    @precondition(lambda self: any(key.startswith("claim ") for key in self.view))
     @rule()
     def expire(self):
         before, alive, was_cut = self.view, dict(self.world.alive), bool(self.armed)
