@@ -16,6 +16,8 @@ A      ?= 1
 # which agent: 3 means agent-003
 DEST   ?=
 # where install-into copies the toolkit to
+SECONDS ?= 60
+# how long chaos lasts
 TOOLKIT := $(patsubst %/,%,$(dir $(realpath $(lastword $(MAKEFILE_LIST)))))
 # where farm.py and scripts/ are
 PYTHON ?= python3
@@ -68,6 +70,8 @@ lint: $(VENV)/tests-ready ## ruff, and shellcheck where it is installed
 	@cd $(TOOLKIT) && if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh tests/*.sh .ci/run; else echo 'shellcheck is not installed: scripts were not checked'; fi
 bench: $(VENV)/tests-ready ## measure the speed figures beside their floors
 	@$(PY) $(TOOLKIT)/tests/bench.py
+chaos: $(VENV)/tests-ready ## kill everything at random for SECONDS, then check that nothing was lost
+	@$(PY) $(TOOLKIT)/tests/chaos.py --seconds $(SECONDS) -n $(N)
 install-into: ## copy farm.py and scripts/ into another repo: make install-into DEST=../app
 	@bash $(TOOLKIT)/scripts/install-into.sh $(call quote,$(DEST))
 

@@ -107,6 +107,7 @@ SETTINGS = {
     "max_attempts": Setting(int, 3, "attempts until a task is failed"),
     "lease_seconds": Setting(float, 900.0, "until an owner on another host counts as dead without a renew"),
     "grace_seconds": Setting(float, 30.0, "how long `down` lets agents finish"),
+    "sandboxed": Setting(bool, False, "agents make their moves through their mailbox, for sandboxes that may not write elsewhere"),
     "min_free_mib": Setting(int, 512, "no new agent starts and no gate runs below this much free disk or memory"),
     "worktrees": Setting(str, "", "folder of the worktrees (default: ../<repo>-farm)"),
 }
@@ -1961,6 +1962,10 @@ class MergeQueue:
         if self.reap_gates():
             return True
         self.order_tasks()
+        if not self.tasks and not self.gates and not self.diagnoses:  # idle: not even a look at the target
+            self.held, self.just_landed = {}, None
+            self.publish(())
+            return False
         self.base, self.walked, self.just_landed = self.just_landed or self.run_chain([])[0], {}, None
         steps = self.chain(list(self.tasks.values()), self.base.commit)
         if self.settle(steps):
@@ -2424,7 +2429,7 @@ class Farm:
         rows = [control if name == CONTROL else self.worktrees[name] for name in names if name in {*self.worktrees, CONTROL}]
         environment = {"FARM_REPO": self.repo, "FARM_HOME": TOOLKIT, "FARM_PYTHON": sys.executable, "FARM_AGENT": self.command,
                        "FARM_TARGET": self.target, "FARM_WORKTREES": worktrees_folder(self.repo, self.settings),
-                       "FARM_AS_TOLD": "1"}
+                       "FARM_AS_TOLD": "1", "FARM_SANDBOXED": "1" if self.settings.sandboxed else ""}
         pairs = [word for key, value in environment.items() for word in ("-e", f"{key}={value}")]
         result = run_script("spawn-tmux.sh", "-C", self.repo, "-L", self.socket, "-l", self.store.path("logs"), *pairs,
                             "-c", SESSION_COMMAND, stdin="".join("\t".join(map(escape_field, row)) + "\n" for row in rows),
@@ -2469,6 +2474,8 @@ class Farm:
         for name in self.names:
             session, record = self.sessions.get(name), self.agents.setdefault(name, {"ends": []})
             if session is not None and not session.dead:
+                if record.get("down"):  # somebody's `up` started it: it gets all its chances again
+                    record = self.agents[name] = {"ends": []}
                 record["pid"] = session.pid
                 continue
             if record.pop("pid", None) is None and "down" in record:
@@ -2527,7 +2534,7 @@ class Farm:
             tasks = TaskQueue(tx).claimable("")
         if tasks and idle and self.has_room():
             for name in idle[:len(tasks)]:
-                ring(self.store, name)
+                ring(self.store.path("mailbox", name, "bell"))
 
     def tend_merger(self, now: float) -> None:
         """One merger a farm: adopt the one that runs, else start one, in a session of its own."""
@@ -2611,7 +2618,7 @@ class Farm:
         self.remember("stopping")
         self.stop_loop_and_merger()
         for name in self.names:
-            ring(self.store, name)
+            ring(self.store.path("mailbox", name, "bell"))
         deadline = CLOCK.monotonic() + grace_seconds
         while CLOCK.monotonic() < deadline and not hurry() and any(claim.task for claim in self.own_claims()):
             time.sleep(0.1)
@@ -2676,14 +2683,14 @@ def process_exists(pid: int) -> bool:
     return True
 
 
-def ring(store: Store, agent: str) -> None:
-    """Wake an idle agent through its FIFO; nobody listening is fine."""
+def ring(path: str, word: bytes = b"claim\n") -> None:
+    """Wake whoever waits at a bell, a FIFO; nobody listening is fine."""
     try:
-        bell = os.open(store.path("mailbox", agent, "bell"), os.O_WRONLY | os.O_NONBLOCK)
+        bell = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     except OSError:
         return
     try:
-        os.write(bell, b"claim\n")
+        os.write(bell, word)
     except BlockingIOError:
         pass
     finally:
@@ -3328,6 +3335,67 @@ def verb_submit(call: Call) -> int:
     return 0
 
 
+MAILBOX_VERBS = ("submit", "fail", "release", "renew", "lock", "unlock")
+MAILBOX_SECONDS = 120.0
+
+
+def ask_by_mailbox(mailbox: str, argv: list[str]) -> int:
+    """Put a move into the agent's mailbox and wait for its answer: for agents whose sandbox may write nowhere else.
+
+    One file a request, by rename; run-agent.sh, outside the sandbox, makes the move. Raises FarmError when nobody answers.
+    """
+    name = os.path.join(mailbox, f"{os.getpid()}-{time.monotonic_ns()}")
+    with open(name + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(argv, file)
+    os.rename(name + ".tmp", name + ".request")
+    ring(os.path.join(mailbox, "bell"), b"request\n")
+    deadline = CLOCK.monotonic() + MAILBOX_SECONDS
+    while not os.path.exists(name + ".answer"):
+        if CLOCK.monotonic() > deadline:
+            raise FarmError(f"nobody answered {argv[0]} within {MAILBOX_SECONDS:.0f} s", "is run-agent.sh still running?")
+        time.sleep(0.02)
+    with open(name + ".answer", encoding="utf-8") as file:
+        answer = json.load(file)
+    os.unlink(name + ".answer")
+    sys.stdout.write(answer["stdout"])
+    sys.stderr.write(answer["stderr"])
+    return answer["code"]
+
+
+@verb("answer AGENT", "make the moves that a sandboxed agent has asked for; run-agent.sh calls it", "", "farm answer agent-001")
+def verb_answer(call: Call) -> int:
+    agent = call.agent()
+    mailbox = call.store.path("mailbox", agent)
+    for name in sorted(os.listdir(mailbox)):
+        if not name.endswith(".request"):
+            continue
+        request = os.path.join(mailbox, name)
+        answer = answer_request(agent, call.repo, request)
+        with open(request + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(answer, file)
+        os.rename(request + ".tmp", request.removesuffix(".request") + ".answer")
+        os.unlink(request)
+    return 0
+
+
+def answer_request(agent: str, repo: str, path: str) -> dict:
+    """Make one request's move, if it is one that this agent may ask for: {"code", "stdout", "stderr"}."""
+    import contextlib
+    import io
+
+    out, errors = io.StringIO(), io.StringIO()
+    try:
+        with open(path, encoding="utf-8") as file:
+            argv = [str(word) for word in json.load(file)]
+        if argv[0] not in MAILBOX_VERBS or argv[1:2] != [agent] or "--repo" in " ".join(argv):
+            raise ValueError(f"only {', '.join(MAILBOX_VERBS)} of {agent} itself can be asked for")
+    except (ValueError, IndexError, TypeError) as error:
+        return {"code": Refused.exit_code, "stdout": "", "stderr": f"farm: {error}\n"}
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        code = main(["--repo", repo, *argv])
+    return {"code": code, "stdout": out.getvalue(), "stderr": errors.getvalue()}
+
+
 @verb("cancel ID", "take a task out", "", "./farm.py cancel t-0007")
 def verb_cancel(call: Call) -> int:
     with call.store.transaction() as tx:
@@ -3728,6 +3796,9 @@ def describe_os_error(error: OSError) -> FarmError:
 def main(argv: list[str]) -> int:
     """Run one verb; print what went wrong on stderr, and return the exit code."""
     try:
+        mailbox = os.environ.get("FARM_MAILBOX")
+        if mailbox and argv and argv[0] in MAILBOX_VERBS:
+            return ask_by_mailbox(mailbox, argv)
         call = parse_command_line(argv)
         if isinstance(call, str):
             print(call)

@@ -59,7 +59,8 @@ find_same() { # TREE PARENTS -> ref<TAB>sha of a rescue that holds just that
 
 save_uncommitted() { # HEAD BRANCH; 3 when nothing is uncommitted after all
   local head=$1 tree base staged parents=()
-  if ! cp -- "$git_dir/index" "$scratch/index" 2>/dev/null || ! own_index ls-files >/dev/null 2>&1; then
+  # -p: git takes a file as unchanged only when it is older than the index, so the copy must not look younger.
+  if ! cp -p -- "$git_dir/index" "$scratch/index" 2>/dev/null || ! own_index ls-files >/dev/null 2>&1; then
     rm -f "$scratch/index"
     own_index read-tree "${head:---empty}"
   fi

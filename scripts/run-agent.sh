@@ -13,6 +13,9 @@ export PATH="$scripts:$PATH" GIT_TERMINAL_PROMPT=0 TMPDIR=${FARM_WORKTREES:-$FAR
 export GIT_CONFIG_COUNT=4 GIT_CONFIG_KEY_0=gc.auto GIT_CONFIG_VALUE_0=0 GIT_CONFIG_KEY_1=maintenance.auto GIT_CONFIG_VALUE_1=false \
   GIT_CONFIG_KEY_2=core.filesRefLockTimeout GIT_CONFIG_VALUE_2=10000 GIT_CONFIG_KEY_3=core.packedRefsTimeout GIT_CONFIG_VALUE_3=30000
 
+FARM_SESSION=$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')
+export FARM_SESSION
+
 say() { printf '%s\n' "farm: $*" >&2; }
 
 open_bell() {
@@ -77,13 +80,28 @@ finish_task() {
 }
 
 run_task() {
+  local code
   say "$FARM_AGENT_NAME works on $FARM_TASK: $FARM_TITLE"
   if ! prepare_branch; then
     give_up "its branch could not be made in $FARM_WORKTREE"
     return
   fi
+  [ -z "${FARM_SANDBOXED:-}" ] || export FARM_MAILBOX=$mailbox
+  serve_mailbox &
   (cd "$FARM_WORKTREE" && exec bash -c "$FARM_AGENT") 9<&-
-  finish_task $?
+  code=$?
+  kill "$!" 2>/dev/null
+  wait "$!" 2>/dev/null
+  unset FARM_MAILBOX
+  finish_task "$code"
+}
+
+# While a sandboxed agent works, make the moves that it asks for through its mailbox.
+serve_mailbox() {
+  local word
+  [ -n "${FARM_SANDBOXED:-}" ] || return 0
+  unset FARM_MAILBOX
+  while read -r word <&9; do [ "$word" != request ] || farm answer "$FARM_AGENT_NAME"; done
 }
 
 main() {

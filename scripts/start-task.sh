@@ -18,7 +18,8 @@ make_clean() {
   if in_the_middle "$worktree"; then
     saved=$(bash "$here/rescue.sh" save -C "$worktree" -a "$agent" "$worktree")
     leave_the_middle "$worktree"
-  elif [ -n "$(git -C "$worktree" status --porcelain --ignore-submodules=dirty | head -n 1)" ]; then
+  elif ! git -C "$worktree" symbolic-ref -q HEAD >/dev/null ||  # detached: its commits may hang on nothing else
+    [ -n "$(git -C "$worktree" status --porcelain --ignore-submodules=dirty | head -n 1)" ]; then
     saved=$(bash "$here/rescue.sh" save -C "$worktree" -a "$agent" "$worktree")
   else
     return 0

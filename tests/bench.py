@@ -28,8 +28,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from bench_harness import Bench, Row, Size, private_place  # noqa: E402  (needs the path above)
 from bench_rows import CORES, GROUPS  # noqa: E402
 
-FULL = Size(3, (10, 50), 20_000, 30, 100, (20, 50), 60, 10, 50, 5_000, 1000)
-QUICK = Size(1, (10,), 2_000, 5, 30, (20,), 30, 5, 50, 1_000, 100)
+FULL = Size(3, 21, (10, 50), 20_000, 30, 100, (20, 50), 60, 10, 50, 5_000, 1000)
+QUICK = Size(1, 7, (10,), 2_000, 5, 30, (20,), 30, 5, 50, 1_000, 100)
 
 
 def is_kept(row: Row) -> bool | None:

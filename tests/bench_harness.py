@@ -23,8 +23,9 @@ PYTHON = str(Path(sys.executable).resolve())
 Cost = collections.namedtuple("Cost", "seconds cpu")
 Row = collections.namedtuple("Row", "name measured floor unit bound note", defaults=(None, "s", "", ""))
 
-# rounds: how often each figure is measured. agents: the sizes of farms. landings: tasks that go to main one by one.
-Size = collections.namedtuple("Size", "rounds agents large_files idle_seconds claims runs run_tasks landings merges merge_files draws")
+# rounds: how often each figure is measured, and each verb. agents: the sizes of farms. landings: tasks that go to main one by one.
+SIZES = "rounds verb_rounds agents large_files idle_seconds claims runs run_tasks landings merges merge_files draws"
+Size = collections.namedtuple("Size", SIZES)
 
 
 def check(is_true: object, what: str) -> None:

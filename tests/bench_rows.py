@@ -166,7 +166,7 @@ def cpu_of(process: psutil.Process) -> float:
 @measures("verbs")
 def verb_rows(bench: Bench) -> Iterator[Row]:
     """Each of an agent's verbs from a shell, with a full queue and ten others at work."""
-    rounds = 7 * bench.size.rounds
+    rounds = bench.size.verb_rounds
     farmed, samples = bench.farmed(2 * rounds + 30), Samples()
     for number in range(10):
         farmed.claim(f"other-{number}")

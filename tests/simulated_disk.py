@@ -431,15 +431,15 @@ def view_of(state: farm.State) -> dict:
     return view
 
 
-def raw_copies(system: System) -> Counter:
+def raw_copies(system, folder: str = FOLDER) -> Counter:
     """How often each task id occurs on the disk, read without the store."""
-    pending = json.loads(system.read(f"{FOLDER}/task_queue/pending.json"))
-    ready = json.loads(system.read(f"{FOLDER}/merge_queue/ready-to-merge.json"))
+    pending = json.loads(system.read(f"{folder}/task_queue/pending.json"))
+    ready = json.loads(system.read(f"{folder}/merge_queue/ready-to-merge.json"))
     ids = [task["id"] for task in (*pending["tasks"], *ready["ready"], *ready["landed"])]
     ids += [task_id for task_id in ready["done"] if task_id not in {task["id"] for task in ready["landed"]}]
-    for name in system.listdir(f"{FOLDER}/agent_locks"):
+    for name in system.listdir(f"{folder}/agent_locks"):
         if name.endswith(".lock") and not name.startswith("."):
-            ids += [task["id"] for task in [json.loads(system.read(f"{FOLDER}/agent_locks/{name}")).get("task")] if task]
+            ids += [task["id"] for task in [json.loads(system.read(f"{folder}/agent_locks/{name}")).get("task")] if task]
     return Counter(ids)
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -190,9 +191,9 @@ def test_a_killed_session_gives_its_task_back_and_its_unsaved_work_is_kept(make_
     add_tasks(repo, 1)
     up(repo, 1, 'echo precious > unsaved.txt; ' + WAIT_FOR_GO + AGENT)
     wait_until(lambda: (repo.parent / "repo-farm/agent-001-worktree/unsaved.txt").exists(), 30, "the agent to write")
-    for process in psutil.Process(live_pids(repo)["agent-001"]).children(recursive=True):
+    session = psutil.Process(live_pids(repo)["agent-001"])
+    for process in [session, *session.children(recursive=True)]:
         process.kill()
-    os.kill(live_pids(repo)["agent-001"], signal.SIGKILL)
     (repo / "go").touch()
     wait_for_states(repo, {"landed": 1})
     rescues = farm(repo, "rescue", "list").stdout.splitlines()
@@ -293,3 +294,50 @@ def test_the_demo_checks_its_own_outcome(count):
     done = run([sys.executable, ROOT / "tests/demo.py", "-n", str(count)], timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "main is green" in done.stdout
+
+
+def test_a_sandboxed_agent_makes_its_moves_through_its_mailbox(make_repo):
+    repo = make_repo()
+    add_tasks(repo, 2)
+    agent = ('[ -d "$FARM_MAILBOX" ] && ' + AGENT + ' && farm lock "$FARM_AGENT_NAME" schema --wait 20 && '
+             'farm submit "$FARM_AGENT_NAME" --fence "$FARM_FENCE" && farm unlock "$FARM_AGENT_NAME" schema')
+    done = farm(repo, "run", "-n", "2", "--agent", agent, "--gate", "true", "--until-drained", env={"FARM_SANDBOXED": "1"})
+    assert (done.returncode, states(repo)) == (0, {"landed": 2}), done.stderr
+    events = [json.loads(line) for line in (repo / "coordination/events.jsonl").read_text().splitlines()]
+    assert sum(event["event"] == "submitted" for event in events) == 2
+    assert [path.name for path in (repo / "coordination/mailbox/agent-001").iterdir() if "." in path.name] in ([], ["claim.err"])
+
+
+def test_a_mailbox_makes_no_move_for_another_agent(make_repo):
+    repo = make_repo()
+    add_tasks(repo, 1)
+    box = repo / "coordination/mailbox/agent-001"
+    box.mkdir(parents=True)
+    (box / "1.request").write_text(json.dumps(["submit", "agent-002", "--fence", "t-0001.2"]))
+    farm(repo, "answer", "agent-001", check=True)
+    assert json.loads((box / "1.answer").read_text())["code"] == 4
+
+
+def test_a_session_that_keeps_dying_is_parked_and_up_starts_it_again(make_repo):
+    repo = make_repo()
+    up(repo, 1)
+
+    def kill_or_parked() -> bool:
+        agent = status(repo)["agents"][0]
+        if agent["pid"] and psutil.pid_exists(agent["pid"]):
+            psutil.Process(agent["pid"]).kill()
+        return agent["state"] == "parked"
+
+    history = repo / "coordination/agents.json"
+    wait_until(lambda: "agent-001" in history.read_text() if history.exists() else False, 30, "the loop")
+    data = json.loads(history.read_text())
+    now = time.time()
+    loop = int((repo / "coordination/loop.lock").read_text().split("\t")[0])
+    os.kill(loop, signal.SIGKILL)
+    data["agents"]["agent-001"]["ends"] = [now - 5, now - 4, now - 3, now - 2]  # four ends just now; the next one is the fifth
+    history.write_text(json.dumps(data))
+    wait_until(kill_or_parked, 60, "the agent to be parked")
+    assert "signal 9" in status(repo)["agents"][0]["cause"]
+    up(repo, 1)
+    wait_until(lambda: status(repo)["agents"][0]["state"] == "idle", 30, "the parked agent to be started again")
+    down(repo)

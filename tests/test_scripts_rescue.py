@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPTS, commit_files, git, run, write_files
+from conftest import SCRIPTS, commit_files, git, run, wait_until, write_files
 
 ODD_FILE = "d'1 \"é\n\t*/a b\\c"
 BASE = {"a.txt": "a\n", "b.txt": "b\n", ".gitignore": "*.log\n"}
@@ -76,6 +77,15 @@ def test_unstaged_edits_and_deletions_are_saved(worktree):
     write_files(worktree, {"a.txt": "edited\n"})
     (worktree / "b.txt").unlink()
     assert files_of(worktree, save(worktree)) == {".gitignore": "*.log\n", "a.txt": "edited\n"}
+
+
+def test_an_edit_of_the_same_length_and_second_as_the_staged_content_is_saved(worktree):
+    write_files(worktree, {"a.txt": "1\n"})
+    git(worktree, "add", "a.txt")
+    write_files(worktree, {"a.txt": "2\n"})
+    edited_at = (worktree / "a.txt").stat().st_mtime
+    wait_until(lambda: int(time.time()) > int(edited_at) + 1, message="a second in which git trusts the file's date")
+    assert files_of(worktree, save(worktree))["a.txt"] == "2\n"
 
 
 def test_untracked_files_are_saved_and_ignored_ones_are_not(worktree):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 import simulated_disk as sim  # noqa: E402  (needs the path above)
@@ -19,7 +19,7 @@ AGENTS = st.sampled_from([f"agent-{number:03d}" for number in range(1, 5)])
 TASKS = st.integers(1, 9).map("t-{:04d}".format)
 PATHS = st.sampled_from([[], [], ["src/a.c"], ["src/b.c"], ["src/**"], ["docs"]])
 OVERLAPS = [{"src/a.c"}, {"src/b.c"}, {"docs"}, {"src/**"}, {"src/a.c", "src/**"}, {"src/b.c", "src/**"}]
-PICK = st.integers(0, 3)
+PICK = st.integers(0, 8)
 MAX_ATTEMPTS = 2
 
 
@@ -110,6 +110,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     # -- the verbs
 
+    @initialize(priorities=st.lists(st.integers(0, 1), min_size=3, max_size=6))
+    def add_many(self, priorities):
+        drafts = [farm.Task(title="task", priority=priority) for priority in priorities]
+        self.perform(lambda tx: farm.TaskQueue(tx).add(drafts, MAX_ATTEMPTS))
+
     @precondition(lambda self: len(self.tasks()) < 9)
     @rule(priority=st.integers(0, 1), paths=PATHS, after=st.none() | TASKS)
     def add(self, priority, paths, after):
@@ -118,6 +123,7 @@ class StoreMachine(RuleBasedStateMachine):
         if answers:
             assert self.place(answers[0][0].id) == "pending"
 
+    @precondition(lambda self: any(place == "pending" for _, (place, _) in self.tasks()))
     @rule(agent=AGENTS)
     def claim(self, agent):
         owner, before = self.world.owner_of(agent), self.view
@@ -184,11 +190,12 @@ class StoreMachine(RuleBasedStateMachine):
         agent = self.pick_told(number)
         self.end_claim(agent, "release", lambda queue, fence: queue.release(agent, fence))
 
-    @rule(task_id=TASKS, verb=st.sampled_from(["cancel", "retry"]))
-    def decide(self, task_id, verb):
-        was_held = self.place(task_id).startswith("claimed")
+    @precondition(lambda self: self.tasks())
+    @rule(number=PICK, verb=st.sampled_from(["cancel", "retry"]))
+    def decide(self, number, verb):
+        task_id, (place, _) = sorted(self.tasks())[number % len(self.tasks())]
         task = self.perform(lambda tx: getattr(farm.TaskQueue(tx), verb)(task_id))
-        assert not (task and was_held), f"{verb} took a task from its holder"
+        assert not (task and place.startswith("claimed")), f"{verb} took a task from its holder"
 
     def ready(self) -> list[str]:
         return sorted(task_id for task_id, (place, _) in self.tasks() if place == "ready")
@@ -253,4 +260,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def test_no_order_of_verbs_kills_and_power_cuts_loses_doubles_or_reruns_a_task():
-    run_state_machine_as_test(StoreMachine, settings=settings(max_examples=120, stateful_step_count=50, deadline=None, derandomize=True))
+    run_state_machine_as_test(StoreMachine, settings=settings(max_examples=150, stateful_step_count=50, deadline=None, derandomize=True))
