@@ -18,43 +18,45 @@ DEST   ?=
 # where install-into copies the toolkit to
 SECONDS ?= 60
 # how long chaos lasts
-TOOLKIT := $(patsubst %/,%,$(dir $(realpath $(lastword $(MAKEFILE_LIST)))))
-# where farm.py and scripts/ are
+TOOLKIT := $(shell f='$(lastword $(MAKEFILE_LIST))'; [ -e "$$f" ] || f='$(strip $(MAKEFILE_LIST))'; cd "$$(dirname "$$f")" && pwd -P)
+# where farm.py and scripts/ are (make itself splits a path at its spaces, so the shell finds it)
 PYTHON ?= python3
 # the interpreter that .venv is made from
 
 VENV   := $(TOOLKIT)/.venv
-PY     := $(VENV)/bin/python
-FARM   := $(PY) $(TOOLKIT)/farm.py --repo '$(REPO)'
-quote   = '$(subst ','\'',$(1))'
-option  = $(if $(2),$(1) $(call quote,$(2)))
+PY      = '$(VENV)/bin/python'
+FARM    = $(PY) '$(TOOLKIT)/farm.py' --repo $(call quote,REPO)
+# a variable's text as one word for the shell, exactly as it was given: `$` in it is the agent's or the gate's, not make's
+quote   = '$(subst ','\'',$(value $(1)))'
+option  = $(if $(value $(2)),$(1) $(call quote,$(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo farm add status watch attach logs merge stop clean doctor test lint bench chaos install-into
+.PHONY: help setup test-setup demo farm add status watch attach logs merge stop clean doctor test lint bench chaos install-into
 
 ##@ Use
 help: ## print this help
 	@awk 'BEGIN { FS = ":.*## " } /^##@ / { printf "\n%s\n", substr($$0, 5) } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@printf '\nVariables\n'; awk '/^[A-Z]+ +\?=/ { name = $$1; getline; sub(/^# /, ""); printf "  %-18s %s\n", name, $$0 }' $(firstword $(MAKEFILE_LIST))
 
-setup: $(VENV)/ready ## check the tools, make .venv with the run-time packages
+setup: ## check the tools, make .venv with the run-time packages
+	@bash '$(TOOLKIT)/scripts/make-venv.sh' '$(VENV)' '$(PYTHON)' '$(TOOLKIT)/farm.py'
 demo: setup ## a throw-away repo, ten scripted agents, twelve tasks: see it work in half a minute
-	@$(PY) $(TOOLKIT)/tests/demo.py
+	@$(PY) '$(TOOLKIT)/tests/demo.py'
 farm: setup ## start N agents on REPO: make farm N=10 TASKS=tasks.md AGENT=claude GATE='make test'
-	@$(if $(TASKS),$(FARM) add -f $(call quote,$(TASKS)))
-	@$(FARM) up -n $(call quote,$(N)) $(call option,--into,$(BASE)) $(call option,--agent,$(AGENT)) $(call option,--gate,$(GATE))
+	@$(if $(value TASKS),$(FARM) add -f $(call quote,TASKS))
+	@$(FARM) up -n $(call quote,N) $(call option,--into,BASE) $(call option,--agent,AGENT) $(call option,--gate,GATE)
 add: setup ## add the tasks of a file: make add TASKS=tasks.md
-	@$(FARM) add -f $(call quote,$(TASKS))
+	@$(FARM) add -f $(call quote,TASKS)
 status: setup ## agents, tasks, merge queue, loop
 	@$(FARM) status
 watch: setup ## the same, again and again, until Ctrl-C
 	@while :; do clear; $(FARM) status; sleep 2; done
 attach: setup ## go into an agent's session: make attach A=3 (leave with Ctrl-b d)
-	@$(FARM) attach $(call quote,$(A))
+	@$(FARM) attach $(call quote,A)
 logs: setup ## what an agent printed: make logs A=3
-	@$(FARM) logs $(call quote,$(A))
+	@$(FARM) logs $(call quote,A)
 merge: setup ## land what is ready, once
-	@$(FARM) merge $(call option,--into,$(BASE)) $(call option,--gate,$(GATE))
+	@$(FARM) merge $(call option,--into,BASE) $(call option,--gate,GATE)
 stop: setup ## let agents finish, stop everything, keep all work
 	@$(FARM) down
 clean: setup ## remove the worktrees and branches that are safe to remove
@@ -63,20 +65,17 @@ doctor: setup ## what is missing or damaged, and the command that mends it
 	@$(FARM) doctor
 
 ##@ Work on the toolkit
-test: $(VENV)/tests-ready ## the whole test suite
-	@cd $(TOOLKIT) && $(PY) -m pytest -q -n 2 tests
-lint: $(VENV)/tests-ready ## ruff, and shellcheck where it is installed
-	@cd $(TOOLKIT) && $(VENV)/bin/ruff check farm.py tests
-	@cd $(TOOLKIT) && if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh tests/*.sh .ci/run; else echo 'shellcheck is not installed: scripts were not checked'; fi
-bench: $(VENV)/tests-ready ## measure the speed figures beside their floors
-	@$(PY) $(TOOLKIT)/tests/bench.py
-chaos: $(VENV)/tests-ready ## kill everything at random for SECONDS, then check that nothing was lost
-	@$(PY) $(TOOLKIT)/tests/chaos.py --seconds $(SECONDS) -n $(N)
+test: test-setup ## the whole test suite
+	@cd '$(TOOLKIT)' && $(PY) -m pytest -q -n 2 tests
+lint: test-setup ## ruff, and shellcheck where it is installed
+	@cd '$(TOOLKIT)' && '$(VENV)/bin/ruff' check farm.py tests
+	@cd '$(TOOLKIT)' && if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh tests/*.sh .ci/run; else echo 'shellcheck is not installed: scripts were not checked'; fi
+bench: test-setup ## measure the speed figures beside their floors
+	@$(PY) '$(TOOLKIT)/tests/bench.py'
+chaos: test-setup ## kill everything at random for SECONDS, then check that nothing was lost
+	@$(PY) '$(TOOLKIT)/tests/chaos.py' --seconds $(SECONDS) -n $(N)
 install-into: ## copy farm.py and scripts/ into another repo: make install-into DEST=../app
-	@bash $(TOOLKIT)/scripts/install-into.sh $(call quote,$(DEST))
+	@bash '$(TOOLKIT)/scripts/install-into.sh' $(call quote,DEST)
 
-$(VENV)/ready: $(TOOLKIT)/farm.py
-	@bash $(TOOLKIT)/scripts/make-venv.sh $(VENV) $(PYTHON) $(TOOLKIT)/farm.py
-$(VENV)/tests-ready: $(VENV)/ready $(TOOLKIT)/tests/requirements.txt
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r $(TOOLKIT)/tests/requirements.txt
-	@touch $@
+test-setup: setup
+	@[ '$(VENV)/tests-ready' -nt '$(TOOLKIT)/tests/requirements.txt' ] || { $(PY) -m pip install --quiet --disable-pip-version-check -r '$(TOOLKIT)/tests/requirements.txt' && touch '$(VENV)/tests-ready'; }

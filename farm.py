@@ -87,6 +87,10 @@ class DamagedState(FarmError):
     exit_code = 7
 
 
+class NotDurable(OSError):
+    """A change is visible, but its folder could not be fsynced: a power cut may undo it."""
+
+
 ERROR_OF_EXIT = {kind.exit_code: kind for kind in FarmError.__subclasses__()}
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -121,9 +125,12 @@ def convert_setting(name: str, text, origin: str):
     if not isinstance(text, str):
         return text
     try:
-        return text.lower() in ("1", "true", "yes", "on") if kind is bool else kind(text)
+        value = text.lower() in ("1", "true", "yes", "on") if kind is bool else kind(text)
+        if kind in (int, float) and not 0 <= value < 1e9:
+            raise ValueError
     except ValueError:
-        raise UsageError(f"{name} must be a number, not {text!r} (from {origin})") from None
+        raise UsageError(f"{name} must be a number from 0 on, not {text!r} (from {origin})") from None
+    return value
 
 
 def read_env_file(path: str) -> dict:
@@ -273,7 +280,7 @@ def run_script(name: str, *args: str, stdin: str = "", timeout: float = 600.0, e
 
     path = os.path.join(SCRIPTS, name)
     try:
-        done = subprocess.run(["bash", path, *args], input=stdin.encode("utf-8", "surrogateescape"), capture_output=True,
+        done = subprocess.run(["bash", path, *args], input=os.fsencode(stdin), capture_output=True,
                               timeout=timeout, env={**os.environ, **(env or {})}, cwd=TOOLKIT, start_new_session=detach)
     except subprocess.TimeoutExpired:
         raise FarmError(f"{name} took longer than {timeout:.0f} s and was ended") from None
@@ -411,10 +418,15 @@ class Claim(Record, collections.namedtuple("Claim", CLAIM_DEFAULTS, defaults=CLA
 NAME_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
-def checked_name(text: str, what: str) -> str:
-    """`text`, when it can be a file name and a part of a git ref. Raises UsageError."""
+def is_name(text: str) -> bool:
+    """Whether `text` can be a file name and a part of a git ref."""
     is_plain = 0 < len(text) <= 100 and NAME_CHARACTERS.issuperset(text)
-    if not is_plain or text[0] in "._-" or ".." in text or text.endswith((".", ".lock")):
+    return is_plain and text[0] not in "._-" and ".." not in text and not text.endswith((".", ".lock"))
+
+
+def checked_name(text: str, what: str) -> str:
+    """`text`, when it is a name. Raises UsageError."""
+    if not is_name(text):
         raise UsageError(f"{what} {text!r}: use letters, digits, '.', '_' and '-' only")
     return text
 
@@ -558,7 +570,7 @@ def dump_records(head: dict, lists: dict) -> bytes:
     return ("{\n" + ",\n".join(parts) + "\n}\n").encode("utf-8")
 
 
-def describe_damage(path: str, error: ValueError) -> DamagedState:
+def describe_damage(path: str, error: Exception) -> DamagedState:
     """The error with path, line and column where the JSON parser can tell them."""
     where = f", line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
     what = error.msg if isinstance(error, json.JSONDecodeError) else error
@@ -640,6 +652,17 @@ class State:
             del self.claims[agent]
 
 
+def hide_bytecode() -> None:
+    """Keep the toolkit's __pycache__ out of the git status of a repo that it was copied into."""
+    ignore = os.path.join(TOOLKIT, "__pycache__", ".gitignore")
+    if os.path.isdir(os.path.dirname(ignore)) and not os.path.exists(ignore):
+        try:
+            with open(ignore, "w", encoding="ascii") as file:
+                file.write("*\n")
+        except OSError:
+            return  # a toolkit that may not be written has no bytecode there either
+
+
 class Store:
     """coordination/ on disk: durable writes under one mutex, read back healed. Nothing else writes there what a task is."""
 
@@ -665,6 +688,7 @@ class Store:
             self.disk.write_temp(ignore, b"*\n")
         for folder in (self.folder, self.repo):
             self.disk.fsync_folder(folder)
+        hide_bytecode()
         state = State()
         for name, data in ((PENDING_FILE, self.pending_bytes(state)), (READY_FILE, self.ready_bytes(state))):
             if not os.path.exists(self.path(name)):
@@ -673,19 +697,29 @@ class Store:
 
     # -- reading
 
-    def read_json(self, name: str):
-        """The parsed file; None when there is none. Raises DamagedState after 3 looks: an editor may be in mid-save."""
+    def read_json(self, name: str) -> dict | None:
+        """The object in a file; None when there is none. Raises DamagedState after 3 looks: an editor may be in mid-save."""
         path = self.path(name)
         for attempts_left in (2, 1, 0):
             try:
-                return json.loads(self.disk.read(path).decode("utf-8"))
+                data = json.loads(self.disk.read(path).decode("utf-8"))
+                if isinstance(data, dict):
+                    return data
+                damage = ValueError(f"expected a JSON object, found {type(data).__name__}")
             except (FileNotFoundError, NotADirectoryError):
                 return None
-            except ValueError as error:
-                if not attempts_left:
-                    raise describe_damage(path, error) from None
+            except (ValueError, RecursionError) as error:
+                damage = error
+            if attempts_left:
                 time.sleep(0.05)
-        return None
+        raise describe_damage(path, damage)
+
+    def read_part(self, name: str, key: str) -> dict:
+        """The object under `key` of a file; empty when there is neither. Raises DamagedState when it is something else."""
+        part = (self.read_json(name) or {}).get(key, {})
+        if not isinstance(part, dict):
+            raise describe_damage(self.path(name), ValueError(f"{key} must be an object"))
+        return part
 
     def read_queue(self, name: str, lists: tuple) -> dict:
         """A queue file's document, each of `lists` checked to be a list. A file that history knows of may not be missing."""
@@ -695,8 +729,11 @@ class Store:
                 raise DamagedState(f"{self.path(name)} is gone, but events.jsonl knows of it", "./farm.py doctor --fix")
             data = {}
         try:
-            if not isinstance(data, dict) or data.get("schema", SCHEMA) != SCHEMA:
-                raise ValueError(f'expected an object with "schema": {SCHEMA}')
+            if data.get("schema", SCHEMA) != SCHEMA:
+                raise ValueError(f'this farm.py knows "schema": {SCHEMA}, not {json.dumps(data["schema"])[:20]}')
+            done = data.get("done", {})
+            if not isinstance(done, dict) or not all(type(rev) is int for rev in done.values()):
+                raise ValueError("done must be an object of id: rev")
             for key in lists:
                 if not isinstance(data.setdefault(key, []), list):
                     raise ValueError(f"{key} must be a list")
@@ -705,12 +742,17 @@ class Store:
         return data
 
     def read_tasks(self, name: str, records: list) -> list[Task]:
-        tasks = []
+        tasks, seen = [], set()
         for number, record in enumerate(records, 1):
             try:
                 task = Task.from_json(record)
+                if task.id and task.id in seen:
+                    raise ValueError(f"{task.id} is there twice")
+                seen.add(task.id)
                 if task.state not in TaskState._value2member_map_ or not task.title and not task.id:
                     raise ValueError("it needs a title, and a state that there is")
+                if task.id and not is_name(task.id):
+                    raise ValueError(f"its id {task.id[:60]!r} is not a name")
                 tasks.append(task)
             except ValueError as error:
                 raise describe_damage(self.path(name), ValueError(f"record {number}: {error}")) from None
@@ -732,8 +774,8 @@ class Store:
         try:
             claim = Claim.from_json(data)
             Owner.from_json(claim.owner)
-            if claim.agent + ".lock" != os.path.basename(name) or (claim.task and not claim.get_task().id):
-                raise ValueError("its agent is not the file's name, or its task has no id")
+            if claim.agent + ".lock" != os.path.basename(name) or (claim.task and not is_name(claim.get_task().id)):
+                raise ValueError("its agent is not the file's name, or its task has no proper id")
         except ValueError as error:
             raise describe_damage(self.path(name), error) from None
         return claim
@@ -797,13 +839,21 @@ class Store:
                 self.disk.link(temp, path)
             else:
                 self.disk.rename(temp, path)
-        except OSError:
+        except OSError as error:
             self.discard(temp)
+            error.filename = error.filename or path
             raise
         if settle:
-            self.disk.fsync_folder(folder)
+            self.settle(folder)
         if exclusive:
             self.disk.unlink(temp)
+
+    def settle(self, folder: str) -> None:
+        """Make a folder's changes durable. Raises NotDurable."""
+        try:
+            self.disk.fsync_folder(folder)
+        except OSError as error:
+            raise NotDurable(error.errno, os.strerror(error.errno), folder) from None
 
     def discard(self, path: str) -> None:
         try:
@@ -921,7 +971,7 @@ class Transaction:
         self.mark_dirty()
         self.store.disk.unlink(self.store.path(LOCK_FOLDER, agent + ".lock"))
         if settle:
-            self.store.disk.fsync_folder(self.store.path(LOCK_FOLDER))
+            self.store.settle(self.store.path(LOCK_FOLDER))
         self.state.claims.pop(agent, None)
 
     def drop_source(self, place: str, task_id: str) -> None:
@@ -1256,13 +1306,17 @@ class TaskQueue:
             return task
         return self.tx.move(task._replace(state="canceled"), "pending", "canceled")
 
-    def retry(self, task_id: str) -> Task:
-        """A failed or canceled task (or one in backoff) may be claimed at once, with all its attempts again."""
+    def retry(self, task_id: str, more: int) -> Task:
+        """A failed or canceled task (or one in backoff) may be claimed at once, with `more` attempts.
+
+        Attempts go on counting: returned work is pinned under its attempt's number.
+        """
         task = self.state.get_task(task_id)
         if task_id not in self.state.pending:
             raise Refused(f"task {task_id} is {task.state}; only failed, canceled and pending tasks can be retried",
                           "./farm.py tasks")
-        return self.tx.move(task._replace(state="pending", attempts=0, not_before=""), "pending", "retried")
+        task = task._replace(state="pending", max_attempts=max(task.max_attempts, task.attempts + more), not_before="")
+        return self.tx.move(task, "pending", "retried")
 
 
 # ---------------------------------------------------------------------------------------------- task files
@@ -1794,13 +1848,15 @@ class Gate:
 
     def start(self, folder: str, settings: Settings, log: str, wake) -> None:
         """Run the gate in `folder` (a worktree at the commit) on a thread of its own; `wake` is set when it is over."""
+        import shutil
         import subprocess
         import threading
 
         temp = folder + ".tmp"
+        shutil.rmtree(temp, ignore_errors=True)  # what one gate left there is not the next one's business
         os.makedirs(temp, exist_ok=True)
         env = {key: value for key, value in os.environ.items() if not key.startswith("FARM_")}
-        env.update(TMPDIR=temp, FARM_PORT=str(gate_port(folder)), FARM_GATE=folder, GIT_TERMINAL_PROMPT="0")
+        env.update(TMPDIR=temp, FARM_PORT=str(gate_port(folder, self.slot)), FARM_SLOT=folder, GIT_TERMINAL_PROMPT="0")
         self.folder, self.process = folder, subprocess.Popen(
             ["bash", "-c", settings.gate], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True)
@@ -1822,12 +1878,14 @@ class Gate:
 
     def watch(self, seconds: float, reader, wake) -> None:
         """Wait for the end or the time-out, end the whole group, judge."""
+        import signal
         import subprocess
 
         try:
             code = self.process.wait(seconds)
-            kind = "green" if code == 0 else "red" if code > 0 else "none"
-            note = f"the gate was killed by signal {-code}" if code < 0 else ""
+            killed = -code if code < 0 else code - 128 if code in (128 + signal.SIGKILL, 128 + signal.SIGTERM) else 0
+            kind = "green" if code == 0 else "none" if killed else "red"
+            note = f"the gate was killed by signal {killed}" if killed else ""
         except subprocess.TimeoutExpired:
             code, kind, note = -1, "none", f"the gate took longer than {seconds:.0f} s and was ended"
         self.end_group()
@@ -1848,11 +1906,11 @@ class Gate:
         end_gates(self.folder)
 
 
-def gate_port(folder: str) -> int:
-    """A port of a slot's or an agent's own, the same at each start, in 10000-29999."""
+def gate_port(folder: str, slot: int) -> int:
+    """A port of a slot's own, the same at each start, in 10000-29999; no two slots of a farm share one."""
     import zlib
 
-    return 10000 + zlib.crc32(os.fsencode(folder)) % 20000
+    return 10000 + zlib.crc32(os.fsencode(os.path.dirname(folder))) % 19900 + slot
 
 
 # ---------------------------------------------------------------------------------------------- merge queue
@@ -1872,7 +1930,7 @@ def merge_order(tasks: list[Task], now: float) -> list[Task]:
 
 def chain_line(task: Task) -> str:
     """One entry of merge-chain.sh's input."""
-    fields = (task.id, task.commit, str(int(epoch(task.submitted_at))), task.agent, task.title)
+    fields = (task.id, task.commit, str(int(epoch(task.submitted_at))), task.agent, one_line(task.title))
     return "\t".join(escape_field(field) for field in fields) + "\n"
 
 
@@ -1899,6 +1957,7 @@ class MergeQueue:
         self.walked: dict[tuple, Step | None] = {}
         self.just_landed: Step | None = None
         self.unjudged = collections.Counter()
+        self.notes: dict[str, str] = {}
         self.diagnoses: list[Task] = []
         self.counts = collections.Counter()
 
@@ -1991,10 +2050,10 @@ class MergeQueue:
             if not gate.is_diagnosis:
                 gate.ids = tuple(task_id for task_id in gate.ids if task_id in self.tasks)
         running = tuple(gate.ids for gate in self.gates if self.is_current(gate))
-        done = self.counts["landed"] + self.counts["returned"]
+        done = self.counts["landed"] + self.counts["red"]
         reds = reds_needed(self.verdicts.flaky_trees, self.verdicts.green_trees)
         answer = plan(queue, self.evidence_of, self.slots - sum(gate.is_diagnosis for gate in self.gates),
-                      failure_rate(self.counts["returned"], done), running, reds=reds,
+                      failure_rate(self.counts["red"], done), running, reds=reds,
                       strict=self.settings.strict)
         for gate in self.gates:
             if not gate.is_diagnosis and (gate.ids in answer.abandon or not self.is_current(gate)):
@@ -2010,9 +2069,7 @@ class MergeQueue:
     def follow(self, step: Plan, queue: tuple) -> bool:
         """Do what the plan says: land, else return the guilty, else start gates."""
         if step.target_red:
-            self.trouble = (f"{self.target} itself is red at {self.base.commit[:10]}: the gate fails on it without any new work",
-                            f"mend {self.target} and commit, then it goes on by itself; the gate's output: "
-                            + self.store.path(self.verdicts.name_of(self.base.tree, "log")))
+            self.trouble = self.describe_red_target()
             return False
         if step.land:
             return self.land(queue[:step.land])
@@ -2029,6 +2086,16 @@ class MergeQueue:
         while self.diagnoses and self.has_slot() and len(step.tests) == 0:
             self.diagnose(self.diagnoses.pop(0))
         return False
+
+    def describe_red_target(self) -> tuple[str, str]:
+        """What is wrong with the target itself, and the ways out of it."""
+        name, at = self.target, self.base.commit[:10]
+        verdict = self.store.path(self.verdicts.name_of(self.base.tree, "json"))
+        if self.base.tree in self.notes:
+            return (f"{name} itself gives no verdict at {at}: {self.notes[self.base.tree]}",
+                    "mend the gate or raise FARM_GATE_TIMEOUT, then: ./farm.py merge")
+        return (f"{name} itself is red at {at}: the gate fails on it without any new work (see {verdict[:-4]}log)",
+                f"mend {name} and commit, and it goes on by itself; or have it judged again: rm {verdict}")
 
     def settle(self, steps: list[Step]) -> bool:
         """What needs no gate: work that is in the target already lands, work that cannot be merged goes back."""
@@ -2095,22 +2162,22 @@ class MergeQueue:
         after = self.verdicts.evidence(gate.tree)
         self.store.append_event("gate-ended", None, ids=list(gate.ids), tree=gate.tree, slot=gate.slot, **verdict._asdict())
         if gate.is_diagnosis:
-            self.explain(gate, verdict)
+            if verdict.colour != "none":
+                self.explain(gate.diagnosis, verdict.colour)
         elif verdict.colour == "none":
             self.give_up_on(gate, verdict.note)
         elif after.greens and after.reds and not (before.greens and before.reds):
             say(f"flaky gate: tree {gate.tree[:10]} was both green and red; nobody's work goes back for it")
 
     def give_up_on(self, gate: Gate, note: str) -> None:
-        """A tree that twice gave no verdict: one entry goes back with that reason, several are suspects until halved."""
+        """A tree that twice gave no verdict is held to be red, in memory only, for it is no evidence: the planner halves it
+        and asks for the target, and nobody is blamed for a gate that never gives a verdict.
+        """
         self.unjudged[gate.tree] += 1
         say(f"{note} ({', '.join(gate.ids) or self.target}, tree {gate.tree[:10]})")
-        if self.unjudged[gate.tree] < 2:
-            return
-        if len(gate.ids) == 1 and gate.ids[0] in self.tasks:
-            self.return_work(self.tasks[gate.ids[0]], note, self.verdicts.tail(gate.tree))
-        else:  # in memory only, for it is no evidence; two make the target itself pause the queue
-            self.verdicts.memo[gate.tree] = Evidence(0, 1 if gate.ids else 2)
+        if self.unjudged[gate.tree] >= 2:
+            self.notes[gate.tree] = note
+            self.verdicts.memo[gate.tree] = Evidence(0, 99)
 
     # -- landing
 
@@ -2130,12 +2197,16 @@ class MergeQueue:
         result = run_script("land.sh", *self.landing_arguments(intent), *remote, allow=(0, 4, 5), detach=True)
         if result.code == 0:
             self.record_landed([tuple(entry) for entry in intent["entries"]])
+        elif result.code == 4 and self.run_chain([])[0].commit == intent["old"]:  # so it is the remote's branch that moved
+            where = f"{self.settings.remote}/{intent['target']}"
+            self.trouble = (f"{where} has commits that {intent['target']} here has not, so nothing can be pushed",
+                            f"git pull --ff-only {self.settings.remote} {intent['target']}; the queue goes on by itself")
         elif result.code == 5:
             files = ", ".join(read_tsv(result.stdout)[0][1:]) if result.stdout else result.stderr.strip()
             self.trouble = (f"the checkout of {intent['target']} has changes of its own in the way: {files}",
                             "commit them or move them away; the queue goes on by itself")
         self.store.disk.unlink(self.store.path(INTENT_FILE))
-        return result.code != 5
+        return self.trouble is None
 
     def landing_arguments(self, intent: dict) -> list[str]:
         return ["-C", self.store.repo, "-b", intent["target"], "-o", intent["old"], "-n", intent["new"]]
@@ -2161,8 +2232,11 @@ class MergeQueue:
         step = self.step_of(ids)
         gate = self.settings.gate
         how = f"to reproduce: git worktree add --detach ../try {step.commit[:12]} && cd ../try && {gate}"
-        self.diagnoses.append(task)
-        return self.return_work(task, f"the gate fails with it: {gate}", how + "\n\n" + self.verdicts.tail(step.tree))
+        note = self.notes.get(step.tree)
+        if note is None:
+            self.diagnoses.append(task)
+            self.counts["red"] += 1
+        return self.return_work(task, note or f"the gate fails with it: {gate}", how + "\n\n" + self.verdicts.tail(step.tree))
 
     def return_work(self, task: Task, reason: str, detail: str) -> bool:
         """Pin the commits, keep the detail in returns/, and give the task back: its own commits are the next attempt's start."""
@@ -2184,16 +2258,17 @@ class MergeQueue:
     def diagnose(self, task: Task) -> None:
         """In an idle slot, gate a returned entry alone, on its own base: is it red without the others, too?"""
         own = self.run_chain([], task.commit)[0]
-        self.start_gate((), own, diagnosis=task)
+        known = self.verdicts.evidence(own.tree)
+        if known.greens or known.reds:
+            self.explain(task, "green" if known.greens else "red")
+        else:
+            self.start_gate((), own, diagnosis=task)
 
-    def explain(self, gate: Gate, verdict: Verdict) -> None:
+    def explain(self, task: Task, colour: str) -> None:
         """Add to the returned task what the lone run has shown."""
-        task = gate.diagnosis
-        if verdict.colour == "none":
-            return
         partners = read_tsv(run_script("merge-partners.sh", "-C", self.store.repo, "-b", self.target, task.commit).stdout)
         likely = f", most likely with {partners[0][0]} ({partners[0][1]})" if partners else ""
-        words = "by itself it is red, too: the fault is its own" if verdict.colour == "red" else \
+        words = "by itself it is red, too: the fault is its own" if colour == "red" else \
             f"by itself it is green: it does not go together with what has landed{likely}"
         say(f"{task.id}: {words}")
         with open(self.store.path("returns", f"{task.id}.{task.attempts + 1}.txt"), "a", encoding="utf-8") as file:
@@ -2283,17 +2358,32 @@ def free_memory_mib() -> int:
 
 
 def end_gates(folder: str) -> None:
-    """End every process of the gate in this slot, whoever started it."""
-    end_processes(find_by_environment(FARM_GATE=folder), 0.0)
+    """End every process of the gate in this slot, whoever started it: those that its environment marks, their sessions (the
+    gate leads its own) and all below them, which may have cleared their environment.
+    """
+    marked = find_by_environment(FARM_SLOT=folder)
+    if not marked:
+        return
+    children, sessions = process_children(), {session_of(process.pid) for process in marked}
+    members = [process for family in children.values() for process in family if session_of(process.pid) in sessions]
+    doomed = {process.pid: process for top in (*marked, *members) for process in tree_of(top.pid, children)}
+    end_processes([process for pid, process in doomed.items() if pid != os.getpid()], 0.0)
+
+
+def session_of(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return -1
 
 
 def wait_for_landing(new: str) -> None:
-    """Until no land.sh for `new` runs any more. Raises FarmError after a minute."""
+    """Until no script and no git that lands `new` runs any more. Raises FarmError after a minute."""
     psutil = import_package("psutil")
     deadline = CLOCK.monotonic() + 60
 
     def is_landing(words: list) -> bool:
-        return new in words and any(word.endswith("land.sh") for word in words)
+        return new in words and any(word.endswith((".sh", "git")) for word in words)
 
     while any(is_landing(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])):
         if CLOCK.monotonic() > deadline:
@@ -2402,7 +2492,7 @@ class Farm:
         self.names = agent_names(settings.n)
         self.worktrees: dict[str, list] = {}
         self.sessions: dict[str, Session] = {}
-        self.agents: dict[str, dict] = (store.read_json(AGENTS_FILE) or {}).get("agents", {})
+        self.agents: dict[str, dict] = store.read_part(AGENTS_FILE, "agents")
         self.policy = RestartPolicy()
         self.leases = LeaseWatch(settings.lease_seconds)
         self.merger = None
@@ -2804,7 +2894,7 @@ def agent_record(name: str, session: Session | None, claim: Claim | None, told: 
 def agent_records(store: Store, state: State, settings: Settings) -> list[dict]:
     """Every agent that has a session, a claim or a place in the farm."""
     sessions = probe_sessions(farm_socket(store.repo))
-    told = (store.read_json(AGENTS_FILE) or {}).get("agents", {})
+    told = store.read_part(AGENTS_FILE, "agents")
     is_up = (store.read_json(FARM_FILE) or {}).get("mode") in ("running", "stopping", "paused")
     names = {*state.claims, *sessions, *(agent_names(settings.n) if is_up else ())} - {CONTROL}
     children = process_children() if sessions else {}
@@ -2821,15 +2911,14 @@ def farm_status(store: Store, settings: Settings) -> dict:
     problems = []
     try:
         state = store.snapshot()
-    except DamagedState as error:
-        problems.append(str(error))
-        state = partial_state(store)
+    except DamagedState:
+        state, problems = partial_state(store), [f"{store.path(name)}: {why}" for name, why in find_damaged(store).items()]
     try:
         agents = agent_records(store, state, settings)
         activity = find_activity(store)
         farm = store.read_json(FARM_FILE) or {}
     except DamagedState as error:
-        problems.append(str(error))
+        problems = problems or [str(error)]
         agents, activity, farm = [], {}, {}
     now = CLOCK.now()
     records = queue_records(store, state) if not problems else []
@@ -3117,7 +3206,7 @@ class Call:
         self.store = Store(self.repo)
 
     def settings(self) -> Settings:
-        remembered = (self.store.read_json(FARM_FILE) or {}).get("settings", {})
+        remembered = self.store.read_part(FARM_FILE, "settings")
         return load_settings(self.repo, self.options, remembered)
 
     def agent(self) -> str:
@@ -3252,7 +3341,11 @@ def verb_claim(call: Call) -> int:
             if CLOCK.monotonic() >= deadline:
                 raise
         wait_for_change(call.store, before, deadline)
-    prompt = write_prompt(call.store, claim, settings.gate)
+    try:
+        prompt = write_prompt(call.store, claim, settings.gate)
+    except OSError as error:
+        raise FarmError(f"{error.filename}: {error.strerror}; {claim.task['id']} is claimed, but its prompt could not be written",
+                        "repeat the command") from None
     print(claim_environment(claim, prompt) if call.options.get("env") else dump_line(claim.to_json()))
     return 0
 
@@ -3405,8 +3498,9 @@ def verb_cancel(call: Call) -> int:
 
 @verb("retry ID", "let a failed or canceled task be claimed again", "", "./farm.py retry t-0007")
 def verb_retry(call: Call) -> int:
+    more = call.settings().max_attempts
     with call.store.transaction() as tx:
-        TaskQueue(tx).retry(call.one("task id"))
+        TaskQueue(tx).retry(call.one("task id"), more)
     return 0
 
 
@@ -3787,9 +3881,11 @@ def parse_command_line(argv: list[str]) -> Call | str:
 def describe_os_error(error: OSError) -> FarmError:
     """A full disk, a read-only folder and the like, in words."""
     what = f"{error.filename}: " if error.filename else ""
+    state = "the change is there, but a power cut may undo it: repeat the command" if isinstance(error, NotDurable) else \
+        "the state is as it was"
     hints = {errno.ENOSPC: "df -h .", errno.EDQUOT: "quota", errno.EROFS: "mount | grep ro,", errno.EACCES: "ls -ld coordination",
              errno.EPERM: "ls -ld coordination"}
-    return FarmError(f"{what}{os.strerror(error.errno) if error.errno else error}; the state is as it was",
+    return FarmError(f"{what}{os.strerror(error.errno) if error.errno else error}; {state}",
                      hints.get(error.errno, "./farm.py doctor"))
 
 

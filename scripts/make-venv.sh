@@ -8,12 +8,11 @@ main() {
   local venv python farm wanted
   [ $# -eq 3 ] || { sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; exit 2; }
   venv=$1 python=$2 farm=$3
-  FARM_PYTHON=$python bash "$(dirname "$0")/check-tools.sh"
   wanted=$(sed -n 's/^# dependencies = \[\(.*\)\]$/\1/p' "$farm" | tr -d '",')
   if [ "$(cat "$venv/ready" 2>/dev/null)" = "$wanted" ]; then
-    touch "$venv/ready"
     return
   fi
+  FARM_PYTHON=$python bash "$(dirname "$0")/check-tools.sh"
   if ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
     printf 'farm: %s cannot make virtual environments: its venv package is missing\n' "$python" >&2
     printf '  try: apt install python3-venv   or: dnf install python3   or: brew install python3\n' >&2
@@ -21,6 +20,7 @@ main() {
   fi
   printf 'making %s with %s\n' "$venv" "$wanted"
   "$python" -m venv "$venv"
+  printf '*\n' >"$venv/.gitignore"
   # shellcheck disable=SC2086  # one word a package
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $wanted || {
     printf 'farm: pip could not install %s\n  try: %s -m pip install %s\n' "$wanted" "$venv/bin/python" "$wanted" >&2

@@ -3,7 +3,8 @@
 # Puts WORKTREE on the branch farm/AGENT/TASK: at START when it is a commit or branch that is there, else at TARGET.
 # Before that, unsaved work is rescued, and a branch of that name with commits that START lacks is pinned below
 # refs/farm/returned/TASK/. Untracked files are removed once they are rescued; ignored ones stay.
-# Prints: branch<TAB>base commit<TAB>rescue ref (empty when there was nothing to rescue)
+# Prints: branch<TAB>base<TAB>rescue ref (empty when there was nothing to rescue); base is the commit that says "nothing done":
+# TARGET's, or that of work which came back
 # Exit: 0 ok, 1 git failed, 2 usage, 3 no such worktree or target
 set -euo pipefail
 export GIT_TERMINAL_PROMPT=0 LC_ALL=C
@@ -55,7 +56,7 @@ pin_old() {
 }
 
 main() {
-  local agent='' task='' target='' start='' option worktree base branch saved
+  local agent='' task='' target='' start='' option worktree newest base branch saved
   while getopts a:t:b:s:h option; do
     case $option in
       a) agent=$OPTARG ;; t) task=$OPTARG ;; b) target=$OPTARG ;; s) start=$OPTARG ;;
@@ -70,14 +71,15 @@ main() {
   fi
   git -C "$worktree" rev-parse --git-dir >/dev/null 2>&1 || die 3 "$worktree is not a worktree" "./farm.py up"
   branch=farm/$agent/$task
-  base=$(git -C "$worktree" rev-parse -q --verify "${start:-$target}^{commit}") ||
-    base=$(git -C "$worktree" rev-parse -q --verify "refs/heads/$target^{commit}") ||
-    die 3 "there is no branch $target" "git branch"
+  newest=$(git -C "$worktree" rev-parse -q --verify "refs/heads/$target^{commit}") || die 3 "there is no branch $target" "git branch"
+  base=$newest
+  if [ -n "$start" ]; then base=$(git -C "$worktree" rev-parse -q --verify "$start^{commit}") || base=$newest; fi
   rm -f "$(git -C "$worktree" rev-parse --absolute-git-dir)/index.lock"  # nobody else works in this worktree now
   saved=$(make_clean "$worktree" "$agent")
   pin_old "$worktree" "$branch" "$base" "$task"
   quiet_git -C "$worktree" switch --quiet --no-track --force-create "$branch" "$base"
-  printf '%s\t%s\t%s\n' "$branch" "$base" "$saved"
+  case $start in refs/farm/returned/*) newest=$base ;; esac
+  printf '%s\t%s\t%s\n' "$branch" "$newest" "$saved"
 }
 
 main "$@"

@@ -136,27 +136,41 @@ def idle_rows(bench: Bench) -> Iterator[Row]:
     loop, merger = (psutil.Process(wait_until(lambda name=name: farm.find_recorded(farmed.store.path(name))))
                     for name in ("loop.lock", "merger.lock"))
     time.sleep(min(5, bench.size.idle_seconds))  # until every agent has asked for a task once
-    before, began = cpu_of(loop), time.monotonic()
-    time.sleep(bench.size.idle_seconds)
-    share = 100 * (cpu_of(loop) - before) / (time.monotonic() - began)
+    panes = farm.probe_sessions(farm.farm_socket(str(farmed.repo))).values()
+    sessions = [psutil.Process(pane.pid) for pane in panes if pane.name != farm.CONTROL]
+    parts = {"all": [loop, merger], "merger": [merger], "sessions": sessions}
+    share = watch(parts, bench.size.idle_seconds)
     memory = loop.memory_info().rss + merger.memory_info().rss
     for _ in range(5 * bench.size.rounds):
         samples.add("status", farmed.main("status"))
         samples.add("start", timed(sys.executable, "-c", "pass"))
     farmed.main("down", "--now")
-    yield Row(f"idle loop: {count} agents", share, None, "%", "<= 1 %", "of one core; loop, merger and their children")
+    note = f"of one core; the loop, its merger ({share['merger']:.2f} %) and their children"
+    yield Row(f"idle loop: {count} agents", share["all"], None, "%", "<= 1 %", note)
+    yield Row(f"idle sessions: {count} agents", share["sessions"], None, "%", "", "of one core; run-agent.sh and its looks for tasks")
     yield Row("idle loop: memory", memory / 2**20, None, "MiB", "<= 60 MiB", "resident, loop and merger")
     status, start = samples.median("status"), samples.median("start")
     over = f"{1000 * (status.seconds - start.seconds):.0f} ms over its interpreter's start"
     yield samples.row(f"status: {count} agents", "status", "start", f"<= {start.seconds + 0.15:.3f} s", over)
 
 
-def cpu_of(process: psutil.Process) -> float:
-    """CPU seconds of a process, of its children that ended, and of those that live, with theirs."""
-    total = 0.0
-    for one in (process, *process.children(recursive=True)):
+def watch(parts: dict[str, list[psutil.Process]], seconds: float) -> dict[str, float]:
+    """The CPU that each part takes for so long, in percent of one core."""
+    before, began = {name: cpu_of(part) for name, part in parts.items()}, time.monotonic()
+    time.sleep(seconds)
+    passed = time.monotonic() - began
+    return {name: 100 * (cpu_of(part) - before[name]) / passed for name, part in parts.items()}
+
+
+def cpu_of(processes: list[psutil.Process]) -> float:
+    """CPU seconds of processes and all below them, each once, with what their ended children took."""
+    total, seen = 0.0, set()
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            total += sum(one.cpu_times()[:4])
+            seen.update([process, *process.children(recursive=True)])
+    for process in seen:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])
     return total
 
 

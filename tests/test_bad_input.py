@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, SCRIPTS, commit_files, git, run, wait_until, write_files
-from farm_calls import FARM, SHIM, Caller, assert_is_error, bytes_below, living_process, make_commit
+from farm_calls import FARM, SHIM, Caller, assert_is_error, bytes_below, copy_repo, living_process, make_commit
 
 sys.path[:0] = [str(ROOT)]
 import farm as toolkit  # noqa: E402  (needs the path above)
@@ -34,8 +34,8 @@ COPY_PROMPT = 'cp "$FARM_PROMPT_FILE" prompt.txt'
 
 
 @pytest.fixture
-def farm(make_repo) -> Caller:
-    return Caller(make_repo(), os.getpid())
+def farm(sandbox) -> Caller:
+    return Caller(copy_repo(sandbox.work / "repo"), os.getpid())
 
 
 def drain(farm: Caller, *args: str, agent: str = "date >made.txt", check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -219,6 +219,22 @@ def test_setup_names_the_package_when_python_has_no_venv(sandbox):
     assert (done.returncode, "python3-venv" in done.stderr) == (6, True)
 
 
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+  --version) echo Python 3.11.2 ;;
+  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+esac
+"""
+
+
+def test_git_does_not_see_the_venv_of_a_copy(make_repo, sandbox):
+    repo, python = make_repo(), sandbox.work / "python3"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    run(["bash", SCRIPTS / "make-venv.sh", repo / ".venv", python, ROOT / "farm.py"], check=True)
+    assert (git(repo, "status", "--porcelain"), (repo / ".venv" / "ready").exists()) == ("", True)
+
+
 # ---------------------------------------------------------------------------------------------- another repo
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -97,7 +98,8 @@ def kill_everything(sandbox) -> Callable[[], None]:
     def kill() -> None:
         while processes := find_processes(sandbox.token):
             for process in processes:
-                process.send_signal(signal.SIGKILL)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             psutil.wait_procs(processes, timeout=1)
 
     return kill

@@ -14,7 +14,7 @@ import sys
 import psutil
 import pytest
 from conftest import ROOT, run, wait_until
-from farm_calls import Caller, assert_is_error, living_process
+from farm_calls import Caller, assert_is_error, copy_repo, living_process
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -25,9 +25,9 @@ A, B, C = "agent-001", "agent-002", "agent-003"
 
 
 @pytest.fixture
-def farm(make_repo) -> Caller:
+def farm(sandbox) -> Caller:
     """A farm on a new repo of one commit; its claims are owned by the test's own process."""
-    return Caller(make_repo(), os.getpid())
+    return Caller(copy_repo(sandbox.work / "repo"), os.getpid())
 
 
 # ---------------------------------------------------------------------------------------------- lock, unlock, locks

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, git, run, wait_until
-from farm_calls import Caller
+from farm_calls import Caller, copy_repo
 
 A, B = "agent-001", "agent-002"
 
 
 @pytest.fixture
-def farm(make_repo) -> Caller:
+def farm(sandbox) -> Caller:
     """A farm on a new repo of one commit; its claims are owned by the test's own process."""
-    return Caller(make_repo(), os.getpid())
+    return Caller(copy_repo(sandbox.work / "repo"), os.getpid())
 
 
 # ------------------------------------------------------------ sessions: up, status, send, logs, attach, down, clean

@@ -1,0 +1,343 @@
+"""kill -9 of the merge queue: of the merger, its process group, its landing, its git, or of all at once, at chosen and at random
+moments. Afterwards `merge` must bring everything to the same end as if nothing had happened.
+
+`python tests/test_merge_kills.py --seconds 60 --seed 1` goes on for longer and prints what it counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import GIT_CONFIG, ROOT, Sandbox, commit_files, git, wait_until, write_files
+from test_merge_queue import GREEN, Queue, find_gate_processes, new_file, no_gate_is_left, outside, queue
+
+__all__ = ["no_gate_is_left", "outside", "queue"]  # fixtures
+TOKEN = "GATE_TOKEN"
+CONDITION = f"{GREEN} && ! {{ [ -e a.txt ] && [ -e b.txt ]; }}"
+KILLS = ("merger", "group", "everything", "landing", "git")
+
+GIT_THAT_WAITS = """\
+#!/bin/sh
+# Stops before or after git moves the target, for as long as the file of that name is there.
+reach() { [ ! -e "$here/$1" ] || { : >"$here/reached"; while [ -e "$here/$1" ]; do sleep 0.02; done; }; }
+here='%s'
+case " $* " in
+  *" merge --ff-only "* | *" update-ref -m farm"*) reach before; code=0; '%s' "$@" || code=$?; reach after; exit $code ;;
+esac
+exec '%s' "$@"
+"""
+
+
+class Victim:
+    """A merger in a process group of its own, to be killed; what it prints goes to a file."""
+
+    def __init__(self, queue: Queue, gate: str, *options: str, slots: int = 1, path: str = ""):
+        self.queue, self.token = queue, os.environ[TOKEN]
+        with (queue.outside / "printed").open("ab") as log:
+            self.process = subprocess.Popen(
+                queue.argv("merge", "--gate", gate, "--slots", str(slots), *options),
+                env={**os.environ, "PATH": path + os.environ["PATH"]},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def kill(self, what: str) -> None:
+        """SIGKILL to one of KILLS; a landing or git that does not run at the moment is spared."""
+        if what == "group":
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        for process in self.find(what):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        if what not in ("landing", "git"):
+            self.process.wait(20)
+
+    def find(self, what: str) -> list[psutil.Process]:
+        if what == "merger":
+            return [psutil.Process(self.process.pid)] if self.process.poll() is None else []
+        if what == "everything":
+            return find_gate_processes(self.token)
+        ours = [(process, command_of(process)) for process in find_gate_processes(self.token)]
+        if what == "git":
+            return [process for process, words in ours if "--ff-only" in words or "farm: land" in words]
+        return [process for process, words in ours if any(word.endswith(("land.sh", "fast-forward.sh")) for word in words)]
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def careful(queue: Queue, condition: str = CONDITION) -> str:
+    """A gate that notes when it begins in a slot in which anything of an earlier gate still runs, and leaves things behind."""
+    guard = f'exec 9>>"{queue.outside}/$(basename "$PWD").lock"; flock -n 9 || echo "$PWD" >>{queue.outside}/overlaps; '
+    return guard + queue.counted(f"setsid sleep 300 & env -i sleep 300 & {condition}")
+
+
+def finish(queue: Queue, gate: str, *options: str, slots: int = 1) -> None:
+    """One merger that nobody disturbs."""
+    victim = Victim(queue, gate, *options, slots=slots)
+    code = victim.process.wait(120)
+    if code not in (0, 5):
+        pytest.fail(f"the merger after the kill exited {code}\n{(queue.outside / 'printed').read_text()[-3000:]}")
+
+
+def events(queue: Queue, name: str) -> Counter:
+    lines = map(json.loads, (queue.folder / "events.jsonl").read_text().splitlines())
+    return Counter(line["task"]["id"] for line in lines if line["event"] == name)
+
+
+def find_violations(queue: Queue, expected: dict[str, str]) -> list[str]:
+    """Whatever is not as it would be had nobody been killed; `expected` is each task's state."""
+    tree, found = queue.repo / ".git", []
+    trailers, states = Counter(queue.landed()), queue.states()
+    good = {task_id: 1 for task_id, state in expected.items() if state == "landed"}
+    twice = [name for kind in ("landed", "returned") for name, count in events(queue, kind).items() if count > 1]
+    checks = {
+        "states": (states, expected),
+        "landings in the history of main": (dict(trailers), good),
+        "moved twice": (twice, []),
+        "red values of main": (queue.red_values(CONDITION), []),
+        "git status": (git(queue.repo, "status", "--porcelain"), ""),
+        "locks in .git": ([str(path.relative_to(tree)) for path in tree.rglob("*.lock")], []),
+        "left in .git": ([path.name for path in tree.glob("farm-*")], []),
+        "an unfinished landing": ((queue.folder / "merge_queue/landing.json").exists(), False),
+        "gates that overlap in a slot": ((queue.outside / "overlaps").exists(), False),
+    }
+    for what, (is_so, should_be) in checks.items():
+        if is_so != should_be:
+            found.append(f"{what}: {is_so}, should be {should_be}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- around the swap
+
+
+@pytest.fixture
+def waiting_git(queue: Queue) -> Path:
+    """A folder with a git that waits at `before` and `after` the swap; it says `reached`."""
+    folder = queue.outside / "bin"
+    folder.mkdir()
+    real = shutil.which("git")
+    (folder / "git").write_text(GIT_THAT_WAITS % (folder, real, real))
+    (folder / "git").chmod(0o755)
+    return folder
+
+
+def merge_up_to(queue: Queue, waiting_git: Path, moment: str) -> Victim:
+    """A merger whose landing stands still at that moment."""
+    (waiting_git / moment).touch()
+    victim = Victim(queue, careful(queue), path=f"{waiting_git}:")
+    wait_until((waiting_git / "reached").exists, 60, f"the landing to come to the moment {moment} the swap")
+    return victim
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_merger_killed_while_its_landing_lives_on_lands_once(queue: Queue, waiting_git: Path, moment: str) -> None:
+    task_id = queue.ready(new_file("f"))
+    merge_up_to(queue, waiting_git, moment).kill("group")
+    second = Victim(queue, careful(queue))
+    wait_until(lambda: str(second.process.pid) in (queue.folder / "merger.lock").read_text(), 30, "the second merger to begin")
+    (waiting_git / moment).unlink()
+    assert second.process.wait(60) == 0
+    assert find_violations(queue, {task_id: "landed"}) == []
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_power_cut_around_the_swap_lands_once(queue: Queue, waiting_git: Path, moment: str) -> None:
+    task_id = queue.ready(new_file("f"))
+    merge_up_to(queue, waiting_git, moment).kill("everything")
+    finish(queue, careful(queue))
+    assert find_violations(queue, {task_id: "landed"}) == []
+
+
+@pytest.mark.parametrize("checked_out", [True, False])
+def test_locks_that_a_killed_landing_left_are_removed(queue: Queue, waiting_git: Path, checked_out: bool) -> None:
+    task_id = queue.ready(new_file("f"))
+    git(queue.repo, "branch", "other")
+    if not checked_out:
+        git(queue.repo, "checkout", "-q", "other")
+    (waiting_git / "before").touch()
+    victim = Victim(queue, careful(queue), "--into", "main", path=f"{waiting_git}:")
+    wait_until((waiting_git / "reached").exists, 60, "the landing to begin")
+    new = json.loads((queue.folder / "merge_queue/landing.json").read_text())["new"]
+    write_files(queue.repo / ".git", {"refs/heads/main.lock": f"{new}\n", **({"index.lock": ""} if checked_out else {})})
+    victim.kill("everything")
+    finish(queue, careful(queue), "--into", "main")
+    assert find_violations(queue, {task_id: "landed"}) == []
+
+
+def test_a_landing_killed_under_a_living_merger_lands_once(queue: Queue, waiting_git: Path) -> None:
+    task_id = queue.ready(new_file("f"))
+    victim = merge_up_to(queue, waiting_git, "before")
+    victim.kill("landing")
+    (waiting_git / "before").unlink()
+    victim.process.wait(60)
+    finish(queue, careful(queue))
+    assert find_violations(queue, {task_id: "landed"}) == []
+
+
+SLOW = 12
+
+
+@pytest.mark.parametrize("what", ["git", "landing", "group", "everything"])
+def test_a_kill_in_the_middle_of_writing_the_checkout_leaves_it_whole(queue: Queue, what: str) -> None:
+    commit_files(queue.repo, {".gitattributes": "*.slow filter=slow\n", "s1.slow": "old\n"})
+    git(queue.repo, "config", "filter.slow.smudge", "sleep 0.03; cat")
+    task_id = queue.ready({f"s{number}.slow": "new\n" for number in range(SLOW)})
+    (queue.repo / "mine.txt").write_text("a person's edit\n")
+    victim = Victim(queue, careful(queue))
+    wait_until((queue.repo / f"s{SLOW // 3}.slow").exists, 60, "the landing to write files")
+    victim.kill(what)
+    if what in ("git", "landing"):
+        victim.process.wait(60)
+    finish(queue, careful(queue))
+    (queue.repo / "mine.txt").unlink()  # fails when it is gone
+    assert find_violations(queue, {task_id: "landed"}) == []
+
+
+# ---------------------------------------------------------------------------------------------- around the gates
+
+
+def blocked_gate(queue: Queue, free_runs: int = 0) -> str:
+    """Waits for the test's permission, but for the first `free_runs`."""
+    wait = f"[ $(wc -l <{queue.log}) -le {free_runs} ] || until [ -e {queue.go} ]; do sleep 0.02; done"
+    return careful(queue, f"{{ {wait}; }}; {CONDITION}")
+
+
+@pytest.mark.parametrize("what", ["merger", "group"])
+def test_gates_of_a_dead_merger_are_ended_before_another_begins(queue: Queue, what: str) -> None:
+    ids = queue.ready_all([new_file(f"f{number}") for number in range(3)])
+    victim = Victim(queue, blocked_gate(queue), slots=2)
+    queue.wait_for_gates(2)
+    victim.kill(what)
+    queue.go.touch()
+    finish(queue, blocked_gate(queue), slots=2)
+    assert find_violations(queue, dict.fromkeys(ids, "landed")) == []
+
+
+def test_verdicts_reached_before_a_kill_are_not_reached_again(queue: Queue) -> None:
+    ids = queue.ready_all([new_file(f"f{number}", "BAD\n" if number == 1 else "good\n") for number in range(6)])
+    victim = Victim(queue, blocked_gate(queue, 3))
+    queue.wait_for_gates(4)
+    victim.kill("group")
+    known = Counter({tree: len(colours) for tree, colours in queue.verdicts().items()})
+    queue.go.touch()
+    finish(queue, blocked_gate(queue, 3))
+    again = [tree for tree, count in Counter(queue.gated()[4:]).items() if count + known[tree] > 2]
+    assert (sum(known.values()), again, queue.landed()) == (3, [], [ids[0], *ids[2:]])
+
+
+# ---------------------------------------------------------------------------------------------- at random
+
+
+def kill_at_random(queue: Queue, rng: random.Random, gate: str, options: list[str], slots: int) -> str:
+    """Start a merger, kill something of it at some moment; what was killed, or nothing when it was over before."""
+    what, intent = rng.choice(KILLS), queue.folder / "merge_queue/landing.json"
+    victim = Victim(queue, gate, *options, slots=slots)
+    deadline, waits_for_landing = time.monotonic() + rng.uniform(0.2, 3), rng.random() < 0.6
+    while victim.process.poll() is None and time.monotonic() < deadline and not (waits_for_landing and intent.exists()):
+        time.sleep(0.002)
+    if waits_for_landing:
+        time.sleep(rng.uniform(0, 0.4))
+    is_over = victim.process.poll() is not None
+    victim.kill(what)
+    if what in ("landing", "git"):  # the merger says that it failed, or does not even notice
+        victim.process.wait(120)
+    return "" if is_over else what
+
+
+def run_round(queue: Queue, rng: random.Random, kills: int) -> tuple[list[str], Counter]:
+    """A queue with bad entries and a pair, killed again and again; what is wrong afterwards, and what was done."""
+    bad = set(rng.sample(range(8), 2))
+    works = [new_file(f"f{number}", "BAD\n" if number in bad else "good\n") for number in range(8)]
+    places = sorted(rng.sample(range(9), 2))
+    works.insert(places[0], new_file("a"))
+    works.insert(places[1] + 1, new_file("b"))
+    ids = queue.ready_all(works, max_attempts=1)
+    is_good = ["BAD\n" not in files.values() and "b.txt" not in files for files in works]
+    expected = {task_id: "landed" if good else "failed" for task_id, good in zip(ids, is_good, strict=True)}
+    options, slots = ["--style", rng.choice(["merge", "merge", "squash", "rebase"])], rng.choice([1, 2, 3])
+    killed = Counter(kill_at_random(queue, rng, careful(queue), options, slots) for _ in range(kills))
+    finish(queue, careful(queue), *options, slots=slots)
+    killed.update(landed=sum(is_good), returned=is_good.count(False), gates=len(queue.gated()))
+    return find_violations(queue, expected), killed
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kills_at_random_lose_and_double_nothing(queue: Queue, seed: int) -> None:
+    assert run_round(queue, random.Random(seed), 4)[0] == []
+
+
+# ---------------------------------------------------------------------------------------------- a longer campaign
+
+
+@contextlib.contextmanager
+def private_environment() -> Iterator[Path]:
+    """What the fixtures do for a test: a folder, git's own settings, a token by which whatever is left is ended."""
+    folder = Path(tempfile.mkdtemp(prefix="f-", dir="/tmp"))
+    for name in [name for name in os.environ if name.startswith(("FARM_", "GIT_"))]:
+        del os.environ[name]
+    (folder / "gitconfig").write_text(GIT_CONFIG)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    token = secrets.token_hex(8)
+    os.environ.update({"GIT_CONFIG_GLOBAL": str(folder / "gitconfig"), "GIT_CONFIG_NOSYSTEM": "1", "PATH": path, TOKEN: token})
+    try:
+        yield folder
+    finally:
+        for process in find_gate_processes(token):
+            process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_queue(folder: Path) -> Queue:
+    repo, beside = folder / "repo", folder / "outside"
+    beside.mkdir(parents=True)
+    git(folder, "init", "-q", "-b", "main", repo)
+    commit_files(repo, {"README.md": "text\n"})
+    return Queue(repo, beside)
+
+
+def campaign(seconds: float, seed: int) -> int:
+    """Round after round until the time is over; 1 when something was wrong, and then the round's folder is kept."""
+    totals, number, end = Counter(), 0, time.monotonic() + seconds
+    with private_environment() as folder:
+        while time.monotonic() < end:
+            number += 1
+            queue = make_queue(folder / f"round-{number}")
+            wrong, done = run_round(queue, random.Random(f"{seed}-{number}"), 6)
+            totals += done
+            if wrong:
+                kept = shutil.copytree(queue.repo.parent, tempfile.mkdtemp(prefix="merge-kills-"), dirs_exist_ok=True, symlinks=True)
+                print(f"seed {seed}, round {number}, kept in {kept}:", *wrong, sep="\n  ")
+                return 1
+            shutil.rmtree(queue.repo.parent)
+    killed = ", ".join(f"{what} {totals[what]}" for what in KILLS)
+    print(f"{number} rounds, {sum(totals[what] for what in KILLS)} kills ({killed}), {totals['']} came too late")
+    print(f"landed once {totals['landed']}, returned once {totals['returned']}, gates begun {totals['gates']}, violations 0")
+    return 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    choice = parser.parse_args()
+    sys.exit(campaign(choice.seconds, choice.seed))
