@@ -94,6 +94,8 @@ class NotDurable(OSError):
 ERROR_OF_EXIT = {kind.exit_code: kind for kind in FarmError.__subclasses__()}
 
 # ---------------------------------------------------------------------------------------------- settings
+# One table says what can be set; flags, environment, farm.env and the last `up` are looked through in that order. The repo is
+# found from files, for the same reason as everything on an agent's way is plain: its start is its cost.
 
 Setting = collections.namedtuple("Setting", "kind default meaning")
 
@@ -197,6 +199,8 @@ def find_repo(start: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- seams
+# What tests put something else in place of: the clock, and the way to git and tmux. No git and no tmux is called but through
+# scripts/, so that whoever wants to know what the farm may do to a repo can read it there.
 
 
 class Clock:
@@ -325,6 +329,7 @@ def import_package(name: str):
 
 
 # ---------------------------------------------------------------------------------------------- records
+# The shapes on disk. One record serves a task in all its states: a move changes fields and raises `rev`, it never translates.
 
 
 class TaskState(str, Enum):
@@ -432,6 +437,7 @@ def checked_name(text: str, what: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- processes
+# Who lives. A pid alone says nothing after a reboot or a wrap-around, so an owner is pid, start time, boot and host together.
 
 
 def boot_id() -> str:
@@ -496,6 +502,8 @@ def find_liveness(owner: Owner) -> bool | None:
 
 
 # ---------------------------------------------------------------------------------------------- store
+# The heart: what is acknowledged is on disk, what was cut short is healed by whoever comes next. The guard of each step is
+# named where it stands; tests leave them out one by one and must see work lost.
 
 PENDING_FILE = os.path.join("task_queue", "pending.json")
 READY_FILE = os.path.join("merge_queue", "ready-to-merge.json")
@@ -846,7 +854,7 @@ class Store:
         if settle:
             self.settle(folder)
         if exclusive:
-            self.disk.unlink(temp)
+            self.discard(temp)
 
     def settle(self, folder: str) -> None:
         """Make a folder's changes durable. Raises NotDurable."""
@@ -856,11 +864,11 @@ class Store:
             raise NotDurable(error.errno, os.strerror(error.errno), folder) from None
 
     def discard(self, path: str) -> None:
+        """Unlink a temp file; where that fails, the next writer does."""
         try:
             self.disk.unlink(path)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EROFS, errno.EACCES):
-                raise
+        except OSError:
+            pass
 
     def append_event(self, event: str, task: Task | None, **details) -> None:
         """One line of history with the task's full record. Not fsynced, and no reason to fail: the queues are the truth."""
@@ -917,9 +925,13 @@ class Transaction:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if kind is None and os.fstat(self.mutex).st_size:
-            os.ftruncate(self.mutex, 0)
-        os.close(self.mutex)
+        try:
+            if kind is None and os.fstat(self.mutex).st_size:
+                os.ftruncate(self.mutex, 0)
+        except OSError:
+            pass  # the mark stays, and the next holder settles the folders once more
+        finally:
+            os.close(self.mutex)
 
     def mark_dirty(self) -> None:
         """Leave a mark in the mutex file while moves are made: who finds it knows that the last holder was killed."""
@@ -1021,6 +1033,7 @@ class Transaction:
         return claim
 
 # ---------------------------------------------------------------------------------------------- lock registry
+# Locks are files that name their owner. Nobody breaks one by its age: an owner is asked for, and only a dead one loses it.
 
 
 def segments_overlap(a: str, b: str) -> bool:
@@ -1160,6 +1173,8 @@ class LeaseWatch:
 
 
 # ---------------------------------------------------------------------------------------------- task queue
+# Each move checks its fence first. A fence that was spent on just this move is answered again, because an agent that was killed
+# between the move and its answer will ask again, and must not be told that it failed.
 
 RETRY_SECONDS_MAX = 300
 GIVE_BACK_EVENTS = {"fail": "attempt-failed", "release": "released", "died": "owner-died", "return": "returned"}
@@ -1320,6 +1335,7 @@ class TaskQueue:
 
 
 # ---------------------------------------------------------------------------------------------- task files
+# People keep tasks in lists of many kinds. All or nothing: a file with one bad line adds no task at all.
 
 CHECKBOX = r"^(\s*)[-*+] \[([ xX])\]\s+(.*)$"
 
@@ -1452,6 +1468,7 @@ def write_prompt(store: Store, claim: Claim, gate: str) -> str:
     return path
 
 # ---------------------------------------------------------------------------------------------- sessions
+# What psutil and tmux tell about the processes behind the panes. Words on a screen are no source here.
 
 CONTROL = "control"
 
@@ -1517,7 +1534,7 @@ def measure(tree: list) -> Usage:
 
 
 def find_by_environment(**wanted: str) -> list:
-    """The processes whose environment at their start had these values; this one left out."""
+    """(process, its FARM_AGENT_NAME) of those whose environment at their start had these values; this one left out."""
     psutil = import_package("psutil")
     found = []
     for process in psutil.process_iter():
@@ -1526,7 +1543,7 @@ def find_by_environment(**wanted: str) -> list:
         except (psutil.Error, OSError):
             continue
         if process.pid != os.getpid() and all(environment.get(key) == value for key, value in wanted.items()):
-            found.append(process)
+            found.append((process, environment.get("FARM_AGENT_NAME", "")))
     return found
 
 
@@ -1773,6 +1790,8 @@ def plan(
     return Plan(len(start.good), guilty[0] if guilty else None, False, tuple(tests), abandon)
 
 # ---------------------------------------------------------------------------------------------- verdicts and gates
+# A gate is a user's command on one exact tree. Its exit code is evidence about that tree for ever; a time-out, a kill or a
+# gate that edits what it tests is no evidence at all.
 
 OUTPUT_HEAD, OUTPUT_TAIL = 64 * 1024, 256 * 1024
 
@@ -1914,6 +1933,8 @@ def gate_port(folder: str, slot: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------------- merge queue
+# The one place that moves the target. It computes everything anew from git and the queue file at each tick, and keeps only what
+# cannot be computed: verdicts, and the intent of a landing that has begun.
 
 AGEING_SECONDS = 600.0
 
@@ -2282,9 +2303,7 @@ class MergeQueue:
 
     def recover(self) -> None:
         """Before anything else: end gates of a dead merger, finish or undo a landing that was cut short, pin what is ready."""
-        for number in range(1, 65):
-            if os.path.isdir(self.slot_folder(number)):
-                end_gates(self.slot_folder(number))
+        end_all_gates(self.slots_folder)
         intent = self.store.read_json(INTENT_FILE)
         if intent:
             wait_for_landing(intent["new"])
@@ -2342,9 +2361,8 @@ def default_slots() -> int:
 
 def find_shortage(folder: str, min_free_mib: int) -> str:
     """What there is too little of, memory or disk, in words; empty when there is room."""
-    import shutil
-
-    free = {"memory": free_memory_mib(), "disk": shutil.disk_usage(folder).free >> 20}
+    disk = os.statvfs(folder)
+    free = {"memory": free_memory_mib(), "disk": disk.f_bavail * disk.f_frsize >> 20}
     return ", ".join(f"{mib} MiB of {what} free, {min_free_mib} wanted" for what, mib in free.items() if mib < min_free_mib)
 
 
@@ -2361,13 +2379,21 @@ def end_gates(folder: str) -> None:
     """End every process of the gate in this slot, whoever started it: those that its environment marks, their sessions (the
     gate leads its own) and all below them, which may have cleared their environment.
     """
-    marked = find_by_environment(FARM_SLOT=folder)
+    marked = [process for process, _ in find_by_environment(FARM_SLOT=folder)]
     if not marked:
         return
     children, sessions = process_children(), {session_of(process.pid) for process in marked}
     members = [process for family in children.values() for process in family if session_of(process.pid) in sessions]
     doomed = {process.pid: process for top in (*marked, *members) for process in tree_of(top.pid, children)}
     end_processes([process for pid, process in doomed.items() if pid != os.getpid()], 0.0)
+
+
+def end_all_gates(slots_folder: str) -> None:
+    """End the gates that a dead merger of this farm has left running."""
+    names = os.listdir(slots_folder) if os.path.isdir(slots_folder) else []
+    for name in names:
+        if re.fullmatch(r"gate-\d+", name):
+            end_gates(os.path.join(slots_folder, name))
 
 
 def session_of(pid: int) -> int:
@@ -2391,6 +2417,7 @@ def wait_for_landing(new: str) -> None:
         time.sleep(0.05)
 
 # ---------------------------------------------------------------------------------------------- lifecycle
+# Worktrees, sessions, loop: started, adopted, ended. Whatever is killed here goes on from disk at the next `up`.
 
 AGENTS_FILE = "agents.json"
 FARM_FILE = "farm.json"
@@ -2449,8 +2476,15 @@ def rescue_dead_owners(store: Store, settings: Settings) -> dict[str, str]:
 
 
 def rescue(repo: str, agent: str, worktree: str) -> str:
-    """Snapshot what is uncommitted in a worktree; the ref, or empty when there was nothing."""
-    rows = read_tsv(run_script("rescue.sh", "save", "-C", repo, "-a", agent, worktree).stdout)
+    """Snapshot what is uncommitted in a worktree; the ref, or empty when there was nothing.
+
+    Never raises: one broken worktree must not stop the farm, and nobody resets it before its own rescue went through.
+    """
+    try:
+        rows = read_tsv(run_script("rescue.sh", "save", "-C", repo, "-a", agent, worktree).stdout)
+    except FarmError as error:
+        say(f"{agent}: its unsaved work stays in {worktree}: {error}")
+        return ""
     return rows[0][0] if rows else ""
 
 
@@ -2508,10 +2542,13 @@ class Farm:
         base = ["-b", self.target] if self.target else []
         with open(self.store.path("worktrees.lock"), "w", encoding="ascii") as guard:
             fcntl.flock(guard, fcntl.LOCK_EX)  # two `up`s at once: git's own locks give up, this one waits
-            made = run_script("mk-worktrees.sh", "-C", self.repo, "-n", str(self.settings.n), "-d", folder, *base, timeout=3600)
-        if made.stderr.strip():
-            say(made.stderr.strip())
+            made = run_script("mk-worktrees.sh", "-C", self.repo, "-n", str(self.settings.n), "-d", folder, *base, timeout=3600,
+                              allow=(0, 1, 4))
         self.worktrees = {row[0]: row for row in read_tsv(made.stdout)}
+        if not self.worktrees:
+            raise script_error("mk-worktrees.sh", made)
+        if made.stderr.strip():  # some could not be made; the others work
+            say(made.stderr.strip())
 
     def spawn(self, names: list[str]) -> list[list[str]]:
         """A session for each name that has none, all by one call of tmux; returns spawn-tmux.sh's rows."""
@@ -2532,10 +2569,19 @@ class Farm:
         """Worktrees, sessions, and the loop in tmux; (started, adopted). Run again: adopts what runs, repairs what does not."""
         self.remember("running")
         self.prepare()
+        self.end_strays()
         self.expire()
         has_loop = find_recorded(self.store.path("loop.lock")) is not None
         rows = self.spawn([*self.names, *([] if has_loop else [CONTROL])])
         return sum(row[3] != "running" for row in rows), sum(row[3] == "running" for row in rows)
+
+    def end_strays(self) -> None:
+        """End what outlived its session (a killed tmux server's children, say): two must not write in one worktree."""
+        self.probe()
+        alive = {name for name, session in self.sessions.items() if not session.dead}
+        if len(alive) < len(self.names) and os.path.exists(self.store.path(AGENTS_FILE)):
+            strays = find_by_environment(FARM_REPO=self.repo)
+            end_processes([process for process, name in strays if name in set(self.names) - alive])
 
     def remember(self, mode: str, reason: str = "") -> None:
         """What the farm is to do, and with which settings: a later `up`, `merge` or `claim` reads it."""
@@ -2572,11 +2618,15 @@ class Farm:
                 continue
             record.update(down=True, cause=end_cause(session), since=utc(now))
             record["ends"] = [*self.policy.recent(record["ends"], now), now]
-            end_processes(find_by_environment(FARM_REPO=self.repo, FARM_AGENT_NAME=name))
+            self.end_agent(name, 3.0)
             if name in self.worktrees and os.path.isdir(self.worktrees[name][2]):
                 record["rescue"] = rescue(self.repo, name, self.worktrees[name][2])
             self.store.append_event("session-ended", None, agent=name, cause=record["cause"])
             say(f"{name}: {record['cause']}")
+
+    def end_agent(self, name: str, seconds: float) -> None:
+        """End what a session has left behind: its environment names both this repo and the agent."""
+        end_processes([process for process, _ in find_by_environment(FARM_REPO=self.repo, FARM_AGENT_NAME=name)], seconds)
 
     def expire(self) -> None:
         """Give the tasks of dead owners back to the queue, their unsaved work kept first."""
@@ -2602,8 +2652,7 @@ class Farm:
                 due.append(name)
         if not due or not self.has_room():
             return
-        if any(not os.path.isdir(self.worktrees.get(name, ["", "", ""])[2]) for name in due):
-            self.prepare()
+        self.prepare()
         self.spawn(due)
         for name in due:
             self.agents[name] = {"ends": self.agents[name]["ends"], "cause": self.agents[name]["cause"]}
@@ -2678,6 +2727,7 @@ class Farm:
     def run(self, should_stop, *, until_drained: bool = False, on_tick=lambda farm: None) -> None:
         """The loop, in the foreground, until `should_stop` is set or everything is done."""
         self.prepare()
+        self.end_strays()
         self.spawn(self.names)
         failures = 0
         while not should_stop.is_set():
@@ -2707,6 +2757,7 @@ class Farm:
         """Let agents finish, then end exactly what is the farm's, keep all work, free all claims. Returns rescue refs."""
         self.remember("stopping")
         self.stop_loop_and_merger()
+        self.names = self.everyone()
         for name in self.names:
             ring(self.store.path("mailbox", name, "bell"))
         deadline = CLOCK.monotonic() + grace_seconds
@@ -2726,6 +2777,14 @@ class Farm:
         if self.merger is not None and self.merger.poll() is None:
             own.append(self.merger.pid)
         end_processes([psutil.Process(pid) for pid in set(own) if psutil.pid_exists(pid)], 5.0)
+        self.end_agent(CONTROL, 5.0)  # a merger that has not yet locked its file
+        end_all_gates(worktrees_folder(self.repo, self.settings))
+
+    def everyone(self) -> list[str]:
+        """Our agents, and those of a farm that was larger: by their sessions, or by a claim and a worktree of ours."""
+        holders = {claim.agent for claim in self.store.snapshot().claims.values()
+                   if os.path.isdir(worktree_of(self.repo, self.settings, claim.agent))}
+        return sorted({*self.names, *probe_sessions(self.socket), *holders} - {CONTROL})
 
     def own_claims(self) -> list[Claim]:
         return [claim for claim in self.store.snapshot().claims.values() if claim.agent in self.names]
@@ -2736,8 +2795,8 @@ class Farm:
         children = process_children()
         doomed = [process for session in self.sessions.values() if not session.dead for process in tree_of(session.pid, children)]
         end_processes(doomed, 2.0)
-        for name in self.names:
-            end_processes(find_by_environment(FARM_REPO=self.repo, FARM_AGENT_NAME=name), 1.0)
+        strays = find_by_environment(FARM_REPO=self.repo)
+        end_processes([process for process, name in strays if name in self.names], 1.0)
         run_script("stop-tmux.sh", "-C", self.repo, "-L", self.socket, "-a", allow=(0, 3))
 
     def keep_work(self) -> list[str]:
@@ -2787,6 +2846,7 @@ def ring(path: str, word: bytes = b"claim\n") -> None:
         os.close(bell)
 
 # ---------------------------------------------------------------------------------------------- reports
+# Looking takes no lock and writes nothing: a status must answer while another verb holds the mutex, and on a broken farm.
 
 
 def print_json(data) -> None:
@@ -3181,6 +3241,7 @@ def restore_task(tx: Transaction, task: Task, event: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- command line
+# A table of verbs, each a few lines. getopt and not argparse: building thirty sub-parsers takes longer than a whole claim.
 
 Verb = collections.namedtuple("Verb", "run usage summary options example")
 VERBS: dict[str, Verb] = {}
@@ -3355,6 +3416,9 @@ def claim_once(call: Call, agent: str, owner: Owner, watch: LeaseWatch, settings
     farm = call.store.read_json(FARM_FILE) or {}
     if farm.get("mode") in ("stopping", "paused"):
         raise NotFound(f"the farm is {farm['mode']}; nothing is handed out", "./farm.py up")
+    short = find_shortage(call.repo, settings.min_free_mib) if farm.get("mode") == "running" else ""
+    if short:
+        raise NotFound(f"no new work is handed out: {short}", "free some, or lower FARM_MIN_FREE_MIB")
     rescues = rescue_dead_owners(call.store, settings)
     with call.store.transaction() as tx:
         LockRegistry(tx).expire(watch.is_lapsed, rescues)
@@ -3399,14 +3463,14 @@ def verb_release(call: Call) -> int:
 
 
 @verb("fail AGENT --fence F --why TEXT [--no-retry]", "end an attempt without a result",
-      "fence= why= no-retry rescue=", "farm fail agent-001 --fence t-0001.2 --why 'the API is gone'")
+      "fence= why= no-retry rescue= start=", "farm fail agent-001 --fence t-0001.2 --why 'the API is gone'")
 def verb_fail(call: Call) -> int:
     why = one_line(call.options.get("why", ""), 500)
     if not why:
         raise UsageError("fail needs --why: the next attempt reads it")
     with call.store.transaction() as tx:
         TaskQueue(tx).fail(call.agent(), fence_of(call), why, retry=not call.options.get("no_retry"),
-                           rescue=call.options.get("rescue", ""))
+                           rescue=call.options.get("rescue", ""), start=call.options.get("start", ""))
     return 0
 
 

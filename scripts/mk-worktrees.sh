@@ -27,7 +27,7 @@ find_admin_dir() { # WORKTREE -> sets admin_dir, its folder in the common git di
   IFS= read -r -d '' link 2>/dev/null <"$1/.git" || :
   link=${link%$'\n'} admin_dir=${link#gitdir: }
   case $admin_dir in "$link") return 1 ;; /*) ;; *) admin_dir=$1/$admin_dir ;; esac
-  [ -s "$admin_dir/HEAD" ] && [ "${admin_dir%/*}" -ef "$common/worktrees" ]
+  [ -s "$admin_dir/HEAD" ] && [ -s "$admin_dir/commondir" ] && [ "${admin_dir%/*}" -ef "$common/worktrees" ]
 }
 
 is_known() { case $known in *$'\n'"$1/.git"$'\n'*) ;; *) return 1 ;; esac; }

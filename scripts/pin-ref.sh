@@ -10,12 +10,30 @@ usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
 die() { printf 'farm: %s\n  try: %s\n' "$1" "$2" >&2; exit "${3:-1}"; }
 
 pin_many() {
-  local ref sha
-  while read -r ref sha; do
-    case $ref in refs/farm/?*) printf '%s %s\n' "$sha" "$ref" ;; esac
+  local name commit
+  while read -r name commit; do
+    case $name in refs/farm/?*) printf '%s %s\n' "$commit" "$name" ;; esac
   done | git -C "$repo" cat-file --batch-check='%(objecttype) %(objectname) %(rest)' |
     sed -n 's/^commit \([0-9a-f]*\) \(.*\)$/update \2 \1/p' |
     git -C "$repo" -c core.filesRefLockTimeout=10000 -c core.hooksPath=/dev/null update-ref --stdin
+}
+
+write_ref() { git -C "$repo" -c core.filesRefLockTimeout=10000 -c core.hooksPath=/dev/null update-ref "$ref" "$sha"; }
+
+# Git has waited ten seconds for the lock. Only the farm writes below refs/farm/, and no git of it takes that long: a lock that no
+# process has open was left by a killed one.
+drop_stale_lock() {
+  local lock
+  lock=$(git -C "$repo" rev-parse --git-common-dir)
+  case $lock in /*) ;; *) lock=$(cd "$repo" && cd "$lock" && pwd -P) ;; esac
+  lock=$lock/$ref.lock
+  [ -e "$lock" ] || return 0
+  if [ -d /proc/self ]; then
+    { ls -l /proc/[0-9]*/fd 2>/dev/null || true; } | grep -F -q -e "-> $lock" && return 0
+  else
+    lsof -- "$lock" >/dev/null 2>&1 && return 0
+  fi
+  rm -f "$lock"
 }
 
 main() {
@@ -39,8 +57,10 @@ main() {
   esac
   sha=$(git -C "$repo" rev-parse --quiet --verify --end-of-options "$2^{commit}") ||
     die "there is no commit $2 in $repo" "git -C $repo log --oneline" 3
-  git -C "$repo" -c core.filesRefLockTimeout=10000 -c core.hooksPath=/dev/null update-ref "$ref" "$sha" ||
-    die "git could not write $ref" "git -C $repo update-ref $ref $sha"
+  if ! write_ref 2>/dev/null; then
+    drop_stale_lock
+    write_ref || die "git could not write $ref" "git -C $repo update-ref $ref $sha"
+  fi
   printf '%s\n' "$sha"
 }
 main "$@"

@@ -4,7 +4,7 @@
 # The command runs by `bash -c` in the worktree. It ends with 0: what it left uncommitted is committed, and the head is submitted
 # (no change at all is a failure). Else: unsaved work is rescued, and the task fails with the log's tail as the reason.
 # Without a task it waits for its bell, mailbox/AGENT/bell below coordination/.
-# Exit: 0 the farm is stopping, 2 usage, 3 its worktree is gone
+# Exit: 0 the farm is stopping, 2 usage, 3 its worktree is gone or broken
 set -uo pipefail
 
 scripts=$FARM_HOME/scripts
@@ -53,9 +53,9 @@ log_tail() {
 }
 
 give_up() {
-  local why=$1 saved
+  local why=$1 start=${2:-} saved
   saved=$(bash "$scripts/rescue.sh" save -C "$FARM_REPO" -a "$FARM_AGENT_NAME" "$FARM_WORKTREE") || saved=
-  farm fail "$FARM_AGENT_NAME" --fence "$FARM_FENCE" --why "$why" --rescue "${saved%%$'\t'*}" 2>/dev/null || true
+  farm fail "$FARM_AGENT_NAME" --fence "$FARM_FENCE" --why "$why" --rescue "${saved%%$'\t'*}" --start "$start" 2>/dev/null || true
 }
 
 commit_rest() {
@@ -66,26 +66,41 @@ commit_rest() {
 finish_task() {
   local code=$1 words
   if [ "$code" -ne 0 ]; then
-    words="the agent ended with exit code $code"
-    [ "$code" -le 128 ] || words="the agent was killed by signal $((code - 128))"
-    give_up "$words: $(log_tail)"
+    words="the agent ended with exit code $code: $(log_tail)"
+    # Killed, by a person or for want of memory: that is no judgement on its commits, the next attempt goes on from them.
+    [ "$code" -le 128 ] || { give_up "the agent was killed by signal $((code - 128)): $(log_tail)" "$FARM_BRANCH"; return; }
+    give_up "$words"
   elif ! words=$(commit_rest 2>&1); then
     give_up "what it left could not be committed: $words"
-  elif ! words=$(farm submit "$FARM_AGENT_NAME" --fence "$FARM_FENCE" 2>&1); then
-    case $words in
-      *"no commit of its own"*) give_up "the agent ended without any change" ;;
-      *) say "$words" ;;
-    esac
+  else
+    submit_task
   fi
+}
+
+submit_task() {
+  local words try code
+  for try in 1 2 3; do
+    words=$(farm submit "$FARM_AGENT_NAME" --fence "$FARM_FENCE" 2>&1) && return
+    code=$?
+    case $code in
+      4) say "$words"; return ;; # somebody else has the task now, or it was failed by the agent itself
+      5) give_up "the agent ended without any change"; return ;;
+    esac
+  done
+  say "after $try tries: $words"
+  leave
+}
+
+# What is wrong here is wrong for every task: give this one back and end the session, the loop mends and starts it again.
+leave() {
+  farm release "$FARM_AGENT_NAME" --fence "$FARM_FENCE"
+  exit 3
 }
 
 run_task() {
   local code
   say "$FARM_AGENT_NAME works on $FARM_TASK: $FARM_TITLE"
-  if ! prepare_branch; then
-    give_up "its branch could not be made in $FARM_WORKTREE"
-    return
-  fi
+  prepare_branch || leave
   [ -z "${FARM_SANDBOXED:-}" ] || export FARM_MAILBOX=$mailbox
   serve_mailbox &
   (cd "$FARM_WORKTREE" && exec bash -c "$FARM_AGENT") 9<&-

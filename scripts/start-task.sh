@@ -11,52 +11,48 @@ export GIT_TERMINAL_PROMPT=0 LC_ALL=C
 here=$(dirname "$0")
 
 die() { printf 'farm: %s\n  try: %s\n' "$2" "$3" >&2; exit "$1"; }
-quiet_git() { git -c core.hooksPath=/dev/null -c gc.auto=0 -c maintenance.auto=false -c advice.detachedHead=false "$@"; }
-
-# Keep what the worktree holds unsaved, then make it clean; prints the rescue ref.
-make_clean() {
-  local worktree=$1 agent=$2 saved
-  if in_the_middle "$worktree"; then
-    saved=$(bash "$here/rescue.sh" save -C "$worktree" -a "$agent" "$worktree")
-    leave_the_middle "$worktree"
-  elif ! git -C "$worktree" symbolic-ref -q HEAD >/dev/null ||  # detached: its commits may hang on nothing else
-    [ -n "$(git -C "$worktree" status --porcelain --ignore-submodules=dirty | head -n 1)" ]; then
-    saved=$(bash "$here/rescue.sh" save -C "$worktree" -a "$agent" "$worktree")
-  else
-    return 0
-  fi
-  quiet_git -C "$worktree" reset --quiet --hard
-  quiet_git -C "$worktree" clean -ffdq
-  printf '%s' "${saved%%$'\t'*}"
-}
+in_tree() { git -C "$worktree" -c core.hooksPath=/dev/null -c gc.auto=0 -c maintenance.auto=false -c advice.detachedHead=false "$@"; }
 
 # A merge, rebase, cherry-pick or bisect that was cut short would follow the next branch.
 in_the_middle() {
-  local folder
-  folder=$(git -C "$1" rev-parse --absolute-git-dir)
-  [ -e "$folder/MERGE_HEAD" ] || [ -e "$folder/CHERRY_PICK_HEAD" ] || [ -e "$folder/REVERT_HEAD" ] ||
-    [ -d "$folder/rebase-merge" ] || [ -d "$folder/rebase-apply" ] || [ -e "$folder/BISECT_LOG" ]
+  [ -e "$git_dir/MERGE_HEAD" ] || [ -e "$git_dir/CHERRY_PICK_HEAD" ] || [ -e "$git_dir/REVERT_HEAD" ] ||
+    [ -d "$git_dir/rebase-merge" ] || [ -d "$git_dir/rebase-apply" ] || [ -e "$git_dir/BISECT_LOG" ]
 }
 
 leave_the_middle() {
-  quiet_git -C "$1" merge --quit 2>/dev/null || true
-  quiet_git -C "$1" rebase --quit 2>/dev/null || true
-  quiet_git -C "$1" cherry-pick --quit 2>/dev/null || true
-  quiet_git -C "$1" revert --quit 2>/dev/null || true
-  quiet_git -C "$1" bisect reset HEAD >/dev/null 2>&1 || true
+  local what
+  for what in merge rebase cherry-pick revert; do in_tree "$what" --quit 2>/dev/null || true; done
+  in_tree bisect reset HEAD >/dev/null 2>&1 || true
+}
+
+# Keep what the worktree holds unsaved, and a detached head that may hang on nothing else; then make it clean. Sets saved.
+make_clean() {
+  local state middle=no
+  if in_the_middle; then middle=yes; fi
+  state=$(in_tree status --porcelain=v2 --branch --ignore-submodules=dirty 2>/dev/null) || state=$'\n? its index cannot be read'
+  case $middle$state in
+    yes* | *$'\n'[12u?]' '* | *'# branch.head (detached)'*) ;;
+    *) return 0 ;;
+  esac
+  saved=$(bash "$here/rescue.sh" save -C "$worktree" -a "$agent" "$worktree")
+  saved=${saved%%$'\t'*}
+  [ "$middle" = no ] || leave_the_middle
+  in_tree ls-files >/dev/null 2>&1 || rm -f "$git_dir/index"
+  in_tree reset --quiet --hard
+  in_tree clean -ffdq
 }
 
 # A branch that is about to be moved keeps its commits under a pin.
 pin_old() {
-  local worktree=$1 branch=$2 base=$3 task=$4 old number=1
-  old=$(git -C "$worktree" rev-parse -q --verify "refs/heads/$branch") || return 0
-  [ -n "$(git -C "$worktree" rev-list -n 1 "$old" "^$base")" ] || return 0
-  while git -C "$worktree" show-ref -q "refs/farm/returned/$task/old-$number"; do number=$((number + 1)); done
-  git -C "$worktree" update-ref "refs/farm/returned/$task/old-$number" "$old"
+  local old number=1
+  old=$(in_tree rev-parse -q --verify "refs/heads/$branch") || return 0
+  if [ "$old" = "$base" ] || [ -z "$(in_tree rev-list -n 1 "$old" "^$base")" ]; then return 0; fi
+  while in_tree show-ref -q "refs/farm/returned/$task/old-$number"; do number=$((number + 1)); done
+  in_tree update-ref "refs/farm/returned/$task/old-$number" "$old"
 }
 
 main() {
-  local agent='' task='' target='' start='' option worktree newest base branch saved
+  local agent='' task='' target='' start='' saved='' option worktree git_dir common newest base branch
   while getopts a:t:b:s:h option; do
     case $option in
       a) agent=$OPTARG ;; t) task=$OPTARG ;; b) target=$OPTARG ;; s) start=$OPTARG ;;
@@ -69,15 +65,17 @@ main() {
   if [ -z "$agent" ] || [ -z "$task" ] || [ -z "$target" ] || [ -z "$worktree" ]; then
     die 2 "an agent, a task, a target and a worktree are needed" "start-task.sh -h"
   fi
-  git -C "$worktree" rev-parse --git-dir >/dev/null 2>&1 || die 3 "$worktree is not a worktree" "./farm.py up"
-  branch=farm/$agent/$task
-  newest=$(git -C "$worktree" rev-parse -q --verify "refs/heads/$target^{commit}") || die 3 "there is no branch $target" "git branch"
-  base=$newest
-  if [ -n "$start" ]; then base=$(git -C "$worktree" rev-parse -q --verify "$start^{commit}") || base=$newest; fi
-  rm -f "$(git -C "$worktree" rev-parse --absolute-git-dir)/index.lock"  # nobody else works in this worktree now
-  saved=$(make_clean "$worktree" "$agent")
-  pin_old "$worktree" "$branch" "$base" "$task"
-  quiet_git -C "$worktree" switch --quiet --no-track --force-create "$branch" "$base"
+  git_dir=$(git -C "$worktree" rev-parse --absolute-git-dir --path-format=absolute --git-common-dir 2>/dev/null) ||
+    die 3 "$worktree is not a worktree" "./farm.py up"
+  common=${git_dir##*$'\n'} git_dir=${git_dir%$'\n'*}
+  newest=$(in_tree rev-parse -q --verify "refs/heads/$target^{commit}") || die 3 "there is no branch $target" "git branch"
+  branch=farm/$agent/$task base=$newest
+  if [ -n "$start" ]; then base=$(in_tree rev-parse -q --verify "$start^{commit}") || base=$newest; fi
+  # What a killed git left: nobody else works in this worktree, or on this branch, now.
+  rm -f "$git_dir/index.lock" "$git_dir/HEAD.lock" "$git_dir/ORIG_HEAD.lock" "$common/refs/heads/$branch.lock"
+  make_clean
+  pin_old
+  in_tree switch --quiet --no-track --force-create "$branch" "$base"
   case $start in refs/farm/returned/*) newest=$base ;; esac
   printf '%s\t%s\t%s\n' "$branch" "$newest" "$saved"
 }

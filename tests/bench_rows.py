@@ -147,7 +147,7 @@ def idle_rows(bench: Bench) -> Iterator[Row]:
     farmed.main("down", "--now")
     note = f"of one core; the loop, its merger ({share['merger']:.2f} %) and their children"
     yield Row(f"idle loop: {count} agents", share["all"], None, "%", "<= 1 %", note)
-    yield Row(f"idle sessions: {count} agents", share["sessions"], None, "%", "", "of one core; run-agent.sh and its looks for tasks")
+    yield Row(f"idle sessions: {count} agents", share["sessions"], None, "%", "", "of one core; run-agent.sh's looks for tasks")
     yield Row("idle loop: memory", memory / 2**20, None, "MiB", "<= 60 MiB", "resident, loop and merger")
     status, start = samples.median("status"), samples.median("start")
     over = f"{1000 * (status.seconds - start.seconds):.0f} ms over its interpreter's start"

@@ -113,7 +113,7 @@ def find_processes(token: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid == os.getpid() or process.environ().get("FARM_TEST_TOKEN") != token:
+            if process.pid == os.getpid() or process.environ().get("TEST_TOKEN") != token:
                 continue
             if process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
@@ -177,7 +177,7 @@ def set_environment(monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
         "GIT_CONFIG_NOSYSTEM": "1",
         "TMPDIR": str(temporary),
         "TMUX_TMPDIR": str(sandbox.tmux),
-        "FARM_TEST_TOKEN": sandbox.token,
+        "TEST_TOKEN": sandbox.token,
         "LC_ALL": "C.UTF-8",
         "TERM": "xterm",
         "SHELL": "/bin/sh",

@@ -84,11 +84,17 @@ class Caller:
         return claim
 
 
+def make_folder_for_all_tests() -> Path:
+    """A folder that outlives a test's sandbox and goes with the test process."""
+    folder = Path(tempfile.mkdtemp(prefix="f-template-", dir="/tmp"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @functools.cache
 def template_repo() -> Path:
     """A repo of one commit, made once a test process and copied after that: a copy costs a fifth of the git commands."""
-    folder = Path(tempfile.mkdtemp(prefix="f-template-", dir="/tmp"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = make_folder_for_all_tests()
     git(folder, "init", "-q", "-b", "main")
     (folder / "README.md").write_text("a throw-away repo\n")
     git(folder, "add", "-A")
@@ -96,8 +102,9 @@ def template_repo() -> Path:
     return folder
 
 
-def copy_repo(folder: Path) -> Path:
-    shutil.copytree(template_repo(), folder)
+def copy_repo(folder: Path, template: Path | None = None) -> Path:
+    """A repo at `folder` just like `template`, by default one of a single commit."""
+    shutil.copytree(template or template_repo(), folder)
     git(folder, "update-index", "-q", "--refresh")
     return folder
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,17 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, SCRIPTS, commit_files, git, run, wait_until, write_files
-from farm_calls import FARM, SHIM, Caller, assert_is_error, bytes_below, copy_repo, living_process, make_commit
+from farm_calls import (
+    FARM,
+    SHIM,
+    Caller,
+    assert_is_error,
+    bytes_below,
+    copy_repo,
+    living_process,
+    make_commit,
+    make_folder_for_all_tests,
+)
 
 sys.path[:0] = [str(ROOT)]
 import farm as toolkit  # noqa: E402  (needs the path above)
@@ -333,13 +345,20 @@ def test_an_agent_that_only_fails_keeps_its_last_words_and_run_until_drained_exi
 # ---------------------------------------------------------------------------------------------- damaged files
 
 
-@pytest.fixture
-def damaged(farm) -> Caller:
-    """A farm with one task in each place; a test then damages one file."""
+@functools.cache
+def three_tasks() -> Path:
+    """A repo whose farm has one task in each place: pending, claimed, ready."""
+    farm = Caller(copy_repo(make_folder_for_all_tests() / "repo"), os.getpid())
     farm.ok("add", "-f", "-", input="one\ntwo\nthree\n")
     farm.submit(B, {"b.txt": "b"})
     farm.claim(A)
-    return farm
+    return farm.repo
+
+
+@pytest.fixture
+def damaged(sandbox) -> Caller:
+    """A farm with one task in each place; a test then damages one file."""
+    return Caller(copy_repo(sandbox.work / "repo", three_tasks()), os.getpid())
 
 
 DAMAGE = {
@@ -640,17 +659,21 @@ def test_a_gate_is_run_as_it_was_written(farm, gate):
 # ---------------------------------------------------------------------------------------------- missing and old tools
 
 
+TOOLS = """awk basename bash cat chmod cksum cmp cp cut date dirname env expr find flock git grep head id kill ln ls make
+mkdir mkfifo mktemp mv od perl ps pwd python3 readlink realpath rm rmdir sed sh sleep sort stat tail tee tmux touch tr uname uniq
+wc xargs"""
+
+
 @pytest.fixture
 def path_without(sandbox):
-    """A PATH on which everything is but the named tools."""
+    """A PATH on which all the tools are that the farm may use, but the named ones."""
 
     def make(*names: str) -> str:
         folder = sandbox.work / "bin"
         folder.mkdir()
-        for source in os.environ["PATH"].split(os.pathsep):
-            for path in Path(source).iterdir() if Path(source).is_dir() else ():
-                if path.name not in names and not (folder / path.name).is_symlink():
-                    (folder / path.name).symlink_to(path)
+        for tool in set(TOOLS.split()) - set(names):
+            if shutil.which(tool):
+                (folder / tool).symlink_to(shutil.which(tool))
         return str(folder)
 
     return make

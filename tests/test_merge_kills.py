@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -19,18 +20,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import GIT_CONFIG, ROOT, Sandbox, commit_files, git, wait_until, write_files
+from conftest import GIT_CONFIG, SCRIPTS, commit_files, git, wait_until, write_files
 from test_merge_queue import GREEN, Queue, find_gate_processes, new_file, no_gate_is_left, outside, queue
 
 __all__ = ["no_gate_is_left", "outside", "queue"]  # fixtures
 TOKEN = "GATE_TOKEN"
 CONDITION = f"{GREEN} && ! {{ [ -e a.txt ] && [ -e b.txt ]; }}"
 KILLS = ("merger", "group", "everything", "landing", "git")
+PARTS = {"landing": {str(SCRIPTS / "land.sh"), str(SCRIPTS / "fast-forward.sh")}, "git": {"--ff-only", "farm: land"}}
 
 GIT_THAT_WAITS = """\
 #!/bin/sh
@@ -47,35 +49,39 @@ exec '%s' "$@"
 class Victim:
     """A merger in a process group of its own, to be killed; what it prints goes to a file."""
 
-    def __init__(self, queue: Queue, gate: str, *options: str, slots: int = 1, path: str = ""):
+    def __init__(self, queue: Queue, gate: str, *options: str, slots: int = 1, **env: str):
         self.queue, self.token = queue, os.environ[TOKEN]
         with (queue.outside / "printed").open("ab") as log:
             self.process = subprocess.Popen(
                 queue.argv("merge", "--gate", gate, "--slots", str(slots), *options),
-                env={**os.environ, "PATH": path + os.environ["PATH"]},
+                env={**os.environ, **env},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
-    def kill(self, what: str) -> None:
-        """SIGKILL to one of KILLS; a landing or git that does not run at the moment is spared."""
-        if what == "group":
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-        for process in self.find(what):
+    def kill(self, what: str) -> bool:
+        """SIGKILL to one of KILLS; False when it was not there (any more)."""
+        found = self.find(what)
+        if what == "group" and found:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for process in found:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        if what not in ("landing", "git"):
+        if what not in PARTS:
             self.process.wait(20)
+        return bool(found)
 
     def find(self, what: str) -> list[psutil.Process]:
-        if what == "merger":
-            return [psutil.Process(self.process.pid)] if self.process.poll() is None else []
-        if what == "everything":
-            return find_gate_processes(self.token)
-        ours = [(process, command_of(process)) for process in find_gate_processes(self.token)]
-        if what == "git":
-            return [process for process, words in ours if "--ff-only" in words or "farm: land" in words]
-        return [process for process, words in ours if any(word.endswith(("land.sh", "fast-forward.sh")) for word in words)]
+        if what not in PARTS and self.process.poll() is not None:
+            return []
+        if what in ("merger", "group"):
+            return [psutil.Process(self.process.pid)]
+        ours = find_gate_processes(self.token)
+        return ours if what == "everything" else [process for process in ours if PARTS[what] & set(command_of(process))]
+
+    def wait_for(self, what: str) -> None:
+        """Until it runs, or the merger has ended."""
+        while self.process.poll() is None and not self.find(what):
+            time.sleep(0.002)
 
 
 def command_of(process: psutil.Process) -> list[str]:
@@ -86,15 +92,17 @@ def command_of(process: psutil.Process) -> list[str]:
 
 
 def careful(queue: Queue, condition: str = CONDITION) -> str:
-    """A gate that notes when it begins in a slot in which anything of an earlier gate still runs, and leaves things behind."""
+    """A gate that notes when it begins in a slot in which anything of an earlier gate still runs.
+
+    It leaves something behind, and does its work in a process that has cleared the environment, as tox does.
+    """
     guard = f'exec 9>>"{queue.outside}/$(basename "$PWD").lock"; flock -n 9 || echo "$PWD" >>{queue.outside}/overlaps; '
-    return guard + queue.counted(f"setsid sleep 300 & env -i sleep 300 & {condition}")
+    return guard + queue.counted(f"setsid sleep 300 & env -i PATH=\"$PATH\" bash -c '{condition}'; code=$?; exit $code")
 
 
-def finish(queue: Queue, gate: str, *options: str, slots: int = 1) -> None:
+def finish(queue: Queue, gate: str, *options: str, slots: int = 1, **env: str) -> None:
     """One merger that nobody disturbs."""
-    victim = Victim(queue, gate, *options, slots=slots)
-    code = victim.process.wait(120)
+    code = Victim(queue, gate, *options, slots=slots, **env).process.wait(120)
     if code not in (0, 5):
         pytest.fail(f"the merger after the kill exited {code}\n{(queue.outside / 'printed').read_text()[-3000:]}")
 
@@ -144,7 +152,7 @@ def waiting_git(queue: Queue) -> Path:
 def merge_up_to(queue: Queue, waiting_git: Path, moment: str) -> Victim:
     """A merger whose landing stands still at that moment."""
     (waiting_git / moment).touch()
-    victim = Victim(queue, careful(queue), path=f"{waiting_git}:")
+    victim = Victim(queue, careful(queue), PATH=f"{waiting_git}:{os.environ['PATH']}")
     wait_until((waiting_git / "reached").exists, 60, f"the landing to come to the moment {moment} the swap")
     return victim
 
@@ -175,7 +183,7 @@ def test_locks_that_a_killed_landing_left_are_removed(queue: Queue, waiting_git:
     if not checked_out:
         git(queue.repo, "checkout", "-q", "other")
     (waiting_git / "before").touch()
-    victim = Victim(queue, careful(queue), "--into", "main", path=f"{waiting_git}:")
+    victim = Victim(queue, careful(queue), "--into", "main", PATH=f"{waiting_git}:{os.environ['PATH']}")
     wait_until((waiting_git / "reached").exists, 60, "the landing to begin")
     new = json.loads((queue.folder / "merge_queue/landing.json").read_text())["new"]
     write_files(queue.repo / ".git", {"refs/heads/main.lock": f"{new}\n", **({"index.lock": ""} if checked_out else {})})
@@ -248,42 +256,74 @@ def test_verdicts_reached_before_a_kill_are_not_reached_again(queue: Queue) -> N
 # ---------------------------------------------------------------------------------------------- at random
 
 
-def kill_at_random(queue: Queue, rng: random.Random, gate: str, options: list[str], slots: int) -> str:
-    """Start a merger, kill something of it at some moment; what was killed, or nothing when it was over before."""
-    what, intent = rng.choice(KILLS), queue.folder / "merge_queue/landing.json"
-    victim = Victim(queue, gate, *options, slots=slots)
-    deadline, waits_for_landing = time.monotonic() + rng.uniform(0.2, 3), rng.random() < 0.6
-    while victim.process.poll() is None and time.monotonic() < deadline and not (waits_for_landing and intent.exists()):
-        time.sleep(0.002)
-    if waits_for_landing:
-        time.sleep(rng.uniform(0, 0.4))
-    is_over = victim.process.poll() is not None
-    victim.kill(what)
-    if what in ("landing", "git"):  # the merger says that it failed, or does not even notice
-        victim.process.wait(120)
-    return "" if is_over else what
+class Round:
+    """A queue that is killed again and again while work comes in, good and bad; style, slots and the like are drawn, too."""
 
+    def __init__(self, queue: Queue, rng: random.Random):
+        self.queue, self.rng, self.gate = queue, rng, careful(queue)
+        self.options = {"slots": rng.choice([1, 2, 3]), "FARM_STYLE": rng.choice(["merge", "merge", "squash", "rebase"])}
+        self.options["FARM_MERGE"] = rng.choice(["", "", "worktree"])
+        commit_files(queue.repo, {".gitattributes": "*.txt filter=slow\n"})  # so that git is often at it
+        git(queue.repo, "config", "filter.slow.smudge", "sleep 0.01; cat")
+        self.remote = queue.outside / "bare.git" if rng.random() < 0.3 else None
+        self.expected: dict[str, str] = {}
+        self.done, self.serial = Counter(), itertools.count()
+        self.settled: set[str] = set()
+        self.seen, self.again = 0, []
+        if self.remote:
+            git(queue.repo, "clone", "-q", "--bare", queue.repo, self.remote)
+            git(queue.repo, "remote", "add", "origin", self.remote)
+            self.options["FARM_REMOTE"] = "origin"
 
-def run_round(queue: Queue, rng: random.Random, kills: int) -> tuple[list[str], Counter]:
-    """A queue with bad entries and a pair, killed again and again; what is wrong afterwards, and what was done."""
-    bad = set(rng.sample(range(8), 2))
-    works = [new_file(f"f{number}", "BAD\n" if number in bad else "good\n") for number in range(8)]
-    places = sorted(rng.sample(range(9), 2))
-    works.insert(places[0], new_file("a"))
-    works.insert(places[1] + 1, new_file("b"))
-    ids = queue.ready_all(works, max_attempts=1)
-    is_good = ["BAD\n" not in files.values() and "b.txt" not in files for files in works]
-    expected = {task_id: "landed" if good else "failed" for task_id, good in zip(ids, is_good, strict=True)}
-    options, slots = ["--style", rng.choice(["merge", "merge", "squash", "rebase"])], rng.choice([1, 2, 3])
-    killed = Counter(kill_at_random(queue, rng, careful(queue), options, slots) for _ in range(kills))
-    finish(queue, careful(queue), *options, slots=slots)
-    killed.update(landed=sum(is_good), returned=is_good.count(False), gates=len(queue.gated()))
-    return find_violations(queue, expected), killed
+    def submit(self, works: list[dict[str, str]]) -> None:
+        """Work that is bad when it says so, or when it is the later one of the pair."""
+        for task_id, files in zip(self.queue.ready_all(works, max_attempts=1), works, strict=True):
+            is_bad = "BAD\n" in files.values() or "b.txt" in files
+            self.expected[task_id] = "failed" if is_bad else "landed"
+            self.done["returned" if is_bad else "landed"] += 1
+
+    def some_work(self, count: int) -> list[dict[str, str]]:
+        return [new_file(f"f{next(self.serial)}", "BAD\n" if self.rng.random() < 0.25 else "good\n") for _ in range(count)]
+
+    def kill_once(self) -> None:
+        """Start a merger and kill something of it at some moment, perhaps soon after a landing has begun."""
+        what, moment, limit = self.rng.choice(KILLS), self.rng.choice(["landing", "git", "any"]), self.rng.uniform(0, 1.5)
+        victim, begin = Victim(self.queue, self.gate, **self.options), time.monotonic()
+        if what in PARTS or moment != "any":
+            victim.wait_for(what if what in PARTS else moment)
+            limit = self.rng.uniform(0, 0.1) * (what != "git")
+            begin = time.monotonic()
+        while victim.process.poll() is None and time.monotonic() < begin + limit:
+            time.sleep(0.002)
+        self.done[what if victim.kill(what) else "too late"] += 1
+        victim.process.wait(120)  # where a part was killed, the merger says so, or does not even notice
+        self.note_repeats()
+
+    def note_repeats(self) -> None:
+        """Keep the trees that were gated although nobody needed it, and those that nobody needs to gate from now on."""
+        gated, verdicts = self.queue.gated(), self.queue.verdicts()
+        self.again += [f"gated again although it had its verdict: {tree}" for tree in gated[self.seen :] if tree in self.settled]
+        self.settled = {tree for tree, colours in verdicts.items() if "green" in colours or colours.count("red") > 1}
+        self.seen = len(gated)
+
+    def run(self, kills: int) -> list[str]:
+        """Returns what is wrong at the end."""
+        self.submit([*self.some_work(2), new_file("a"), *self.some_work(1), new_file("b")])
+        for _ in range(kills):
+            self.kill_once()
+            self.submit(self.some_work(self.rng.choice([1, 2])))
+        finish(self.queue, self.gate, **self.options)
+        self.note_repeats()
+        self.done["gates"] = self.seen
+        wrong = find_violations(self.queue, self.expected) + self.again
+        if self.remote and git(self.remote, "rev-parse", "main") != git(self.queue.repo, "rev-parse", "main"):
+            wrong.append("the remote's main is not ours")
+        return wrong
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_kills_at_random_lose_and_double_nothing(queue: Queue, seed: int) -> None:
-    assert run_round(queue, random.Random(seed), 4)[0] == []
+    assert Round(queue, random.Random(seed)).run(4) == []
 
 
 # ---------------------------------------------------------------------------------------------- a longer campaign
@@ -322,15 +362,17 @@ def campaign(seconds: float, seed: int) -> int:
         while time.monotonic() < end:
             number += 1
             queue = make_queue(folder / f"round-{number}")
-            wrong, done = run_round(queue, random.Random(f"{seed}-{number}"), 6)
-            totals += done
+            turn = Round(queue, random.Random(f"{seed}-{number}"))
+            wrong = turn.run(10)
+            totals += turn.done
             if wrong:
-                kept = shutil.copytree(queue.repo.parent, tempfile.mkdtemp(prefix="merge-kills-"), dirs_exist_ok=True, symlinks=True)
+                kept = Path(tempfile.mkdtemp(prefix="merge-kills-"), "round")
+                shutil.copytree(queue.repo.parent, kept, symlinks=True)
                 print(f"seed {seed}, round {number}, kept in {kept}:", *wrong, sep="\n  ")
                 return 1
             shutil.rmtree(queue.repo.parent)
     killed = ", ".join(f"{what} {totals[what]}" for what in KILLS)
-    print(f"{number} rounds, {sum(totals[what] for what in KILLS)} kills ({killed}), {totals['']} came too late")
+    print(f"{number} rounds, {sum(totals[what] for what in KILLS)} kills ({killed}), {totals['too late']} came too late")
     print(f"landed once {totals['landed']}, returned once {totals['returned']}, gates begun {totals['gates']}, violations 0")
     return 0
 

@@ -163,9 +163,10 @@ def find_gate_processes(token: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get("GATE_TOKEN") == token and process.pid != os.getpid():
+            ours = process.pid != os.getpid() and process.environ().get("GATE_TOKEN") == token
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
-    return [process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    return found
 
 
 @pytest.fixture(autouse=True)

@@ -631,7 +631,7 @@ def test_below_the_limit_of_free_disk_no_task_is_handed_out_and_the_farm_says_so
     log = farm.folder / "logs/control.log"
     wait_until(lambda: log.exists() and "no new work starts" in log.read_text(), 30, "a word about it")
     assert farm.task(task_id)["state"] in ("pending", "waiting")
-    (farm.repo / "farm.env").unlink()
+
 
 
 def test_below_the_limit_of_free_disk_no_gate_runs_and_merge_says_so(farm):

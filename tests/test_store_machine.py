@@ -194,7 +194,8 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(number=PICK, verb=st.sampled_from(["cancel", "retry"]))
     def decide(self, number, verb):
         task_id, (place, _) = sorted(self.tasks())[number % len(self.tasks())]
-        task = self.perform(lambda tx: getattr(farm.TaskQueue(tx), verb)(task_id))
+        more = [MAX_ATTEMPTS] if verb == "retry" else []
+        task = self.perform(lambda tx: getattr(farm.TaskQueue(tx), verb)(task_id, *more))
         assert not (task and place.startswith("claimed")), f"{verb} took a task from its holder"
 
     def ready(self) -> list[str]:
@@ -239,7 +240,7 @@ class StoreMachine(RuleBasedStateMachine):
         for task_id, (place, text) in self.tasks():
             task = json.loads(text)
             assert task["rev"] >= self.highest.get(task_id, 0), f"{task_id}: its rev fell to {task['rev']}"
-            assert task.get("attempts", 0) <= MAX_ATTEMPTS, f"{task_id}: {task['attempts']} attempts"
+            assert task.get("attempts", 0) <= task["max_attempts"], f"{task_id}: {task['attempts']} attempts"
             assert task_id not in self.finished or place == "landed", f"{task_id} has landed, and is {place}"
             self.highest[task_id] = task["rev"]
             if place == "landed":

@@ -38,7 +38,7 @@ def in_transaction(move: Callable) -> Callable[[World], None]:
 
 
 def add(*titles: str) -> Callable:
-    drafts = [farm.Task(title=title, source=f"list:{title}", after=["#0"] if number else []) for number, title in enumerate(titles)]
+    drafts = [farm.Task(title=title, source=f"list:{title}") for title in titles]
     return in_transaction(lambda world, tx: farm.TaskQueue(tx).add(drafts, 3))
 
 
@@ -63,8 +63,8 @@ def submit(agent: str) -> Callable[[World], None]:
     return verb
 
 
-def on_queue(verb: str, task_id: str) -> Callable:
-    return in_transaction(lambda world, tx: getattr(farm.TaskQueue(tx), verb)(task_id))
+def on_queue(verb: str, task_id: str, *args) -> Callable:
+    return in_transaction(lambda world, tx: getattr(farm.TaskQueue(tx), verb)(task_id, *args))
 
 
 def return_work(task_id: str) -> Callable:
@@ -117,7 +117,7 @@ MOVES = {
     "release, keeping locks": with_fence("release", "agent-002"),
     "cancel": on_queue("cancel", "t-0001"),
     "cancel what is ready": on_queue("cancel", "t-0004"),
-    "retry": on_queue("retry", "t-0006"),
+    "retry": on_queue("retry", "t-0006", 3),
     "return": return_work("t-0004"),
     "return for good": return_work("t-0005"),
     "land": land("t-0004"),
@@ -199,8 +199,11 @@ class Campaign:
         except farm.FarmError:
             return "refused"
         except OSError:
-            return "failed"
-        return "done"
+            outcome = "failed"
+        else:
+            outcome = "done"
+        assert self.world.system.mutex < 0, "the mutex was kept"
+        return outcome
 
     def view(self, root: sim.Folder) -> dict:
         self.start(clone(root))
@@ -277,9 +280,9 @@ class Campaign:
     # -- a killed move, and another one on what it left in the page cache
 
     def pairs(self) -> Iterator[tuple[str, int, str]]:
-        """(killed move, its step, later move) in a random but repeatable order."""
+        """(first move, the step it is killed in or 0, later move) in a random but repeatable order."""
         later = [*MOVES, *LATER_MOVES]
-        triples = [(first, fuse, second) for first in MOVES for fuse in range(1, self.steps(first) + 1) for second in later]
+        triples = [(first, fuse, second) for first in MOVES for fuse in range(self.steps(first) + 1) for second in later]
         self.rng.shuffle(triples)
         yield from triples
 
@@ -291,7 +294,7 @@ class Campaign:
         return self.steps_of[name]
 
     def cut_pair(self, first: str, fuse: int, second: str) -> None:
-        """Kill `first` in step `fuse`; then let the power fail in each step of `second`, and after it."""
+        """Kill `first` in step `fuse` (0: not at all); then let the power fail in each step of `second`, and after it."""
         killed = clone(self.base)
         self.attempt(MOVES[first], killed, fuse=fuse)
         self.world.now += 1000
@@ -307,17 +310,19 @@ class Campaign:
         if self.attempt(move, done) != "done":
             return
         last = self.view(done)
-        label, key = f"{first} killed in step {fuse}, then {second}", (first, fuse, second)
-        told = {name for name in last if last[name] != views[2].get(name)} | {name for name in views[2] if name not in last}
+        label, key = f"{first} {f'killed in step {fuse}' if fuse else 'made'}, then {second}", (first, fuse, second)
+        if not fuse:
+            views = views[1:]  # it was acknowledged: nothing brings back what was before it
+        told = changed_names(views[-1], last)
         if first == second:
-            told |= {name for name in {*views[0], *views[1]} if views[0].get(name) != views[1].get(name)}
+            told |= changed_names(views[0], views[1])
 
         def is_kept(view: dict) -> bool:
             return all(view.get(name) == last.get(name) if name in told else view.get(name) in [v.get(name) for v in (*views, last)]
-                       for name in {*view, *last, *views[0]})
+                       for name in {*view, *last, *views[0], *views[1]})
 
         def is_fine(view: dict) -> bool:
-            return all(view.get(name) in [v.get(name) for v in (*views, last)] for name in {*view, *last, *views[0]})
+            return all(view.get(name) in [v.get(name) for v in (*views, last)] for name in {*view, *last, *views[0], *views[1]})
 
         self.judge_images(done, is_kept, label + ", acknowledged", key=(*key, "done"))
         for step in range(1, 1000):
@@ -460,6 +465,10 @@ class Campaign:
         self.meet_stale_editors()
 
 
+def changed_names(before: dict, after: dict) -> set[str]:
+    return {name for name in {*before, *after} if before.get(name) != after.get(name)}
+
+
 @contextmanager
 def campaign(seed: int = 1, limit: int = 10 ** 9, *, stop_at_first: bool = False) -> Iterator[Campaign]:
     run = Campaign(seed, limit, stop_at_first=stop_at_first)
@@ -515,12 +524,12 @@ def leave_out_healing(patch: pytest.MonkeyPatch, world: World) -> None:
 
 def leave_out_exclusive_link(patch: pytest.MonkeyPatch, world: World) -> None:
     original = farm.Store.write_durably
-    patch.setattr(farm.Store, "write_durably", lambda store, name, data, exclusive=False: original(store, name, data))
+    patch.setattr(farm.Store, "write_durably", lambda store, name, data, exclusive=False, **more: original(store, name, data, **more))
 
 
 def leave_out_rename(patch: pytest.MonkeyPatch, world: World) -> None:
     """Files are written in place."""
-    def write_in_place(store: farm.Store, name: str, data: bytes, *, exclusive: bool = False) -> None:
+    def write_in_place(store: farm.Store, name: str, data: bytes, **_options) -> None:
         descriptor = world.system.open(store.path(name), farm.os.O_WRONLY | farm.os.O_CREAT | farm.os.O_TRUNC)
         world.system.write(descriptor, data)
         world.system.fsync(descriptor)

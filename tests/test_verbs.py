@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -1010,6 +1011,35 @@ def test_merge_lands_the_highest_priority_first(farm):
     farm.ok("merge")
     landed = git(farm.repo, "log", "--reverse", "--first-parent", "--format=%(trailers:key=Farm-Task,valueonly)", "main").split()
     assert landed == ["t-0002", "t-0001"]
+
+
+def test_merge_again_lands_nothing_twice(farm):
+    farm.ok("add", "a")
+    farm.submit(A, {"a.txt": "a"})
+    farm.ok("merge")
+    before = git(farm.repo, "rev-parse", "main")
+    farm.ok("merge")
+    assert git(farm.repo, "rev-parse", "main") == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_merge_with_watch_lands_what_comes_later_until_a_signal_ends_it(farm, number, code):
+    watching = farm.start("merge", "--watch", "--gate", "true")
+    farm.ok("add", "a")
+    farm.submit(A, {"a.txt": "a"})
+    wait_until(lambda: farm.task("t-0001")["state"] == "landed", timeout=60, message="the landing")
+    watching.send_signal(number)
+    watching.communicate(timeout=60)
+    assert watching.returncode == code
+
+
+def test_status_with_watch_goes_on_until_a_signal_ends_it(farm):
+    farm.ok("add", "a")
+    watching = farm.start("status", "--watch")
+    first = watching.stdout.readline()
+    watching.send_signal(signal.SIGINT)
+    watching.communicate(timeout=60)
+    assert (bool(first), watching.returncode) == (True, 130)
 
 
 # ---------------------------------------------------------------------------------------------- what is printed
