@@ -50,7 +50,7 @@ add: setup ## add the tasks of a file: make add TASKS=tasks.md
 status: setup ## agents, tasks, merge queue, loop
 	@$(FARM) status
 watch: setup ## the same, again and again, until Ctrl-C
-	@while :; do clear; $(FARM) status; sleep 2; done
+	@$(FARM) status --watch
 attach: setup ## go into an agent's session: make attach A=3 (leave with Ctrl-b d)
 	@$(FARM) attach $(call quote,A)
 logs: setup ## what an agent printed: make logs A=3

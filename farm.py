@@ -3056,6 +3056,483 @@ class Progress:
             self.stream.write("\n")
 
 
+# ---------------------------------------------------------------------------------------------- report page
+
+LEFT, RIGHT, TOP, ROW = 96, 972, 22, 18
+STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 172800, 604800)
+ENDS = {"submitted": "queued", "attempt-failed": "failed", "owner-died": "failed", "released": "released", "returned": "returned",
+        "landed": "landed"}
+FATES = {"landed": "landed", "queued": "in the merge queue", "returned": "came back", "failed": "failed", "released": "given back",
+         "open": "not finished", "green": "green", "red": "red", "none": "no verdict", "cut": "ended early"}
+CAUSES = {"returned": "came back", "attempt-failed": "attempt failed", "owner-died": "agent died", "session-ended": "session ended"}
+GLYPHS = {"landed": "\u25cf", "ready": "\u25d5", "claimed": "\u25d1", "failed": "\u2715", "canceled": "\u2212", "": "\u25cb"}
+FORGES = {"github": "/commit/", "gitlab": "/-/commit/", "bitbucket": "/commits/", "codeberg": "/commit/", "sr": "/commit/"}
+PAGE_STYLE = """\
+:root{color-scheme:light dark;--paper:#fdfdfb;--ink:#1e2329;--soft:#59626c;--line:#e0e4e8;--faint:#f0f2f3;--on:#fff;--blue:#2b648f;
+--amber:#946010;--red:#a93a34;--green:#2e7450;--idle:#8d969f}@media screen and (prefers-color-scheme:dark){:root{--paper:#14181c;
+--ink:#e3e7ea;--soft:#9ba5af;--line:#2b3239;--faint:#20262c;--on:#10151a;--blue:#7db4dc;--amber:#dfae5c;--red:#ec8f88;
+--green:#7fc79f;--idle:#6a747e}}*{box-sizing:border-box;print-color-adjust:exact;-webkit-print-color-adjust:exact}main{
+max-width:70rem;margin:auto;padding:3rem 1.5rem}body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.55 system-ui,
+-apple-system,"Segoe UI",Roboto,"Liberation Sans",Arial,sans-serif;font-variant-numeric:tabular-nums}h1{font-size:1.75rem;
+line-height:1.25;margin:0}h1,h2,dd{font-weight:600}h2{font-size:1.15rem;margin:2.75rem 0 .2rem}p{margin:.3rem 0;max-width:46rem}
+figure{margin:1rem 0 0}a{color:var(--blue)}.soft,caption,figcaption,dt,thead th,small{color:var(--soft);font-size:.88rem;
+font-weight:400}dd small,td small{display:block}.note{border-left:3px solid var(--amber);padding:.2rem .8rem;margin-top:1rem}
+figcaption span{margin-right:1.2rem;white-space:nowrap}dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.8rem,1fr));
+gap:1.1rem 1.5rem;margin:1.75rem 0 0}dl div{border-top:2px solid var(--line);padding-top:.5rem}dd{margin:0;font-size:1.6rem;
+line-height:1.3}figcaption{margin-top:.4rem}.wide{overflow-x:auto}.wide:focus-visible{outline:2px solid var(--blue);
+outline-offset:3px}svg{display:block;width:100%;min-width:46rem}figcaption svg,svg.bar{display:inline-block;width:20px;min-width:0;
+height:10px;margin-right:.4rem}svg.bar{width:7rem}table{border-collapse:collapse;min-width:60%;margin-top:.8rem;font-size:.93rem}
+caption{padding-bottom:.3rem;text-align:left}th,td{padding:.38rem 1.5rem .38rem 0;text-align:left;vertical-align:top;
+border-bottom:1px solid var(--line);font-weight:400}th,time,code,.k{white-space:nowrap}.n{text-align:right}.t{display:block;
+min-width:14rem;white-space:normal;overflow-wrap:anywhere}code{font:.92em ui-monospace,Menlo,Consolas,"Liberation Mono",monospace}
+text{font-size:11px;fill:var(--soft)}.e{text-anchor:end}.m{text-anchor:middle}.grid{stroke:var(--line)}.idle{stroke:var(--idle)}
+.quiet{fill:var(--faint)}.landed{fill:var(--blue)}.green{fill:var(--green)}.returned{fill:url(#amber)}.failed{fill:url(#cross)}
+.red{fill:url(#red)}.queued,.released,.open,.none,.cut{fill:var(--paper);stroke:var(--blue)}.open,.cut{stroke-dasharray:3 2}
+.released,.none,.cut{stroke:var(--soft)}.in{font-size:10px;fill:var(--on);paint-order:stroke;stroke-width:4px;pointer-events:none}
+.open+.in,.queued+.in,.released+.in,.none+.in,.cut+.in{fill:var(--ink)}.failed+.in,.red+.in{stroke:var(--red)}.returned+.in{
+stroke:var(--amber)}.end{stroke:var(--ink);stroke-width:2}.a,.b{stroke:var(--blue);stroke-width:2;fill:none}.b{stroke:var(--soft);
+stroke-dasharray:5 4}.area{fill:var(--blue);opacity:.13}@media(max-width:40rem){main{padding:1.5rem 1rem}}@media print{:root{
+--paper:#fff;font-size:11px}main{padding:0;max-width:none}body{font-size:12px}svg{min-width:0}.wide{overflow:visible}tr,figure,
+dl div{break-inside:avoid}h2{break-after:avoid}}"""
+# The page is complete without it: it says times in the reader's zone where that is not the writer's.
+PAGE_SCRIPT = """\
+for(const e of document.querySelectorAll("[datetime],[data-at]")){const d=new Date(e.getAttribute("datetime")||e.dataset.at);
+const s=new Date(d-d.getTimezoneOffset()*6e4).toISOString().replace("T"," ");e.textContent=s.slice(...e.dataset.cut.split(" "))}
+for(const e of document.querySelectorAll(".zone"))e.textContent=Intl.DateTimeFormat().resolvedOptions().timeZone"""
+# Outcomes differ in pattern too, so that nothing is said by colour alone.
+PATTERNS = "<defs>" + "".join(
+    f'<pattern id="{name}" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width="5" '
+    f'height="5" style="fill:var(--{colour})"/><path d="{lines}" style="stroke:var(--paper)" stroke-width="1.5"/></pattern>'
+    for name, colour, lines in (("amber", "amber", "M0 0V5"), ("cross", "red", "M0 0V5M0 0H5"), ("red", "red", "M0 0H5"))
+) + "</defs>"
+
+
+class Stretch:
+    """An agent's attempt (`work`), its session (`here`) or a slot's `gate`, from `start` to `end` (epoch seconds), and its fate."""
+
+    def __init__(self, row: str, what: str, start: float):
+        self.row, self.what, self.start, self.end, self.fate = row, what, start, None, "open"
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+def word(record, key: str, width: int = 100) -> str:
+    """A field of an event that anybody may have written, as one printable line; empty when it is no text."""
+    value = record.get(key) if isinstance(record, dict) else None
+    return one_line(value, width) if isinstance(value, str) else ""
+
+
+def cause_of(why: str) -> str:
+    """A reason without what belongs to one case only, so that like ones count together."""
+    why = re.sub(r"(: | in ).*", "", re.sub(r"agent-\d+", "the agent", why))
+    why = re.sub(r"\b(?:[0-9a-f]{7,40}|\d{4,})\b", "\u2026", why)
+    return why[:1].upper() + why[1:] or "No reason was given"
+
+
+class History:
+    """events.jsonl, folded once.
+
+    work, here, gate: Stretches by start; series: state -> (at, count) steps; causes: (what, cause) -> ids; judged: submissions
+    that landed or came back after a gate; cost: name -> dollars, "" for all; unread: lines that are no event.
+    """
+
+    def __init__(self):
+        self.work, self.here, self.gate, self.times, self.latest = [], [], [], [], {}
+        self.series, self.causes, self.states = collections.defaultdict(list), collections.defaultdict(list), {}
+        self.counts, self.cost, self.gated, self.judged, self.unread = collections.Counter(), collections.Counter(), set(), 0, 0
+
+    def is_open(self, *key: str) -> bool:
+        return key in self.latest and self.latest[key].end is None
+
+    def begin(self, kind: str, at: float, row: str, what: str) -> None:
+        """A new Stretch, found by its row and by what it is; one that is open there, its end not recorded, is cut."""
+        for key in ((kind, row), (kind, "", what)):
+            if self.is_open(*key):
+                self.close(self.latest[key].start if kind == "gate" else at, "cut", *key)
+        self.latest[kind, row] = self.latest[kind, "", what] = Stretch(row, what, at)
+        getattr(self, kind).append(self.latest[kind, row])
+
+    def close(self, at: float, fate: str, *key: str) -> None:
+        """Give the latest Stretch found by `key` its fate, and an end when it has none."""
+        if key in self.latest:
+            self.latest[key].end = at if self.is_open(*key) else self.latest[key].end
+            self.latest[key].fate = fate
+
+    def fold(self, at: float, event: dict) -> None:
+        kind, cost = event["event"], event.get("cost_usd")
+        task_id, agent = word(event.get("task"), "id"), word(event, "agent") or word(event.get("task"), "agent")
+        self.times.append(at)
+        if kind == "claimed":
+            self.begin("work", at, agent, task_id)
+        if kind in ("claimed", "session-started") and not self.is_open("here", agent):
+            self.begin("here", at, agent, agent)
+        if kind in ENDS:
+            self.close(at, ENDS[kind], "work", "", task_id)
+        elif kind == "session-ended":
+            self.close(at, "ended", "here", agent)
+        elif kind.startswith("gate-"):
+            self.fold_gate(at, kind, event)
+        if kind in CAUSES:
+            self.causes[CAUSES[kind], cause_of(word(event, "why", 500) or word(event, "cause"))].append(task_id or agent)
+        if task_id:
+            self.count(at, kind, task_id, event)
+        if isinstance(cost, (int, float)) and abs(cost) < 1e9:
+            self.cost.update(dict.fromkeys(("", agent, task_id), cost))
+
+    def fold_gate(self, at: float, kind: str, event: dict) -> None:
+        slot, ids, colour = f"gate {one_line(str(event.get('slot')), 6)}", event.get("ids"), event.get("colour")
+        if kind == "gate-started":
+            names = [one_line(name, 100) for name in ids if isinstance(name, str)] if isinstance(ids, list) else []
+            self.gated.update(names)
+            self.begin("gate", at, slot, " ".join([slot, *names]))
+        elif kind == "gate-ended":
+            self.close(at, colour if colour in ("green", "red") else "none", "gate", slot)
+
+    def count(self, at: float, kind: str, task_id: str, event: dict) -> None:
+        """A step of the states' counts; a submission that had a gate is judged when it lands or comes back."""
+        state = word(event["task"], "state")
+        self.counts.subtract([self.states.get(task_id)])
+        self.counts.update([state])
+        self.states[task_id] = state
+        for name, value in {**self.counts, "all": len(self.states)}.items():
+            if self.series[name][-1:] != [(at, value)]:
+                self.series[name].append((at, value))
+        if kind in ("landed", "returned") and task_id in self.gated:
+            self.judged += not word(event, "why").startswith("it conflicts with")
+            self.gated.discard(task_id)
+
+    def finish(self, now: float, is_live: bool) -> None:
+        """Give what is open an end: now where the farm is at work, else the last that is known of it."""
+        self.times += [now] if is_live or not self.times else []
+        last = max(self.times)
+        for stretch in self.work + self.here + self.gate:
+            if stretch.end is None:  # a gate that was ended early leaves no event
+                is_cut = stretch in self.gate and not is_live
+                stretch.end, stretch.fate = (stretch.start, "cut") if is_cut else (last, "open")
+
+
+def fold_history(store: Store) -> History:
+    """Fold events.jsonl in the order of time; a torn or unparsable line is counted and passed over."""
+    history, events, path = History(), [], store.path("events.jsonl")
+    for line in filter(bytes.strip, store.disk.read(path).split(b"\n") if os.path.exists(path) else ()):
+        try:
+            event = json.loads(line.decode("utf-8"))
+            if not isinstance(event["event"], str) or epoch(event["at"]) <= 0:
+                raise ValueError("not an event")
+            events.append((epoch(event["at"]), event))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            history.unread += 1
+    for at, event in sorted(events, key=lambda pair: pair[0]):
+        history.fold(at, event)
+    return history
+
+
+class Scale:
+    """Time as x; parts: (start, end, x of the start). A quiet time, nothing held and nothing tested, is cut to a narrow gap."""
+
+    def __init__(self, history: History):
+        busy = [(stretch.start, stretch.end) for stretch in history.work + history.gate]
+        longest = max(60.0, min(1800.0, sum(end - start for start, end in busy) / 4))
+        spans = [[min(history.times), min(history.times) + 1]]
+        for start, end in sorted(busy + [(at, at) for at in history.times]):
+            if start - spans[-1][1] > longest:
+                spans.append([start, start + 1])
+            spans[-1][1] = max(spans[-1][1], end)
+        gap = min(16.0, 300 / len(spans))
+        self.total, self.parts, left = sum(end - start for start, end in spans), [], LEFT
+        self.per_second = (RIGHT - LEFT - gap * (len(spans) - 1)) / self.total
+        for start, end in spans:
+            self.parts.append((start, end, left))
+            left += (end - start) * self.per_second + gap
+
+    def x(self, at: float) -> float:
+        import bisect
+
+        start, end, left = self.parts[max(0, bisect.bisect(self.parts, (at, math.inf)) - 1)]
+        return round(left + (min(max(at, start), end) - start) * self.per_second, 1)
+
+    def ticks(self) -> list[tuple[float, float, str]]:
+        """(x, epoch seconds, `cut` of stamp) at round times of the local clock, or at a part's start; labels do not touch."""
+        step = next((step for step in STEPS if self.total / step <= 8), int(self.total / 8) + 1)
+        cut = "5 16" if self.parts[-1][1] - self.parts[0][0] > 80000 else "11 19" if step < 60 else "11 16"
+        found = [(-math.inf, 0.0, cut)]
+        for start, end, _ in self.parts:
+            offset = time.localtime(start).tm_gmtoff
+            for at in range(-int(-(start + offset) // step) * step - offset, int(end) + 1, step) or (start,):
+                if self.x(at) - found[-1][0] > 84:
+                    found.append((self.x(at), at, cut))
+        return found[1:]
+
+
+def as_html(text, width: int = 300) -> str:
+    """Foreign text as one printable line, escaped."""
+    from html import escape
+
+    return escape(one_line(str(text), width))
+
+
+def number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def stamp(at: float, cut: str = "0 16", svg: str = "") -> str:
+    """A time in local words (`cut`: first and last character kept) with UTC beside it for PAGE_SCRIPT. svg: a text's attributes."""
+    first, last = map(int, cut.split())
+    text = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))[first:last]
+    head, tail = (f"text {svg} data-at", "text") if svg else ("time datetime", "time")
+    return f'<{head}="{utc(at)}" data-cut="{cut}">{text}</{tail}>'
+
+
+def draw_axis(scale: Scale, bottom: float) -> str:
+    """Times above with a line down from each, and a grey band for what was cut out."""
+    out, ends = [], [end for _, end, _ in scale.parts]
+    for before, (start, _, x) in zip(ends, scale.parts[1:], strict=False):
+        out.append(f'<rect class="quiet" x="{scale.x(before)}" y="18" width="{x - scale.x(before):.1f}" height="{bottom - 18}">'
+                   f"<title>nothing happened for {duration(start - before)}</title></rect>")
+    for x, at, cut in scale.ticks():
+        out.append(f'<path class="grid" d="M{x} 18V{bottom}"/>' + stamp(at, cut, f'class="m" x="{x}" y="12"'))
+    return "".join(out)
+
+
+def draw_bar(stretch: Stretch, label: str, name: str, y: int, scale: Scale) -> str:
+    """A Stretch: its fate in fill and pattern, and in words in its tooltip; its label where there is room."""
+    x = scale.x(stretch.start)
+    width = max(2.0, round(scale.x(stretch.end) - x, 1))
+    text = f'<text class="in" x="{x + 4}" y="{y + 12}">{label}</text>' if width > 6 * len(label) + 8 else ""
+    return (f'<rect class="{stretch.fate}" x="{x}" y="{y + 2}" width="{width}" height="{ROW - 5}" rx="1.5"><title>{name}: '
+            f"{FATES[stretch.fate]}, {duration(stretch.seconds)}</title></rect>{text}")
+
+
+def draw_timeline(history: History, scale: Scale) -> tuple[str, int]:
+    """Rows of agents, then of gate slots: the drawing and its height."""
+    rows = sorted({here.row for here in history.here})
+    tops = {("here", row): TOP + ROW * index for index, row in enumerate(rows)}
+    for row in sorted({gate.row for gate in history.gate}, key=lambda row: (len(row), row)):
+        tops["gate", row] = TOP + ROW * len(tops) + 10
+    bottom = TOP + ROW * len(tops) + 10
+    out = [PATTERNS, draw_axis(scale, bottom)]
+    out += [f'<text class="e" x="{LEFT - 8}" y="{y + 12}">{as_html(row, 14)}</text>' for (_, row), y in tops.items()]
+    crosses = []
+    for here in history.here:
+        y, end = tops["here", here.row] + 8, scale.x(here.end)
+        out.append(f'<path class="idle" d="M{scale.x(here.start)} {y}H{end}"/>')
+        if here.fate == "ended":
+            crosses.append(f'<path class="end" d="M{end - 3.5:.1f} {y - 3}l7 7m0-7l-7 7"><title>session ended</title></path>')
+    out += [draw_bar(work, as_html(work.what, 40), as_html(work.what), tops["here", work.row], scale) for work in history.work]
+    for gate in history.gate:
+        ids = gate.what.removeprefix(gate.row).split()
+        name = f"target with {as_html(', '.join(ids), 80)}" if ids else "the target, or one task alone"
+        out.append(draw_bar(gate, f"+{len(ids)}" if ids else "", name, tops["gate", gate.row], scale))
+    return "".join(out + crosses), bottom
+
+
+def draw_steps(history: History, scale: Scale, solid: str, dashed: str) -> str:
+    """Two counts over time, one solid and filled, one dashed."""
+    top = max(1, *(value for state in (solid, dashed) for _, value in history.series[state] or [(0, 0)]))
+    out, lines = [draw_axis(scale, 122)], []
+    for value in (0, top):
+        y = 122 - 96 * value // top
+        out.append(f'<text class="e" x="{LEFT - 8}" y="{y + 4}">{value}</text><path class="grid" d="M{LEFT} {y}H{RIGHT}"/>')
+    for state in (solid, dashed):
+        highest: dict = {}
+        for at, value in history.series[state]:
+            highest.setdefault(scale.x(at), []).append(122 - 96 * value // top)
+        lines.append(f"M{LEFT} 122" + "".join(f"H{x}V{min(ys)}V{ys[-1]}" for x, ys in highest.items()) + f"H{RIGHT}")
+    out += [f'<path class="area" d="{lines[0]}V122Z"/><path class="b" d="{lines[1]}"/><path class="a" d="{lines[0]}"/>']
+    return "".join(out)
+
+
+def figure(name: str, title: str, words: str, drawing: str, height: float, keys: dict) -> str:
+    """An SVG with title and description for a screen reader, and its legend: words -> a sample of 20 x 10."""
+    legend = [f'<span><svg viewBox="0 0 20 10" aria-hidden="true">{sample}</svg>{key}</span> ' for key, sample in keys.items()]
+    return (f'<figure><div class="wide" tabindex="0" role="region" aria-label="{title}">'
+            f'<svg role="img" viewBox="0 0 1000 {height}" aria-labelledby="{name}-1 {name}-2"><title id="{name}-1">{title}</title>'
+            f'<desc id="{name}-2">{words}</desc>{drawing}</svg></div><figcaption>{"".join(legend)}</figcaption></figure>\n')
+
+
+def table(caption: str, heads: list[str], rows: list[list]) -> str:
+    """Rows of HTML cells, columns without any left out; a head with # is of numbers; the first cell heads its row."""
+    kept = [index for index in range(len(heads)) if any(row[index] != "" for row in rows)]
+    marks = [' class="n"' if head.startswith("#") else "" for head in heads]
+    top = "".join(f'<th scope="col"{marks[index]}>{heads[index].lstrip("#")}</th>' for index in kept)
+    lines = [f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td{marks[index]}>{row[index]}</td>" for index in kept[1:])
+             + "</tr>\n" for row in rows]
+    return (f'<div class="wide" tabindex="0" role="region" aria-label="{caption}"><table><caption>{caption}</caption>'
+            f'<thead><tr>{top}</tr></thead><tbody>\n{"".join(lines)}</tbody></table></div>\n')
+
+
+def dollars(history: History, name: str) -> str:
+    return f"${history.cost[name]:.2f}" if name in history.cost else ""
+
+
+def find_commit_url(repo: str, remote: str) -> str:
+    """What a sha is put behind to see it at a known forge, else empty. Read from git's file, without credentials in it."""
+    try:
+        with open(os.path.join(repo, ".git", "config"), encoding="utf-8", errors="replace") as file:
+            section = file.read().partition(f'[remote "{remote}"]')[2].partition("\n[")[0]
+    except OSError:
+        return ""
+    place = r"(?:\w+://(?:[^@/\s]+@)?([\w.-]+)(?::\d+)?/|(?:[^@/:\s]+@)?([\w.-]+):)([\w./~-]+?)(?:\.git)?/?"
+    url = re.search(rf"^\s*url\s*=\s*{place}\s*$", section, re.MULTILINE)
+    host = (url[1] or url[2]).lower() if url else ""
+    forge = next((name for name in host.split(".")[:-1] if name in FORGES), "")
+    return f"https://{host}/{url[3]}{FORGES[forge]}" if forge else ""
+
+
+def say_totals(history: History, tasks: list[Task]) -> str:
+    """The numbers on top."""
+    states, happened, runs = collections.Counter(task.state for task in tasks), collections.Counter(), len(history.gate)
+    for (what, _), ids in history.causes.items():
+        happened[what] += len(ids)
+    failed = happened["attempt failed"] + happened["agent died"]
+    saved = f"{runs - history.judged} more than one by one" if history.judged < runs else f"{history.judged - runs} saved"
+    totals = (("Landed", states["landed"], f"of {number(len(tasks), 'task')}"),
+              ("Not finished", states["pending"] + states["claimed"] + states["ready"], f"{states['ready']} in the merge queue"),
+              ("Failed", states["failed"], f"and {states['canceled']} canceled"),
+              ("Came back", happened["came back"], f"and {number(failed, 'failed attempt')}"),
+              ("Work", duration(sum(work.seconds for work in history.work)), f"in {number(len(history.work), 'attempt')}"),
+              ("Gate runs", runs, saved), ("Cost", dollars(history, ""), "where agents said it"))
+    items = [f"<div><dt>{name}</dt><dd>{value} <small>{words}</small></dd></div>" for name, value, words in totals if value != ""]
+    return f'<dl>{"".join(items)}</dl>\n'
+
+
+def say_agents(history: History) -> str:
+    """What the timeline shows, in numbers."""
+    rows = []
+    for agent in sorted({here.row for here in history.here}):
+        own, here = ([stretch for stretch in stretches if stretch.row == agent] for stretches in (history.work, history.here))
+        busy, fates = sum(work.seconds for work in own), collections.Counter(work.fate for work in own)
+        idle = sum(session.seconds for session in here) - busy
+        rows.append([as_html(agent, 40), len(own), fates["landed"], fates["returned"], fates["failed"], duration(busy),
+                     duration(idle), sum(session.fate == "ended" for session in here), dollars(history, agent)])
+    heads = ["Agent", "#Attempts", "#Landed", "#Came back", "#Failed", "#Worked", "#Idle", "#Session ends", "#Cost"]
+    return table("The same in numbers", heads, rows)
+
+
+def say_gates(history: History) -> str:
+    """Gate runs used, against one for each submission that was judged."""
+    runs, fates = len(history.gate), collections.Counter(FATES[gate.fate] for gate in history.gate)
+    kinds, seconds = ", ".join(f"{count} {fate}" for fate, count in fates.items()), sum(gate.seconds for gate in history.gate)
+    saved = f"{abs(history.judged - runs)} {'more' if history.judged < runs else 'saved'}"
+    return (f"<p>{number(runs, 'gate run')} ({kinds}) took {duration(seconds)} in all. One by one it would have been "
+            f"{history.judged}, a run for each submission that landed or came back after a gate: {saved}.</p>\n")
+
+
+def say_causes(history: History) -> str:
+    """Why work came back, attempts failed and sessions ended, most frequent first."""
+    ranked, rows = sorted(history.causes.items(), key=lambda item: (-len(item[1]), item[0]))[:40], []
+    for (what, cause), ids in ranked:
+        width = 100 * len(ids) / len(ranked[0][1])
+        rows.append([f'<span class="t">{as_html(cause, 120)}</span>', what, len(ids),
+                     as_html(", ".join(dict.fromkeys(ids)), 60).replace("-", "\u2011"),
+                     '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
+                     f'<rect class="landed" width="{width:.0f}" height="10"/></svg>'])
+    return table("Like reasons are counted together", ["Cause", "What happened", "#Times", "Which", ""], rows)
+
+
+def show_commit(sha: str, url: str) -> str:
+    """A link where the forge is known, else what to type."""
+    if not re.fullmatch("[0-9a-f]{7,64}", sha):
+        return as_html(sha, 64)
+    words = f"git show {sha[:10]}"
+    return f'<a href="{as_html(url)}{sha}" title="{words}"><code>{sha[:10]}</code></a>' if url else f"<code>{words}</code>"
+
+
+def say_tasks(history: History, state: State, url: str) -> str:
+    """Every task, failed ones first."""
+    rows, worked, now = [], collections.Counter(), CLOCK.now()
+    for work in history.work:
+        worked[work.what] += work.seconds
+    for task in sorted(state.all_tasks(), key=lambda task: task.state != "failed"):
+        shown = derived_state(task, state, now)
+        reason = f"<small><bdi>{as_html(task.reason)}</bdi></small>" if task.reason else ""
+        rows.append([as_html(task.id, 40),
+                     f'<span class="k"><span aria-hidden="true">{GLYPHS.get(shown, GLYPHS[""])}</span> {shown}</span>',
+                     f'<span class="t"><bdi>{as_html(task.title, 200)}</bdi>{reason}</span>',
+                     f'<span class="k">{as_html(task.agent, 30)}</span>',
+                     task.attempts + (task.state in ("claimed", "ready", "landed")),
+                     duration(worked[task.id]) if task.id in worked else "",
+                     stamp(epoch(task.landed_at), "5 16") if epoch(task.landed_at) else "", show_commit(task.landed_commit, url),
+                     dollars(history, task.id)])
+    heads = ["Task", "State", "Title, and why it last came back", "Agent", "#Attempts", "#Worked", "Landed", "Commit", "#Cost"]
+    return table("Failed ones first, then in the order they were added", heads, rows)
+
+
+def say_pictures(history: History) -> str:
+    """The timeline, its numbers, and two charts on the same scale."""
+    scale, used = Scale(history), {stretch.fate for stretch in history.work + history.gate}
+    keys = {FATES[fate]: f'<rect class="{fate}" x="1" y="1" width="18" height="8" rx="1.5"/>' for fate in FATES if fate in used}
+    keys.update({"idle": '<path class="idle" d="M0 5H20"/>', "session ended": '<path class="end" d="M6 1l8 8m0-8l-8 8"/>'})
+    if len(scale.parts) > 1:
+        keys["nothing happened, cut out"] = '<rect class="quiet" x="5" y="-2" width="10" height="14"/>'
+    words = (f"A row an agent with {number(len(history.work), 'attempt')}, then a row a gate slot with "
+             f"{number(len(history.gate), 'gate run')}. The table below says it in numbers.")
+    page = ["<h2>Timeline</h2>\n", figure("timeline", "Timeline", words, *draw_timeline(history, scale), keys),
+            say_agents(history), "<h2>Queues</h2>\n"]
+    for name, solid, solid_words, dashed, dashed_words in (
+            ("depth", "ready", "waiting to be merged", "claimed", "being worked on"),
+            ("growth", "landed", "landed", "all", "all tasks")):
+        counts = [count for _, count in history.series[solid]] or [0]
+        page.append(figure(name, f"Tasks {solid_words}, over time", f"At most {max(counts)}, at the end {counts[-1]}.",
+                           draw_steps(history, scale, solid, dashed), 130,
+                           {solid_words: '<path class="a" d="M0 5H20"/>', dashed_words: '<path class="b" d="M0 5H20"/>'}))
+    return "".join(page)
+
+
+def read_farm(store: Store) -> tuple[State, dict, bool, list[str]]:
+    """(state, what `up` was told, whether something is at work, what is damaged): as much as can be read."""
+    try:
+        state, problems = store.snapshot(), []
+    except DamagedState as error:
+        state, problems = partial_state(store), [str(error)]
+    try:
+        told = (store.read_json(FARM_FILE) or {}).get("settings", {})
+        is_live = bool(find_activity(store)) or any(find_liveness(Owner.from_json(claim.owner)) for claim in state.claims.values())
+    except (DamagedState, AttributeError, TypeError) as error:
+        return state, {}, False, [*problems, str(error)]
+    return state, told, is_live, problems
+
+
+def page_head(name: str) -> str:
+    """All before the words: the style, and a policy that forbids every load and every script but PAGE_SCRIPT."""
+    import base64
+    import hashlib
+
+    digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none';style-src 'unsafe-inline';img-src data:;script-src 'sha256-{digest}'"
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: farm report</title>\n'
+            '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<link rel="icon" href="data:,">\n'
+            f"<style>\n{PAGE_STYLE}\n</style></head>\n<body><main>\n<h1>{name}</h1>\n")
+
+
+def report_page(store: Store) -> tuple[str, list[str]]:
+    """The whole page, and what is damaged."""
+    history, (state, told, is_live, problems) = fold_history(store), read_farm(store)
+    history.finish(CLOCK.now(), is_live)
+    tasks, first, last = state.all_tasks(), min(history.times), max(history.times)
+    landed, zone = sum(task.state == "landed" for task in tasks), as_html(time.strftime("%Z", time.localtime(last)))
+    words = (f"{landed} of {number(len(tasks), 'task')} landed on {as_html(told.get('into') or 'the target branch', 80)} in "
+             f"{duration(last - first)}.") if tasks else "No task was added yet."
+    page = [page_head(as_html(os.path.basename(store.repo), 80)),
+            f'<p>{words}</p>\n<p class="soft">{stamp(first)} to {stamp(last)}, '
+            f'written {stamp(CLOCK.now())}; times in <span class="zone">{zone}</span>.</p>\n']
+    lost = [f"{number(history.unread, 'line')} of events.jsonl could not be read: what happened there is missing here."]
+    page += [f'<p class="note">{as_html(note, 500)}</p>\n' for note in problems + lost * bool(history.unread)]
+    page.append(say_totals(history, tasks))
+    if history.series or history.here:
+        page.append(say_pictures(history))
+    if history.gate:
+        page += ["<h2>Gate runs</h2>\n", say_gates(history)]
+    if history.causes:
+        page += ["<h2>What went wrong on the way</h2>\n", say_causes(history)]
+    if tasks:
+        url = find_commit_url(store.repo, told.get("remote") or "origin")
+        page += ["<h2>Tasks</h2>\n", say_tasks(history, state, url)]
+    return "".join(page) + f"</main><script>{PAGE_SCRIPT}</script></body></html>\n", problems
+
 # ---------------------------------------------------------------------------------------------- doctor
 
 # A finding is (what is wrong, what to type, exit code); code 0 is a warning.
@@ -3835,15 +4312,41 @@ def verb_clean(call: Call) -> int:
     return result.code
 
 
-@verb("status [--json]", "agents, tasks, queue, loop", "json", "./farm.py status")
+@verb("status [--json] [--watch]", "agents, tasks, queue, loop", "json watch", "./farm.py status --watch")
 def verb_status(call: Call) -> int:
+    if call.options.get("watch"):
+        return watch_status(call)
+    status = look(call)
+    print_json(status) if call.options.get("json") else print_status(status)
+    return DamagedState.exit_code if status.get("problems") else 0
+
+
+def look(call: Call) -> dict:
+    """`farm_status`, also where the settings that the last `up` left cannot be read."""
     try:
         settings = call.settings()
     except DamagedState:
         settings = load_settings(call.repo)
-    status = farm_status(call.store, settings)
-    print_json(status) if call.options.get("json") else print_status(status)
-    return DamagedState.exit_code if status.get("problems") else 0
+    return farm_status(call.store, settings)
+
+
+def watch_status(call: Call) -> int:
+    """Draw the status over itself every two seconds until Ctrl-C; the farm goes on."""
+    import contextlib
+    import io
+
+    should_stop = stop_on_signals()
+    while not should_stop.is_set():
+        screen = io.StringIO()
+        screen.isatty = sys.stdout.isatty
+        with contextlib.redirect_stdout(screen):
+            print_status(look(call))
+        # One write a frame, each line cleared behind its end: no flicker, and nothing of the last frame stays.
+        home, line_end, rest = ("\x1b[H", "\x1b[K\n", "\x1b[J") if sys.stdout.isatty() else ("", "\n", "\n")
+        sys.stdout.write(home + screen.getvalue().replace("\n", line_end) + rest)
+        sys.stdout.flush()
+        should_stop.wait(2)
+    return 128 + should_stop.signal
 
 
 @verb("attach AGENT", "go into an agent's session", "", "./farm.py attach 3")
@@ -3909,6 +4412,23 @@ def verb_doctor(call: Call) -> int:
     if not findings:
         print("all is well")
     return max((code for _, _, code in findings), default=0)
+
+
+@verb("report [-o FILE]", "one HTML page of all that happened; prints its path", "o|output=", "./farm.py report -o report.html")
+def verb_report(call: Call) -> int:
+    path = call.options.get("output") or call.store.path("report.html")
+    if not call.options.get("output") and not os.path.isdir(call.store.folder):
+        with call.store.transaction():
+            pass  # makes what is missing below coordination/
+    page, problems = report_page(call.store)
+    for problem in problems:
+        say(problem)
+    temp = f"{path}.{os.getpid()}.tmp"
+    with open(temp, "w", encoding="utf-8") as file:
+        file.write(page)
+    os.replace(temp, path)
+    print(path)
+    return DamagedState.exit_code if problems else 0
 
 
 def usage_text() -> str:

@@ -59,7 +59,7 @@ write() { # PATH TEXT
   note end "$sha" "$1"
 }
 
-save() { git add --all && git commit --quiet --message "$1"; }
+save() { git add --all && { git diff --cached --quiet || git commit --quiet --message "$1"; }; }
 
 edit_shared() { # its line of the file that others edit, too
   local program='NR == line { $0 = text } { print }'
@@ -166,8 +166,8 @@ def environment_of(process: psutil.Process) -> dict:
 
 # ---------------------------------------------------------------------------------------------- kills
 
-KILLS = {"agent": 5, "runner": 3, "session": 3, "git": 8, "script": 6, "verb": 6, "gate": 3, "loop": 2, "merger": 2,
-         "merger group": 1, "server": 1, "everything": 0.5}
+KILLS = {"agent": 5, "runner": 3, "session": 2, "git": 8, "script": 5, "verb": 3, "gate": 4, "loop": 1, "merger": 1,
+         "merger group": 1, "server": 0.4, "everything": 0.2}
 NEEDS_UP = ("loop", "server", "everything")
 
 

@@ -301,6 +301,22 @@ def test_the_numbers_of_the_agents_are_those_of_the_timeline(busy):
     ]
 
 
+def test_each_bar_has_its_place_on_the_time_axis(busy):
+    page = busy.page()
+    bars = [attributes for attributes, text in page.all("rect") if text and attributes["class"] != "quiet"]
+    assert all(float(bar["x"]) >= 96 and float(bar["width"]) >= 2 and float(bar["x"]) + float(bar["width"]) <= 975 for bar in bars)
+    first, second = (next(float(bar["width"]) for bar, text in page.all("rect") if text == words)
+                     for words in ("t-0001: landed, 10m", "t-0002: landed, 2m"))
+    assert first == pytest.approx(5 * second, abs=0.5)
+
+
+def test_causes_say_what_happened_to_whom(busy):
+    rows = busy.page().table("Like reasons")
+    assert {(row["Cause"], row["What happened"], row["Times"]) for row in rows} == {
+        ("It conflicts with main", "came back", "1"), ("The gate fails with it", "came back", "1"),
+        ("The agent ended without any change", "attempt failed", "1"), ("Crashed with exit code 1", "session ended", "1")}
+
+
 def test_like_causes_are_counted_together(story):
     for number in range(2):
         story.add(f"task {number}")
@@ -338,6 +354,16 @@ def test_a_gate_that_was_ended_early_is_a_run_all_the_same(story):
     story.now += 10
     story.gate(30, "green", "t-0002")
     assert "2 gate runs (1 ended early, 1 green) took 30s" in story.page().words()
+
+
+def test_a_gate_of_a_merger_that_is_gone_is_no_more_than_a_mark(story):
+    story.add("one")
+    story.event("gate-started", ids=["t-0001"], tree="t", slot=1)
+    story.now += 600
+    story.add("two")
+    story.claim(A)
+    story.submit(story.claim(A))
+    assert ("cut", "target with t-0001: ended early, 0s") in story.page().bars()
 
 
 def test_work_that_goes_on_is_drawn_until_now(story):
