@@ -41,7 +41,6 @@ import os
 import re
 import sys
 import time
-from enum import Enum
 
 SCHEMA = 1
 TOOLKIT = os.path.dirname(os.path.abspath(__file__))
@@ -125,6 +124,9 @@ def convert_setting(name: str, text, origin: str):
     """`text` as the setting's kind. Raises UsageError that names where it came from."""
     kind = SETTINGS[name].kind
     if not isinstance(text, str):
+        fits = isinstance(text, (int, float) if kind is float else kind) and isinstance(text, bool) == (kind is bool)
+        if not fits:
+            raise UsageError(f"{name} must be a {kind.__name__}, not {text!r} (from {origin})")
         return text
     try:
         value = text.lower() in ("1", "true", "yes", "on") if kind is bool else kind(text)
@@ -332,17 +334,6 @@ def import_package(name: str):
 # The shapes on disk. One record serves a task in all its states: a move changes fields and raises `rev`, it never translates.
 
 
-class TaskState(str, Enum):
-    """Where a task's winning copy lies, and what became of it."""
-
-    PENDING = "pending"
-    CLAIMED = "claimed"
-    READY = "ready"
-    LANDED = "landed"
-    FAILED = "failed"
-    CANCELED = "canceled"
-
-
 class Record:
     """What namedtuples below share: JSON both ways, unknown keys kept in `extra`, defaults left out.
 
@@ -508,6 +499,9 @@ def find_liveness(owner: Owner) -> bool | None:
 PENDING_FILE = os.path.join("task_queue", "pending.json")
 READY_FILE = os.path.join("merge_queue", "ready-to-merge.json")
 LOCK_FOLDER = "agent_locks"
+AGENTS_FILE = "agents.json"
+FARM_FILE = "farm.json"
+STATES_OF = {"pending": ("pending", "failed", "canceled"), "ready": ("ready",), "landed": ("landed",)}
 FOLDERS = ("task_queue", "merge_queue", LOCK_FOLDER, "results", "returns", "prompts", "logs", "mailbox")
 
 
@@ -722,6 +716,11 @@ class Store:
                 time.sleep(0.05)
         raise describe_damage(path, damage)
 
+    def read_agents(self) -> dict[str, dict]:
+        """What the loop has noted of each agent; entries that are no objects are passed over, the loop writes them anew."""
+        agents = self.read_part(AGENTS_FILE, "agents")
+        return {name: {"ends": [], **told} for name, told in agents.items() if isinstance(told, dict)}
+
     def read_part(self, name: str, key: str) -> dict:
         """The object under `key` of a file; empty when there is neither. Raises DamagedState when it is something else."""
         part = (self.read_json(name) or {}).get(key, {})
@@ -749,7 +748,8 @@ class Store:
             raise describe_damage(self.path(name), error) from None
         return data
 
-    def read_tasks(self, name: str, records: list) -> list[Task]:
+    def read_tasks(self, name: str, place: str, records: list) -> list[Task]:
+        """The records of one list. Raises DamagedState that names the record."""
         tasks, seen = [], set()
         for number, record in enumerate(records, 1):
             try:
@@ -757,8 +757,8 @@ class Store:
                 if task.id and task.id in seen:
                     raise ValueError(f"{task.id} is there twice")
                 seen.add(task.id)
-                if task.state not in TaskState._value2member_map_ or not task.title and not task.id:
-                    raise ValueError("it needs a title, and a state that there is")
+                if task.state not in STATES_OF[place] or not task.title and not task.id:
+                    raise ValueError(f"a task here needs a title, and is {' or '.join(STATES_OF[place])}, not {task.state[:20]!r}")
                 if task.id and not is_name(task.id):
                     raise ValueError(f"its id {task.id[:60]!r} is not a name")
                 tasks.append(task)
@@ -800,10 +800,10 @@ class Store:
         ready = self.read_queue(READY_FILE, ("ready", "landed"))
         state.done = dict(ready.get("done", {}))
         unnamed = []
-        for task in self.read_tasks(PENDING_FILE, pending["tasks"]):
+        for task in self.read_tasks(PENDING_FILE, "pending", pending["tasks"]):
             (unnamed.append(task) if not task.id else state.pending.__setitem__(task.id, task))
         for key in ("ready", "landed"):
-            getattr(state, key).update((task.id, task) for task in self.read_tasks(READY_FILE, ready[key]))
+            getattr(state, key).update((task.id, task) for task in self.read_tasks(READY_FILE, key, ready[key]))
         state.claims = self.read_claims()
         for name, data in ((PENDING_FILE, pending), (READY_FILE, ready)):
             state.heads[name] = {key: value for key, value in data.items()
@@ -1024,7 +1024,7 @@ class Transaction:
 
     def claim(self, task: Task, claim: Claim) -> Claim:
         """Make `claim` on `task` (rev + 1, which is its fence) durable, then take the task off the pending list."""
-        task = task._replace(rev=task.rev + 1, state=TaskState.CLAIMED.value, agent=claim.agent, ended_by="",
+        task = task._replace(rev=task.rev + 1, state="claimed", agent=claim.agent, ended_by="",
                              fence=f"{task.id}.{task.rev + 1}")
         claim = claim._replace(task=task.to_json(), fence=task.fence, claimed_at=utc(CLOCK.now()))
         self.write_lock(claim)
@@ -2419,8 +2419,6 @@ def wait_for_landing(new: str) -> None:
 # ---------------------------------------------------------------------------------------------- lifecycle
 # Worktrees, sessions, loop: started, adopted, ended. Whatever is killed here goes on from disk at the next `up`.
 
-AGENTS_FILE = "agents.json"
-FARM_FILE = "farm.json"
 SESSION_COMMAND = """\
 if [ "$FARM_AGENT_NAME" = control ]; then
   until "$FARM_PYTHON" "$FARM_HOME/farm.py" --repo "$FARM_REPO" run; do sleep 1; done
@@ -2526,7 +2524,7 @@ class Farm:
         self.names = agent_names(settings.n)
         self.worktrees: dict[str, list] = {}
         self.sessions: dict[str, Session] = {}
-        self.agents: dict[str, dict] = store.read_part(AGENTS_FILE, "agents")
+        self.agents: dict[str, dict] = store.read_agents()
         self.policy = RestartPolicy()
         self.leases = LeaseWatch(settings.lease_seconds)
         self.merger = None
@@ -2900,7 +2898,12 @@ def task_record(task: Task, state: State, now: float) -> dict:
 def find_activity(store: Store) -> dict:
     """What a live merger is doing (merge_queue/now.json); empty when none runs."""
     now = store.read_json(NOW_FILE) or {}
-    return now if now and start_of(now.get("pid", 0)) == now.get("start") else {}
+    shapes = {"pid": int, "start": str, "target": str, "testing": list, "held": dict, "trouble": list}
+    gates = now.get("testing", [])
+    if not all(isinstance(now.get(key), kind) for key, kind in shapes.items()) or \
+            not all(isinstance(gate, dict) and isinstance(gate.get("ids"), list) for gate in gates):
+        return {}  # nobody's truth: the merger writes it anew
+    return now if start_of(now["pid"]) == now["start"] else {}
 
 
 def queue_records(store: Store, state: State) -> list[dict]:
@@ -2954,7 +2957,7 @@ def agent_record(name: str, session: Session | None, claim: Claim | None, told: 
 def agent_records(store: Store, state: State, settings: Settings) -> list[dict]:
     """Every agent that has a session, a claim or a place in the farm."""
     sessions = probe_sessions(farm_socket(store.repo))
-    told = store.read_part(AGENTS_FILE, "agents")
+    told = store.read_agents()
     is_up = (store.read_json(FARM_FILE) or {}).get("mode") in ("running", "stopping", "paused")
     names = {*state.claims, *sessions, *(agent_names(settings.n) if is_up else ())} - {CONTROL}
     children = process_children() if sessions else {}
@@ -2998,7 +3001,7 @@ def partial_state(store: Store) -> State:
         try:
             data = store.read_queue(name, tuple(key for _, key in places))
             for place, key in places:
-                getattr(state, place).update((task.id, task) for task in store.read_tasks(name, data[key]))
+                getattr(state, place).update((task.id, task) for task in store.read_tasks(name, place, data[key]))
         except DamagedState:
             continue
     try:
@@ -3631,8 +3634,8 @@ CHECKS = (check_tools, check_settings, check_state, check_pins, check_machine)
 
 def find_damaged(store: Store) -> dict[str, str]:
     """State files that cannot be read: name -> why. A queue file that history knows of and that is gone counts."""
-    readers = {PENDING_FILE: lambda: store.read_tasks(PENDING_FILE, store.read_queue(PENDING_FILE, ("tasks",))["tasks"]),
-               READY_FILE: lambda: [store.read_tasks(READY_FILE, store.read_queue(READY_FILE, ("ready", "landed"))[key])
+    readers = {PENDING_FILE: lambda: store.read_tasks(PENDING_FILE, "pending", store.read_queue(PENDING_FILE, ("tasks",))["tasks"]),
+               READY_FILE: lambda: [store.read_tasks(READY_FILE, key, store.read_queue(READY_FILE, ("ready", "landed"))[key])
                                     for key in ("ready", "landed")]}
     for name in (*store.lock_files(), FARM_FILE, AGENTS_FILE, NOW_FILE, INTENT_FILE):
         readers[name] = functools.partial(store.read_claim if name.startswith(LOCK_FOLDER) else store.read_json, name)

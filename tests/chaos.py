@@ -166,8 +166,8 @@ def environment_of(process: psutil.Process) -> dict:
 
 # ---------------------------------------------------------------------------------------------- kills
 
-KILLS = {"agent": 5, "runner": 3, "session": 2, "git": 8, "script": 5, "verb": 3, "gate": 4, "loop": 1, "merger": 1,
-         "merger group": 1, "server": 0.4, "everything": 0.2}
+KILLS = {"agent": 6, "git": 6, "script": 5, "verb": 4, "runner": 4, "gate": 4, "session": 3, "merger": 2, "merger group": 1,
+         "loop": 1, "server": 0.4, "everything": 0.2}
 NEEDS_UP = ("loop", "server", "everything")
 
 
@@ -205,24 +205,35 @@ class Killer:
             self.strike()
 
     def strike(self) -> None:
-        """One kill, by the weights of the kinds that there are at this moment."""
-        victims = collections.defaultdict(list)
-        for process in self.ground.processes():
-            victims[kind_of(process)].append(process)
-        victims["merger group"] = victims["merger"]
-        kinds = [kind for kind in KILLS if victims[kind] or kind in ("session", "everything")]
-        kind = self.random.choices(kinds, [KILLS[kind] for kind in kinds])[0]
-        if self.kill(kind, victims[kind]):
+        """One kill of a kind chosen by weight; the short-lived ones are looked for, and when none comes, another kind will do."""
+        wanted = self.random.choices(list(KILLS), KILLS.values())[0]
+        deadline = time.monotonic() + 0.3
+        while wanted not in (victims := self.find_victims()) and time.monotonic() < deadline:
+            pass
+        others = sorted(victims.keys() - {"server", "everything"})
+        kind = wanted if wanted in victims or not others else self.random.choice(others)
+        if kind in victims and self.kill(kind, victims[kind]):
             with self.ground.kills.open("a") as file:
                 file.write(kind + "\n")
             if kind in NEEDS_UP:
                 self.needs_up.set()
 
+    def find_victims(self) -> dict[str, list[psutil.Process]]:
+        """What can be killed at this moment, by kind."""
+        everything = self.ground.processes()
+        victims = collections.defaultdict(list)
+        for process in everything:
+            victims[kind_of(process)].append(process)
+        if victims["merger"]:
+            victims["merger group"] = victims["merger"]
+        victims.update({"session": victims["server"], "everything": everything})
+        return {kind: victims[kind] for kind in KILLS if victims[kind]}
+
     def kill(self, kind: str, victims: list[psutil.Process]) -> bool:
         if kind == "session":
             return self.kill_session()
         if kind == "everything":
-            return sum(end(process) for process in self.ground.processes()) > 0
+            return sum(end(process) for process in victims) > 0
         victim = self.random.choice(victims)
         return end_group(victim) if kind == "merger group" else end(victim)
 

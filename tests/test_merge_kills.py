@@ -192,6 +192,14 @@ def test_locks_that_a_killed_landing_left_are_removed(queue: Queue, waiting_git:
     assert find_violations(queue, {task_id: "landed"}) == []
 
 
+def test_a_persons_commit_after_a_power_cut_is_the_new_base_of_what_was_about_to_land(queue: Queue, waiting_git: Path) -> None:
+    task_id = queue.ready(new_file("f"))
+    merge_up_to(queue, waiting_git, "before").kill("everything")
+    sha = commit_files(queue.repo, new_file("person"))
+    finish(queue, careful(queue))
+    assert (git(queue.repo, "rev-parse", "main^1"), find_violations(queue, {task_id: "landed"})) == (sha, [])
+
+
 def test_a_landing_killed_under_a_living_merger_lands_once(queue: Queue, waiting_git: Path) -> None:
     task_id = queue.ready(new_file("f"))
     victim = merge_up_to(queue, waiting_git, "before")
@@ -321,9 +329,8 @@ class Round:
         return wrong
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_kills_at_random_lose_and_double_nothing(queue: Queue, seed: int) -> None:
-    assert Round(queue, random.Random(seed)).run(4) == []
+def test_kills_at_random_lose_and_double_nothing(queue: Queue) -> None:
+    assert Round(queue, random.Random(1)).run(4) == []
 
 
 # ---------------------------------------------------------------------------------------------- a longer campaign

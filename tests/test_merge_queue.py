@@ -210,11 +210,11 @@ def edited_line(number: int, text: str) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------- never red
 
 
-BAD_ONES = {2, 5, 9}
+BAD_ONES = {1, 4, 7}
 
 
 def many_entries(queue: Queue) -> list[str]:
-    return queue.ready_all([new_file(f"f{number}", "BAD\n" if number in BAD_ONES else "good\n") for number in range(12)])
+    return queue.ready_all([new_file(f"f{number}", "BAD\n" if number in BAD_ONES else "good\n") for number in range(9)])
 
 
 @pytest.mark.parametrize("slots", [1, 4])
@@ -226,7 +226,7 @@ def test_every_value_of_the_target_passes_the_gate_and_exactly_the_bad_come_back
 
 
 def test_good_entries_that_are_many_take_few_gate_runs(queue: Queue) -> None:
-    queue.ready_all([new_file(f"f{number}") for number in range(12)])
+    queue.ready_all([new_file(f"f{number}") for number in range(8)])
     queue.merge()
     assert len(queue.gated()) <= 2
 
@@ -299,10 +299,9 @@ def test_of_two_in_an_odd_conflict_the_later_comes_back_and_a_third_is_not_touch
 PAIR = "! { [ -e a.txt ] && [ -e b.txt ]; }"
 
 
-@pytest.mark.parametrize("slots", [1, 4])
-def test_of_two_that_fail_only_together_the_earlier_lands_and_the_later_comes_back(queue: Queue, slots: int) -> None:
+def test_of_two_that_fail_only_together_the_earlier_lands_and_the_later_comes_back(queue: Queue) -> None:
     ids = queue.ready_all([new_file(name) for name in ("u", "a", "v", "b", "w")])
-    queue.merge(PAIR, slots=slots, code=5)
+    queue.merge(PAIR, slots=4, code=5)
     assert queue.landed() == [ids[0], ids[1], ids[2], ids[4]]
 
 
@@ -363,7 +362,8 @@ def test_a_red_target_pauses_the_queue_names_its_commit_and_blames_nobody(queue:
     task_id, sha = red_target(queue)
     said = queue.merge(code=5).stderr
     task = queue.task(task_id)
-    assert (f"main itself is red at {sha[:10]}" in said, task["state"], task["attempts"]) == (True, "ready", 0)
+    assert re.search(rf"main itself is red at {sha[:10]}.*\n  try: \S", said), said
+    assert (task["state"], task["attempts"]) == ("ready", 0)
 
 
 def test_a_paused_queue_goes_on_by_itself_after_a_persons_fix(queue: Queue) -> None:
@@ -491,19 +491,12 @@ def test_bytes_that_are_not_utf_8_come_back_as_readable_text(queue: Queue) -> No
 # ---------------------------------------------------------------------------------------------- slots
 
 
-def test_ignored_caches_stay_in_a_slot_between_runs(queue: Queue) -> None:
-    count = f"mkdir -p cache; echo run >>cache/runs; wc -l <cache/runs >{queue.outside}/runs"
+def test_between_two_runs_a_slot_keeps_ignored_caches_and_nothing_else(queue: Queue) -> None:
+    note = f'mkdir -p cache && ls -d cache/* left "$TMPDIR"/* >>{queue.outside}/seen 2>/dev/null; touch cache/kept left "$TMPDIR/file"'
     for name in ("a", "b"):
         queue.ready(new_file(name))
-        queue.merge(count)
-    assert int((queue.outside / "runs").read_text()) == 2
-
-
-def test_files_that_a_gate_leaves_are_gone_at_the_next_run(queue: Queue) -> None:
-    for name in ("a", "b"):
-        queue.ready(new_file(name))
-        queue.merge("[ ! -e left ] && touch left")
-    assert len(queue.landed()) == 2
+        queue.merge(note)
+    assert (queue.outside / "seen").read_text().split() == ["cache/kept"]
 
 
 def test_two_gates_at_once_have_each_their_own_folder_tmpdir_and_port(queue: Queue) -> None:
@@ -513,13 +506,6 @@ def test_two_gates_at_once_have_each_their_own_folder_tmpdir_and_port(queue: Que
         queue.wait_for_gates(2)
         first, second = (line.split() for line in (queue.outside / "values").read_text().splitlines())
     assert [one != other for one, other in zip(first, second, strict=True)] == [True, True, True]
-
-
-def test_what_a_gate_left_in_its_tmpdir_is_gone_at_the_next_run(queue: Queue) -> None:
-    for name in ("a", "b"):
-        queue.ready(new_file(name))
-        queue.merge('[ ! -e "$TMPDIR/file" ] && touch "$TMPDIR/file"')
-    assert len(queue.landed()) == 2
 
 
 def test_urgent_work_that_comes_later_restarts_no_running_gate(queue: Queue) -> None:
@@ -861,9 +847,31 @@ def test_the_queue_shows_nothing_as_tested_once_the_merger_is_gone(queue: Queue)
     queue.ready(new_file("a"))
     with queue.merging(queue.blocked(GREEN)) as merger:
         queue.wait_for_gates(1)
-        merger.send_signal(signal.SIGTERM)
+        wait_until(lambda: [row["state"] for row in queue.json("queue")] == ["testing"], 20, "the entry to be shown as tested")
+        merger.kill()
         merger.wait(30)
+        queue.go.touch()
     assert [row["state"] for row in queue.json("queue")] == ["ready"]
+
+
+def test_work_that_is_canceled_during_its_gate_does_not_land(queue: Queue) -> None:
+    canceled, other = queue.ready_all([new_file("a"), new_file("b")])
+    with queue.merging(queue.blocked(GREEN)) as merger:
+        queue.wait_for_gates(1)
+        queue.ok("cancel", canceled)
+        queue.go.touch()
+        merger.wait(30)
+    assert queue.landed() == [other]
+
+
+def test_odd_titles_gates_and_paths_are_no_trouble(make_repo: Callable[..., Path], outside: Path) -> None:
+    queue = Queue(make_repo("a 'repo' é"), outside)
+    works = [{"with blank.txt": "good\n"}, {"ümlaut.txt": "good\n"}, {"it's.txt": "BAD\n"}]
+    good, _, bad = queue.ready_all(works, title="it's \"odd\" $(touch no)\t\\n é \x1b[31m")
+    queue.merge(f"true\n{GREEN}  # a comment", code=5)
+    line = re.search(r"^to reproduce: (.*)", queue.returned_text(bad), re.MULTILINE)
+    assert line is not None
+    assert (len(queue.landed()), run(["bash", "-c", line[1]], cwd=queue.repo).returncode) == (2, 1)
 
 
 def test_a_second_merge_waits_for_the_first_and_reports_what_it_did(queue: Queue) -> None:

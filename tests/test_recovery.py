@@ -202,63 +202,44 @@ def test_a_worktree_folder_that_is_deleted_while_the_farm_runs_stops_nothing(far
     farm.wait_for(farm.ok("add", "after it was deleted"))
 
 
-def remove_git_file(farm: Worked) -> None:
-    (farm.worktree() / ".git").unlink()
+BREAKAGES: dict[str, Callable[[Path, Path], object]] = {
+    "no .git file": lambda worktree, git_dir: (worktree / ".git").unlink(),
+    "broken .git file": lambda worktree, git_dir: (worktree / ".git").write_text("gitdir: /nowhere\n"),
+    "broken gitdir": lambda worktree, git_dir: (git_dir / "gitdir").write_text("/nowhere/.git\n"),
+    "empty gitdir": lambda worktree, git_dir: (git_dir / "gitdir").write_text(""),
+    "empty HEAD": lambda worktree, git_dir: (git_dir / "HEAD").write_text(""),
+    "no commondir": lambda worktree, git_dir: (git_dir / "commondir").unlink(),
+    "broken index": lambda worktree, git_dir: (git_dir / "index").write_bytes(b"DIRC\0\0\0\2 not an index"),
+    "locked": lambda worktree, git_dir: (git_dir / "locked").write_text("on a USB stick\n"),
+    "unlocked": lambda worktree, git_dir: (git_dir / "locked").unlink(),
+    "stale index.lock": lambda worktree, git_dir: (git_dir / "index.lock").touch(),
+    "stale HEAD.lock": lambda worktree, git_dir: (git_dir / "HEAD.lock").touch(),
+}
 
 
-def break_git_file(farm: Worked) -> None:
-    (farm.worktree() / ".git").write_text("gitdir: /nowhere\n")
+def break_worktree(farm: Worked, what: str, agent: str = A) -> None:
+    BREAKAGES[what](farm.worktree(agent), farm.git_dir(agent))
 
 
-def break_gitdir(farm: Worked) -> None:
-    (farm.git_dir() / "gitdir").write_text("/nowhere/.git\n")
-
-
-def empty_gitdir(farm: Worked) -> None:
-    (farm.git_dir() / "gitdir").write_text("")
-
-
-def empty_head(farm: Worked) -> None:
-    (farm.git_dir() / "HEAD").write_text("")
-
-
-def remove_commondir(farm: Worked) -> None:
-    (farm.git_dir() / "commondir").unlink()
-
-
-def break_index(farm: Worked) -> None:
-    (farm.git_dir() / "index").write_bytes(b"DIRC\0\0\0\2 not an index")
-
-
-def lock_entry(farm: Worked) -> None:
-    (farm.git_dir() / "locked").write_text("on a USB stick\n")
-
-
-def unlock_entry(farm: Worked) -> None:
-    (farm.git_dir() / "locked").unlink()
-
-
-BREAKAGES = [remove_git_file, break_git_file, break_gitdir, empty_gitdir, empty_head, remove_commondir, break_index, lock_entry,
-             unlock_entry]
-
-
-@pytest.mark.parametrize("breakage", BREAKAGES)
-def test_up_mends_a_broken_worktree_and_its_work_goes_on(farm, kill_everything, breakage):
-    [task_id] = farm.start_work()
+def test_up_mends_worktrees_that_are_broken_in_any_way_and_their_work_goes_on(farm, kill_everything):
+    ids = farm.start_work(len(BREAKAGES))
     kill_everything()
-    breakage(farm)
+    for number, what in enumerate(BREAKAGES, 1):
+        break_worktree(farm, what, f"agent-{number:03d}")
     farm.let_go()
-    farm.up()
-    farm.wait_for(task_id)
-    assert farm.lines_on_main(task_id) == 2
-    assert f"unsaved in {task_id}" in farm.rescued()
+    farm.up(len(BREAKAGES))
+    for task_id in ids:
+        farm.wait_for(task_id)
+    assert {task_id: farm.lines_on_main(task_id) for task_id in ids} == dict.fromkeys(ids, 2)
+    assert farm.rescued() >= {f"unsaved in {task_id}" for task_id in ids}
 
 
-@pytest.mark.parametrize("breakage", [break_git_file, empty_head])
-def test_the_loop_mends_a_broken_worktree_whose_agent_died_and_the_others_work_on(farm, breakage):
-    ids = farm.start_work(2)
-    breakage(farm)
+def test_the_loop_mends_broken_worktrees_whose_agents_died_and_the_others_work_on(farm):
+    ids = farm.start_work(3)
+    break_worktree(farm, "broken .git file", A)
+    break_worktree(farm, "empty HEAD", B)
     kill_session(farm, A)
+    kill_session(farm, B)
     farm.let_go()
     for task_id in ids:
         farm.wait_for(task_id)
@@ -268,7 +249,7 @@ def test_an_idle_agent_whose_worktree_broke_uses_up_no_attempts(farm):
     farm.up()
     wait_until(lambda: farm.live().keys() == {A}, message="the session")
     farm.let_go()
-    break_git_file(farm)
+    break_worktree(farm, "broken .git file")
     task = farm.wait_for(farm.ok("add", "after it broke"))
     assert task["attempts"] <= 1
 
@@ -284,27 +265,14 @@ def test_something_else_in_the_place_of_a_worktree_stops_no_other_agent(farm):
     assert farm.worktree().read_text() == "a file of the user's\n"
 
 
-def break_index_lock(farm: Worked, task_id: str) -> Path:
-    return farm.git_dir() / "index.lock"
-
-
-def break_head_lock(farm: Worked, task_id: str) -> Path:
-    return farm.git_dir() / "HEAD.lock"
-
-
-def break_branch_lock(farm: Worked, task_id: str) -> Path:
-    return farm.repo / f".git/refs/heads/farm/{A}/{task_id}.lock"
-
-
-@pytest.mark.parametrize("place", [break_index_lock, break_head_lock, break_branch_lock])
-def test_a_lock_that_a_killed_git_left_in_an_agents_worktree_stops_nothing(farm, kill_everything, place):
+def test_a_lock_that_a_killed_git_left_on_an_agents_branch_stops_nothing(farm, kill_everything):
     [task_id] = farm.start_work()
     kill_everything()
-    place(farm, task_id).touch()
+    (farm.repo / f".git/refs/heads/farm/{A}/{task_id}.lock").touch()
     farm.let_go()
     farm.up()
     farm.wait_for(task_id)
-    assert f"unsaved in {task_id}" in farm.rescued()
+    assert farm.rescued() == {f"unsaved in {task_id}"}
 
 
 def test_a_lock_that_a_killed_git_left_on_the_pin_stops_no_submission(farm):
@@ -316,32 +284,21 @@ def test_a_lock_that_a_killed_git_left_on_the_pin_stops_no_submission(farm):
     farm.wait_for(task_id)
 
 
-def begin_merge(worktree: Path) -> list[str]:
-    return ["git", "-C", str(worktree), "merge", "other"]
-
-
-def begin_rebase(worktree: Path) -> list[str]:
-    return ["git", "-C", str(worktree), "rebase", "other"]
-
-
-def begin_cherry_pick(worktree: Path) -> list[str]:
-    return ["git", "-C", str(worktree), "cherry-pick", "other"]
-
-
-@pytest.mark.parametrize("begin", [begin_merge, begin_rebase, begin_cherry_pick])
-def test_a_worktree_in_the_middle_of_something_is_kept_and_used_again(farm, kill_everything, begin):
-    [task_id] = farm.start_work()
+def test_worktrees_in_the_middle_of_a_merge_rebase_or_cherry_pick_are_kept_and_used_again(farm, kill_everything):
+    ids = farm.start_work(3)
     kill_everything()
     git(farm.repo, "switch", "-q", "-c", "other", "main")
-    commit_files(farm.repo, {f"{task_id}.txt": "another's line\n"})
+    commit_files(farm.repo, {f"{task_id}.txt": "another's line\n" for task_id in ids})
     git(farm.repo, "switch", "-q", "main")
-    assert run(begin(farm.worktree())).returncode != 0
-    write_files(farm.worktree(), {f"{task_id}.txt": "half resolved\n"})
+    for verb, agent, task_id in zip(("merge", "rebase", "cherry-pick"), (A, B, C), ids, strict=True):
+        assert run(["git", "-C", farm.worktree(agent), verb, "other"]).returncode != 0
+        write_files(farm.worktree(agent), {f"{task_id}.txt": f"{verb} half resolved\n"})
     farm.let_go()
-    farm.up()
-    farm.wait_for(task_id)
-    assert "half resolved" in farm.rescued(f"{task_id}.txt")
-    assert git(farm.repo, "show", f"main:{task_id}.txt") == "a line\na line"
+    farm.up(3)
+    for verb, task_id in zip(("merge", "rebase", "cherry-pick"), ids, strict=True):
+        farm.wait_for(task_id)
+        assert f"{verb} half resolved" in farm.rescued(f"{task_id}.txt")
+        assert git(farm.repo, "show", f"main:{task_id}.txt") == "a line\na line"
 
 
 def test_a_task_whose_branch_someone_deleted_begins_anew(farm):
@@ -505,12 +462,12 @@ def test_after_down_the_next_up_goes_on_from_the_agents_commits(farm):
     assert farm.lines_on_main(task_id) == 2
 
 
-@pytest.mark.parametrize("breakage", [break_git_file, empty_head, break_index])
-def test_down_frees_every_claim_although_a_worktree_is_broken(farm, breakage):
-    ids = farm.start_work(2)
-    breakage(farm)
+def test_down_frees_every_claim_although_worktrees_are_broken(farm):
+    ids = farm.start_work(4)
+    for what, agent in zip(("broken .git file", "empty HEAD", "broken index"), (A, B, C), strict=True):
+        break_worktree(farm, what, agent)
     farm("down", "--now", timeout=120)
-    assert [farm.task(task_id)["state"] for task_id in ids] == ["pending", "pending"]
+    assert [farm.task(task_id)["state"] for task_id in ids] == ["pending"] * 4
 
 
 def test_down_ends_the_gate_of_a_merger_that_was_killed(farm, sandbox):

@@ -24,9 +24,6 @@ from hypothesis import strategies as st
 sys.path[:0] = [str(ROOT)]
 import farm as toolkit  # noqa: E402  (needs the path above)
 
-if "report" not in toolkit.VERBS:
-    exec(compile(Path(os.environ["REPORT_SECTION"]).read_text(), "report_section.py", "exec"), vars(toolkit))
-
 NOON = 1_772_366_400.0  # 2026-03-01T12:00:00Z
 A, B = "agent-001", "agent-002"
 VOID = {"meta", "link", "rect", "path", "br"}
@@ -202,8 +199,6 @@ def test_report_writes_beside_the_history_and_prints_where(story, capsys):
 
 
 def test_report_runs_as_a_command(story):
-    if "def verb_report" not in (ROOT / "farm.py").read_text():
-        pytest.skip("report is not in farm.py yet")
     story.add("one")
     done = run([sys.executable, ROOT / "farm.py", "--repo", story.repo, "report", "-o", "page.html"], cwd=story.repo)
     assert (done.returncode, done.stdout, done.stderr) == (0, "page.html\n", "")
