@@ -259,6 +259,14 @@ def unescape_field(text: str) -> str:
     return re.sub(r"\\(.)", lambda match: {"t": "\t", "n": "\n", "r": "\r"}.get(match[1], match[1]), text)
 
 
+def shell_word(text: str) -> str:
+    """`text` as one word for bash, on one line whatever it holds."""
+    if text.isprintable():
+        return "'" + text.replace("'", "'\\''") + "'"
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(c if c.isprintable() else "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in escaped) + "'"
+
+
 def read_tsv(text: str) -> list[list[str]]:
     """Lines of unescaped fields, as every script prints them."""
     return [[unescape_field(field) for field in line.split("\t")] for line in text.split("\n") if line]
@@ -1850,7 +1858,7 @@ class Verdicts:
         """The end of what the gate printed about a tree."""
         try:
             with open(self.store.path(self.name_of(tree, "log")), encoding="utf-8", errors="replace") as file:
-                return printable("".join(file.readlines()[-lines:]))
+                return printable("".join(file.readlines()[-lines:]))[-16_000:]
         except FileNotFoundError:
             return ""
 
@@ -2174,8 +2182,10 @@ class MergeQueue:
         """Record a gate's verdict; one that changed tracked files, timed out or was killed gave none."""
         verdict = gate.verdict
         if verdict.colour != "none":
-            check = run_script("gate-slot.sh", "check", gate.folder, gate.commit, allow=(0, 1))
-            if check.code:
+            check = run_script("gate-slot.sh", "check", gate.folder, gate.commit, allow=(0, 1, 3))
+            if check.code == 3:
+                verdict = verdict._replace(colour="none", note="the gate's folder is gone")
+            elif check.code:
                 changed = ", ".join(check.stdout.split("\n")[:5]).strip(", ")
                 verdict = verdict._replace(colour="none", note=f"the gate changed tracked files: {changed}")
         before = self.verdicts.evidence(gate.tree)
@@ -2223,8 +2233,11 @@ class MergeQueue:
             self.trouble = (f"{where} has commits that {intent['target']} here has not, so nothing can be pushed",
                             f"git pull --ff-only {self.settings.remote} {intent['target']}; the queue goes on by itself")
         elif result.code == 5:
-            files = ", ".join(read_tsv(result.stdout)[0][1:]) if result.stdout else result.stderr.strip()
-            self.trouble = (f"the checkout of {intent['target']} has changes of its own in the way: {files}",
+            said = script_error("land.sh", result)
+            files = read_tsv(result.stdout)[0][1:] if result.stdout else []
+            what = f"the checkout of {intent['target']} has changes of its own in the way: {', '.join(files)}"
+            is_checkout = not files or any(os.path.isabs(path) and os.path.isdir(path) for path in files)
+            self.trouble = (str(said) if is_checkout else what, said.hint if is_checkout and said.hint else
                             "commit them or move them away; the queue goes on by itself")
         self.store.disk.unlink(self.store.path(INTENT_FILE))
         return self.trouble is None
@@ -2252,7 +2265,8 @@ class MergeQueue:
         task, ids = self.tasks[task_id], queue[:queue.index(task_id) + 1]
         step = self.step_of(ids)
         gate = self.settings.gate
-        how = f"to reproduce: git worktree add --detach ../try {step.commit[:12]} && cd ../try && {gate}"
+        how = (f"to reproduce: git worktree add --detach ../try-{task_id} {step.commit[:12]} && cd ../try-{task_id} && "
+               f"bash -c {shell_word(gate)}")
         note = self.notes.get(step.tree)
         if note is None:
             self.diagnoses.append(task)

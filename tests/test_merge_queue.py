@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -492,10 +491,10 @@ def test_bytes_that_are_not_utf_8_come_back_as_readable_text(queue: Queue) -> No
 
 
 def test_between_two_runs_a_slot_keeps_ignored_caches_and_nothing_else(queue: Queue) -> None:
-    note = f'mkdir -p cache && ls -d cache/* left "$TMPDIR"/* >>{queue.outside}/seen 2>/dev/null; touch cache/kept left "$TMPDIR/file"'
+    look = f'mkdir -p cache; ls -d cache/* left "$TMPDIR"/* >>{queue.outside}/seen 2>/dev/null'
     for name in ("a", "b"):
         queue.ready(new_file(name))
-        queue.merge(note)
+        queue.merge(f'{look}; touch cache/kept left "$TMPDIR/file"')
     assert (queue.outside / "seen").read_text().split() == ["cache/kept"]
 
 

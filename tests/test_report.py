@@ -343,6 +343,17 @@ def test_a_conflict_would_have_cost_no_gate_run(story):
     assert "it would have been 0" in story.page().words() and "1 more." in story.page().words()
 
 
+def test_a_submission_that_no_gate_saw_would_have_cost_none(story):
+    story.add("one")
+    story.submit(story.claim(A))
+    story.gate(30, "red", "t-0001")
+    story.bring_back("t-0001", "the gate fails with it: make test")
+    story.now += 60
+    story.submit(story.claim(A))
+    story.bring_back("t-0001", "its commit is gone (cccccccccc)")
+    assert "it would have been 1," in story.page().words()
+
+
 def test_a_gate_that_was_ended_early_is_a_run_all_the_same(story):
     story.add("one")
     story.event("gate-started", ids=["t-0001"], tree="t", slot=1)
