@@ -1883,7 +1883,8 @@ class Gate:
         shutil.rmtree(temp, ignore_errors=True)  # what one gate left there is not the next one's business
         os.makedirs(temp, exist_ok=True)
         env = {key: value for key, value in os.environ.items() if not key.startswith("FARM_")}
-        env.update(TMPDIR=temp, FARM_PORT=str(gate_port(folder, self.slot)), FARM_SLOT=folder, GIT_TERMINAL_PROMPT="0")
+        port = port_base(os.path.dirname(folder)) + self.slot
+        env.update(TMPDIR=temp, FARM_PORT=str(port), FARM_SLOT=folder, GIT_TERMINAL_PROMPT="0")
         self.folder, self.process = folder, subprocess.Popen(
             ["bash", "-c", settings.gate], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True)
@@ -1933,11 +1934,11 @@ class Gate:
         end_gates(self.folder)
 
 
-def gate_port(folder: str, slot: int) -> int:
-    """A port of a slot's own, the same at each start, in 10000-29999; no two slots of a farm share one."""
+def port_base(folder: str) -> int:
+    """Where the ports of a farm begin, the same at each start: slots have the first hundred, agents the next 900."""
     import zlib
 
-    return 10000 + zlib.crc32(os.fsencode(os.path.dirname(folder))) % 19900 + slot
+    return 10000 + zlib.crc32(os.fsencode(folder)) % 19000
 
 
 # ---------------------------------------------------------------------------------------------- merge queue
@@ -2568,6 +2569,7 @@ class Farm:
         rows = [control if name == CONTROL else self.worktrees[name] for name in names if name in {*self.worktrees, CONTROL}]
         environment = {"FARM_REPO": self.repo, "FARM_HOME": TOOLKIT, "FARM_PYTHON": sys.executable, "FARM_AGENT": self.command,
                        "FARM_TARGET": self.target, "FARM_WORKTREES": worktrees_folder(self.repo, self.settings),
+                       "FARM_PORTS": str(port_base(worktrees_folder(self.repo, self.settings))),
                        "FARM_AS_TOLD": "1", "FARM_SANDBOXED": "1" if self.settings.sandboxed else ""}
         pairs = [word for key, value in environment.items() for word in ("-e", f"{key}={value}")]
         result = run_script("spawn-tmux.sh", "-C", self.repo, "-L", self.socket, "-l", self.store.path("logs"), *pairs,

@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
 # Usage: FARM_AGENT_NAME=agent-001 FARM_WORKTREE=DIR FARM_REPO=DIR FARM_HOME=DIR FARM_AGENT=COMMAND FARM_TARGET=BRANCH run-agent.sh
 # What runs in every session: claim a task, a fresh branch, the agent's command, submit or fail, again.
-# The command runs by `bash -c` in the worktree. It ends with 0: what it left uncommitted is committed, and the head is submitted
-# (no change at all is a failure). Else: unsaved work is rescued, and the task fails with the log's tail as the reason.
-# Without a task it waits for its bell, mailbox/AGENT/bell below coordination/.
+# The command runs by `bash -c` in the worktree; finish-task.sh says what becomes of its work. Without a task it waits for its bell, mailbox/AGENT/bell below coordination/.
 # Exit: 0 the farm is stopping, 2 usage, 3 its worktree is gone or broken
 set -uo pipefail
 
@@ -47,50 +45,6 @@ prepare_branch() {
   export FARM_BASE=${row%%$'\t'*}
 }
 
-# The last printable lines of the session's log: why an attempt ended as it did.
-log_tail() {
-  tail -n 5 "$FARM_REPO/coordination/logs/$FARM_AGENT_NAME.log" 2>/dev/null | tr -cd '[:print:]\n' | tr '\n' ' ' | tail -c 300
-}
-
-give_up() {
-  local why=$1 start=${2:-} saved
-  saved=$(bash "$scripts/rescue.sh" save -C "$FARM_REPO" -a "$FARM_AGENT_NAME" "$FARM_WORKTREE") || saved=
-  farm fail "$FARM_AGENT_NAME" --fence "$FARM_FENCE" --why "$why" --rescue "${saved%%$'\t'*}" --start "$start" 2>/dev/null || true
-}
-
-commit_rest() {
-  [ -n "$(git -C "$FARM_WORKTREE" status --porcelain --ignore-submodules=dirty | head -n 1)" ] || return 0
-  git -C "$FARM_WORKTREE" add --all && git -C "$FARM_WORKTREE" commit --quiet --message "$FARM_TITLE"
-}
-
-finish_task() {
-  local code=$1 words
-  if [ "$code" -ne 0 ]; then
-    words="the agent ended with exit code $code: $(log_tail)"
-    # Killed, by a person or for want of memory: that is no judgement on its commits, the next attempt goes on from them.
-    [ "$code" -le 128 ] || { give_up "the agent was killed by signal $((code - 128)): $(log_tail)" "$FARM_BRANCH"; return; }
-    give_up "$words"
-  elif ! words=$(commit_rest 2>&1); then
-    give_up "what it left could not be committed: $words"
-  else
-    submit_task
-  fi
-}
-
-submit_task() {
-  local words try code
-  for try in 1 2 3; do
-    words=$(farm submit "$FARM_AGENT_NAME" --fence "$FARM_FENCE" 2>&1) && return
-    code=$?
-    case $code in
-      4) say "$words"; return ;; # somebody else has the task now, or it was failed by the agent itself
-      5) give_up "the agent ended without any change"; return ;;
-    esac
-  done
-  say "after $try tries: $words"
-  leave
-}
-
 # What is wrong here is wrong for every task: give this one back and end the session, the loop mends and starts it again.
 leave() {
   farm release "$FARM_AGENT_NAME" --fence "$FARM_FENCE"
@@ -108,7 +62,7 @@ run_task() {
   kill "$!" 2>/dev/null
   wait "$!" 2>/dev/null
   unset FARM_MAILBOX
-  finish_task "$code"
+  bash "$scripts/finish-task.sh" "$code" || leave
 }
 
 # While a sandboxed agent works, make the moves that it asks for through its mailbox.
@@ -120,9 +74,11 @@ serve_mailbox() {
 }
 
 main() {
+  local number
   case ${1:-} in -h) sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; exit 0 ;; esac
   open_bell
-  export FARM_PORT=$((10000 + $(printf '%s' "$FARM_WORKTREE" | cksum | cut -d' ' -f1) % 20000))
+  number=${FARM_AGENT_NAME##*[!0-9]}
+  export FARM_PORT=$((${FARM_PORTS:-10000} + 100 + 10#${number:-0} % 900))
   while [ -d "$FARM_WORKTREE" ]; do
     claim_task
     case $? in

@@ -90,6 +90,15 @@ main() {
 
 main
 """
+# Stands before git on the farm's PATH: now and then a git of the farm is killed a few milliseconds after its start.
+GIT = r"""#!/usr/bin/env bash
+if [ $((RANDOM % 60)) -gt 0 ] || [ ! -e "$CHAOS_JOURNAL/../killing" ]; then exec @git@ "$@"; fi
+@git@ "$@" <&0 &
+sleep "0.00$((RANDOM % 10))"
+kill -9 "$!" 2>/dev/null && printf 'git
+' >>"$CHAOS_JOURNAL/../kills.log"
+wait "$!"
+"""
 GATE = "sleep 0.2; ! grep -rqs BROKEN files && [ -z \"$(cat words/* 2>/dev/null | sort | uniq -d)\" ]"
 MODES = {"plain": 8, "dirty": 3, "shared": 3, "twin": 3, "red": 2, "hopeless": 1, "fail": 1}
 DOOMED = ("hopeless", "fail")
@@ -106,10 +115,12 @@ class Ground:
         self.root = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp")).resolve()
         self.repo, self.trash, self.journal = self.root / "repo", self.root / "trash", self.root / "journal"
         self.kills, self.script = self.root / "kills.log", self.root / "chaos-agent.sh"
-        for name in ("home", "tmp", "tmux", "trash", "journal"):
+        self.killing = self.root / "killing"
+        for name in ("home", "tmp", "tmux", "trash", "journal", "bin"):
             (self.root / name).mkdir()
         self.person = self.make_environment()
-        self.environment = {**self.person, "CHAOS_TOKEN": self.token, "CHAOS_JOURNAL": str(self.journal)}
+        self.environment = {**self.person, "CHAOS_TOKEN": self.token, "CHAOS_JOURNAL": str(self.journal),
+                            "PATH": f"{self.root / 'bin'}{os.pathsep}{self.person['PATH']}"}
         self.socket = toolkit.farm_socket(str(self.repo))
         self.make_repo()
 
@@ -128,6 +139,8 @@ class Ground:
         self.git("add", "-A")
         self.git("commit", "-qm", "first")
         self.script.write_text(AGENT)
+        (self.root / "bin/git").write_text(GIT.replace("@git@", shutil.which("git")))
+        (self.root / "bin/git").chmod(0o755)
 
     def git(self, *args: str, folder: Path | None = None, check: bool = True) -> str:
         """A person's git: its output, without the last newline."""
@@ -166,7 +179,8 @@ def environment_of(process: psutil.Process) -> dict:
 
 # ---------------------------------------------------------------------------------------------- kills
 
-KILLS = {"agent": 6, "git": 6, "script": 5, "verb": 4, "runner": 4, "gate": 4, "session": 3, "merger": 2, "merger group": 1,
+# Gits die by their stand-in on PATH, too: they are too short-lived to be met often.
+KILLS = {"agent": 6, "git": 2, "script": 5, "verb": 4, "runner": 4, "gate": 4, "session": 3, "merger": 2, "merger group": 1,
          "loop": 1, "server": 0.4, "everything": 0.2}
 NEEDS_UP = ("loop", "server", "everything")
 
@@ -543,9 +557,11 @@ def run_campaign(ground: Ground, person: Person, seconds: float) -> list[str]:
         return [f"up exited {done.returncode}: {done.stderr}"]
     killer = multiprocessing.get_context("fork").Process(target=Killer(ground, person.needs_up).run, args=(seconds,))
     killer.start()
+    ground.killing.touch()
     try:
         person.run(seconds)
     finally:
+        ground.killing.unlink()
         killer.join(seconds + 60)
     stuck = person.drain()
     done = ground.farm("down", "--now")

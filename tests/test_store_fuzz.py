@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -120,7 +121,10 @@ def place(sandbox, capsys, monkeypatch):
     monkeypatch.setattr(farm, "spawn_script", lambda *_: "c0ffee\n")
     monkeypatch.setattr(farm, "probe_sessions", lambda _socket: {})
     (sandbox.work / "repo" / ".git").mkdir(parents=True)
-    return Farm(sandbox.work / "repo", capsys)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, limits[1]))  # a huge number in a file must not take the memory of all
+    yield Farm(sandbox.work / "repo", capsys)
+    resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 # ---------------------------------------------------------------------------------------------- ways to damage a file
