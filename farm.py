@@ -125,8 +125,8 @@ def convert_setting(name: str, text, origin: str):
     kind = SETTINGS[name].kind
     if not isinstance(text, str):
         fits = isinstance(text, (int, float) if kind is float else kind) and isinstance(text, bool) == (kind is bool)
-        if not fits:
-            raise UsageError(f"{name} must be a {kind.__name__}, not {text!r} (from {origin})")
+        if not fits or kind in (int, float) and not 0 <= text < 1e9:
+            raise UsageError(f"{name} must be a {kind.__name__}, not {one_line(repr(text), 40)} (from {origin})")
         return text
     try:
         value = text.lower() in ("1", "true", "yes", "on") if kind is bool else kind(text)
@@ -172,8 +172,8 @@ def load_settings(repo: str, flags: dict | None = None, remembered: dict | None 
                    ("farm.env", env_file.get(variable)), ("the last up", (remembered or {}).get(name)))
         origin, found = next(((o, v) for o, v in sources if v not in (None, "")), ("", setting.default))
         values[name] = convert_setting(name, found, origin)
-    if values["n"] < 1:
-        raise UsageError(f"a farm needs at least one agent, not {values['n']}", "./farm.py up -n 10")
+    if not 1 <= values["n"] <= 999:
+        raise UsageError(f"a farm has 1 to 999 agents, not {values['n']}", "./farm.py up -n 10")
     if values["style"] not in ("merge", "squash", "rebase"):
         raise UsageError(f"style is merge, squash or rebase, not {values['style']!r}")
     return Settings(**values)
@@ -2911,13 +2911,18 @@ def task_record(task: Task, state: State, now: float) -> dict:
     return record
 
 
+def is_texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
 def find_activity(store: Store) -> dict:
     """What a live merger is doing (merge_queue/now.json); empty when none runs."""
     now = store.read_json(NOW_FILE) or {}
     shapes = {"pid": int, "start": str, "target": str, "testing": list, "held": dict, "trouble": list}
     gates = now.get("testing", [])
     if not all(isinstance(now.get(key), kind) for key, kind in shapes.items()) or \
-            not all(isinstance(gate, dict) and isinstance(gate.get("ids"), list) for gate in gates):
+            not all(isinstance(gate, dict) and is_texts(gate.get("ids")) for gate in gates) or not is_texts(now["trouble"]) or \
+            len(now["trouble"]) not in (0, 2):
         return {}  # nobody's truth: the merger writes it anew
     return now if start_of(now["pid"]) == now["start"] else {}
 

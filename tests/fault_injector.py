@@ -66,7 +66,8 @@ def injected(number: int, fault: Callable) -> Iterator[FaultyOs]:
     faulty = FaultyOs(number, fault)
     before = {name: vars(farm.Disk)[name] for name in ("rename", "link", "unlink")}
     farm.os, farm.open = faulty, faulty.open_text
-    farm.Disk.rename, farm.Disk.link, farm.Disk.unlink = (staticmethod(getattr(faulty, name)) for name in ("replace", "link", "unlink"))
+    for name, call in (("rename", "replace"), ("link", "link"), ("unlink", "unlink")):
+        setattr(farm.Disk, name, staticmethod(getattr(faulty, call)))
     try:
         yield faulty
     finally:

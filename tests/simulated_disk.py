@@ -3,8 +3,8 @@
 The store's own code makes its system calls on `System`, which stands in for farm.py's `os`. Each call that changes something is one
 step; a write is two, so that it can be torn. `fuse = n` ends the program before its n-th step (`Cut`), `error_at = n` makes that
 step fail. After a cut the machine either lives on (kill -9: the page cache is whole) or it does not (a power cut): then `images`
-yields what the disk may hold: any subset of the folder operations that no fsync of the folder covered, with every file that was not
-fsynced whole, torn, empty, zeroed or as it was before.
+yields what the disk may hold: any subset of the folder operations that no fsync of the folder covered, with each file that was
+not fsynced whole, torn, empty, zeroed or as it was before.
 """
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def all_folders(root: Folder) -> list[Folder]:
 
 
 def choose_subsets(count: int, limit: int, rng: random.Random) -> Iterator[tuple[bool, ...]]:
-    """All subsets of `count` operations; above `limit` all, none, each prefix, each one alone, each one missing, and random ones."""
+    """All subsets of `count` operations; above `limit` all, none, each prefix, each one alone or missing, and random ones."""
     if 2 ** count <= limit:
         yield from itertools.product((True, False), repeat=count)
         return
@@ -134,7 +134,7 @@ def images(root: Folder, limit: int, rng: random.Random) -> Iterator[tuple]:
     operations = [operation for folder in all_folders(root) for operation in folder.log]
     seen = set()
     for subset in choose_subsets(len(operations), limit, rng):
-        kept = {id(operation) for operation, keep in zip(operations, subset) if keep}
+        kept = {id(operation) for operation, keep in zip(operations, subset, strict=True) if keep}
         layout, files = lay_out(root, kept)
         for contents in choose_contents(layout, files):
             image = (layout, contents)

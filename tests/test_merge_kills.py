@@ -249,6 +249,19 @@ def test_gates_of_a_dead_merger_are_ended_before_another_begins(queue: Queue, wh
     assert find_violations(queue, dict.fromkeys(ids, "landed")) == []
 
 
+def test_a_gate_that_keeps_forking_is_ended_whole_after_its_mergers_death(queue: Queue) -> None:
+    task_id = queue.ready(new_file("f"))
+    forks = careful(queue, f"until [ -e {queue.go} ]; do sleep 300 & sleep 0.005; done; {CONDITION}")
+    victim = Victim(queue, forks)
+    queue.wait_for_gates(1)
+    victim.kill("merger")
+    second = Victim(queue, forks)
+    queue.wait_for_gates(2)
+    queue.go.touch()
+    assert second.process.wait(60) == 0
+    assert find_violations(queue, {task_id: "landed"}) == []
+
+
 def test_verdicts_reached_before_a_kill_are_not_reached_again(queue: Queue) -> None:
     ids = queue.ready_all([new_file(f"f{number}", "BAD\n" if number == 1 else "good\n") for number in range(6)])
     victim = Victim(queue, blocked_gate(queue, 3))

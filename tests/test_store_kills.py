@@ -1,4 +1,4 @@
-"""Every verb, killed with SIGKILL in each of its file system calls, and with each of them failing: on a real disk, through the real command."""
+"""Every verb on a real disk: killed with SIGKILL in each of its file system calls, and with each of them failing."""
 from __future__ import annotations
 
 import errno
@@ -24,7 +24,8 @@ farm = fault_injector.farm
 INJECTOR = Path(fault_injector.__file__)
 CALLS_MAX = 100
 OWN = f"--owner-pid {os.getpid()}"
-READY = f"claim agent-001 {OWN} --id t-0001; submit agent-001 --fence t-0001.2 --commit HEAD"
+CLAIMED = f"add one; claim agent-001 {OWN}"
+READY = f"{CLAIMED}; submit agent-001 --fence t-0001.2 --commit HEAD"
 
 
 class Case(NamedTuple):
@@ -41,19 +42,19 @@ CASES = {
     "add -f": Case("add one", "add -f TASKS"),
     "claim": Case("add one", f"claim agent-001 {OWN}"),
     "claim with a lock": Case(f"add one; lock agent-001 schema {OWN}", f"claim agent-001 {OWN}"),
-    "renew": Case(f"add one; claim agent-001 {OWN}", "renew agent-001 --fence t-0001.2", is_counting=True),
-    "submit": Case(f"add one; claim agent-001 {OWN}", "submit agent-001 --fence t-0001.2 --commit HEAD"),
-    "fail": Case(f"add one; claim agent-001 {OWN}", "fail agent-001 --fence t-0001.2 --why broken"),
-    "fail with a lock": Case(f"add one; claim agent-001 {OWN}; lock agent-001 schema {OWN}", "fail agent-001 --fence t-0001.2 --why broken"),
-    "release": Case(f"add one; claim agent-001 {OWN}", "release agent-001 --fence t-0001.2"),
+    "renew": Case(CLAIMED, "renew agent-001 --fence t-0001.2", is_counting=True),
+    "submit": Case(CLAIMED, "submit agent-001 --fence t-0001.2 --commit HEAD"),
+    "fail": Case(CLAIMED, "fail agent-001 --fence t-0001.2 --why broken"),
+    "fail with a lock": Case(f"{CLAIMED}; lock agent-001 schema {OWN}", "fail agent-001 --fence t-0001.2 --why broken"),
+    "release": Case(CLAIMED, "release agent-001 --fence t-0001.2"),
     "lock": Case("add one", f"lock agent-001 schema port:8080 {OWN}"),
     "lock of what dead agents held": Case("add one; claim agent-008 --owner-pid DEAD; lock agent-009 schema --owner-pid DEAD",
                                           f"lock agent-001 schema {OWN}"),
     "unlock": Case(f"lock agent-001 schema port:8080 {OWN}", "unlock agent-001 schema port:8080"),
     "cancel": Case("add one", "cancel t-0001"),
-    "cancel what is ready": Case(f"add one; {READY}", "cancel t-0001"),
+    "cancel what is ready": Case(READY, "cancel t-0001"),
     "retry": Case("add one; cancel t-0001", "retry t-0001", is_counting=True),
-    "record-landed": Case(f"add one; {READY}", "record-landed t-0001"),
+    "record-landed": Case(READY, "record-landed t-0001"),
 }
 
 
@@ -134,7 +135,9 @@ def test_a_verb_that_is_killed_in_any_call_was_made_or_not_and_can_be_repeated(n
         assert place.is_between(view), f"killed in call {number}"
         repeated = run([sys.executable, "-I", "-S", INJECTOR, 0, *place.argv])
         assert repeated.returncode == 0, f"killed in call {number}, then repeated: {repeated.stderr}"
-        assert place.view() == place.after or view == place.after and CASES[name].is_counting, f"killed in call {number}, then repeated"
+        is_twice = view == place.after and CASES[name].is_counting
+        assert is_twice or place.view() == place.after, f"killed in call {number}, then repeated"
+    print(f"{kills} kills")
     assert done.returncode == 0 and kills > 5
 
 
@@ -162,14 +165,16 @@ def test_a_verb_on_a_disk_that_fails_in_any_call_says_so_and_tells_the_truth(nam
         assert view == place.before or not is_told, label
         assert place.call(place.argv)[0] == 0, label
         assert place.view() == place.after or view == place.after and CASES[name].is_counting, label
+    print(f"{number - 1} faults")
     assert code == 0 and number > 5
 
 
 def test_a_merge_that_is_killed_in_any_call_lands_the_work_once_when_it_is_repeated(make_repo, capsys):
     repo = make_repo()
     base = git(repo, "rev-parse", "HEAD")
-    tree = git(repo, "commit-tree", "-p", base, "-m", "work", git(repo, "mktree", input=f"100644 blob {git(repo, 'hash-object', '-w', '--stdin', input='x')}\tx"))
-    place = Farm(repo, Case(READY.replace("HEAD", tree).replace("claim", "add one; claim", 1), "merge"), capsys)
+    blob = git(repo, "hash-object", "-w", "--stdin", input="work")
+    work = git(repo, "commit-tree", "-p", base, "-m", "work", git(repo, "mktree", input=f"100644 blob {blob}\twork.txt"))
+    place = Farm(repo, Case(READY.replace("HEAD", work), "merge"), capsys)
     for number in range(1, CALLS_MAX):
         place.reset()
         git(repo, "reset", "-q", "--hard", base)
@@ -181,4 +186,5 @@ def test_a_merge_that_is_killed_in_any_call_lands_the_work_once_when_it_is_repea
         assert "landed" in place.view()["t-0001"], f"killed in call {number}"
         assert git(repo, "rev-list", "--count", "--merges", "main") == "1", f"killed in call {number}: landed more than once"
         assert not (place.folder / "merge_queue" / "landing.json").exists()
+    print(f"{number - 1} kills")
     assert done.returncode == 0 and number > 5
