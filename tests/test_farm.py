@@ -176,7 +176,7 @@ def test_killing_loop_and_merger_stops_nothing_for_long(make_repo):
     add_tasks(repo, 6)
     up(repo, 2, WAIT_FOR_GO + AGENT)
     wait_until(lambda: states(repo)["claimed"] == 2, 30, "two claims")
-    wait_until(lambda: (repo / "coordination/merger.lock").exists(), 30, "a merger")
+    wait_until((repo / "coordination/merger.lock").exists, 30, "a merger")
     for name in ("loop.lock", "merger.lock"):
         pid = (repo / "coordination" / name).read_text().split("\t")[0]
         if pid:
@@ -190,7 +190,7 @@ def test_a_killed_session_gives_its_task_back_and_its_unsaved_work_is_kept(make_
     repo = make_repo()
     add_tasks(repo, 1)
     up(repo, 1, 'echo precious > unsaved.txt; ' + WAIT_FOR_GO + AGENT)
-    wait_until(lambda: (repo.parent / "repo-farm/agent-001-worktree/unsaved.txt").exists(), 30, "the agent to write")
+    wait_until((repo.parent / "repo-farm/agent-001-worktree/unsaved.txt").exists, 30, "the agent to write")
     session = psutil.Process(live_pids(repo)["agent-001"])
     for process in [session, *session.children(recursive=True)]:
         process.kill()

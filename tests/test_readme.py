@@ -18,7 +18,7 @@ SKIPPED = {"make demo": "test_farm runs it", "make test": "this is it"}
 STAND_INS = {
     "claude": '#!/bin/sh\necho "$FARM_TASK" > "done-$FARM_TASK.txt"\n',
     "ssh": '#!/bin/sh\nshift\ncd "$HOME" && exec sh -c "$*"\n',
-    "scp": '#!/bin/sh\nmkdir -p "$HOME/farm" && cp -r farm.py scripts Makefile "$HOME/farm" && ln -s "$FARM_VENV" "$HOME/farm/.venv"\n',
+    "scp": '#!/bin/sh\nto=$HOME/farm\nmkdir -p "$to" && cp -r farm.py scripts Makefile "$to" && ln -s "$FARM_VENV" "$to/.venv"\n',
 }
 
 APP = {"Makefile": "test:\n\ttrue\n", "test.sh": "exit 0\n"}
