@@ -25,7 +25,7 @@ PYTHON ?= python3
 
 VENV   := $(TOOLKIT)/.venv
 PY      = '$(VENV)/bin/python'
-FARM    = $(PY) '$(TOOLKIT)/farm.py' --repo $(call quote,REPO)
+FARM    = FARM_PYTHON=$(PY) '$(TOOLKIT)/scripts/farm' --repo $(call quote,REPO)
 # a variable's text as one word for the shell, exactly as it was given: `$` in it is the agent's or the gate's, not make's
 quote   = '$(subst ','\'',$(value $(1)))'
 option  = $(if $(value $(2)),$(1) $(call quote,$(2)))

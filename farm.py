@@ -326,10 +326,22 @@ def spawn_script(name: str, *args: str) -> str:
 
 
 def import_package(name: str):
-    """psutil, portalocker or tabulate; from the toolkit's .venv when this interpreter lacks it. Raises MissingTool."""
+    """psutil, portalocker or tabulate; from the toolkit's .venv when this interpreter lacks it. Raises MissingTool.
+
+    The shim starts Python without its site-packages; whoever needs a package pays for finding it here.
+    """
     try:
         return __import__(name)
     except ImportError:
+        packages = os.path.join(TOOLKIT, ".venv", "lib", "python{}.{}".format(*sys.version_info), "site-packages")
+        if os.path.isdir(packages) and packages not in sys.path:
+            sys.path.append(packages)
+            return import_package(name)
+        if sys.flags.no_site and "site" not in sys.modules:  # an interpreter with packages of its own: `uv run`, another venv
+            import site
+
+            site.main()
+            return import_package(name)
         venv_python = os.path.join(TOOLKIT, ".venv", "bin", "python")
         if os.path.exists(venv_python) and not os.environ.get("FARM_REEXEC"):
             os.environ["FARM_REEXEC"] = "1"
@@ -356,14 +368,16 @@ class Record:
         """Raises ValueError that names the field when a known one has another type than its default."""
         if not isinstance(data, dict):
             raise ValueError(f"a {cls.__name__} is an object, not {type(data).__name__}")
-        known, extra = {}, {}
+        known, extra, defaults = {}, {}, cls._field_defaults
         for key, value in data.items():
-            (known if key in cls._fields and key != "extra" else extra)[key] = value
-        for key, value in known.items():
-            default = cls._field_defaults[key]
-            if not isinstance(value, type(default)) or isinstance(value, bool):
-                raise ValueError(f"{cls.__name__}.{key} must be {type(default).__name__}, not {json.dumps(value)[:60]}")
-            if isinstance(value, list) and not all(isinstance(item, str) for item in value):
+            if key not in defaults or key == "extra":
+                extra[key] = value
+                continue
+            known[key] = value
+            if type(value) is not type(defaults[key]):
+                kind = type(defaults[key]).__name__
+                raise ValueError(f"{cls.__name__}.{key} must be {kind}, not {dump_line(value)[:60]}")
+            if value.__class__ is list and not all(isinstance(item, str) for item in value):
                 raise ValueError(f"{cls.__name__}.{key} must be a list of text")
         return cls(**known, extra=extra)
 
@@ -439,10 +453,29 @@ def checked_name(text: str, what: str) -> str:
 # Who lives. A pid alone says nothing after a reboot or a wrap-around, so an owner is pid, start time, boot and host together.
 
 
+MACHINE: dict[str, str] = {}  # what stays as it is while a process lives: a claim asks for it once a lock file
+
+
+def read_bytes(path: str) -> bytes:
+    """A file's content by the fewest system calls: a claim among a hundred reads a hundred lock files."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts = []
+        while part := os.read(descriptor, 1 << 16):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)
+
+
 def boot_id() -> str:
     """Changes at each boot; FARM_BOOT_ID stands in for it where a test models a reboot."""
-    if os.environ.get("FARM_BOOT_ID"):
-        return os.environ["FARM_BOOT_ID"]
+    if "boot" not in MACHINE:
+        MACHINE["boot"] = read_boot_id()
+    return os.environ.get("FARM_BOOT_ID") or MACHINE["boot"]
+
+
+def read_boot_id() -> str:
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return file.read().strip()
@@ -451,18 +484,19 @@ def boot_id() -> str:
 
 
 def pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
+    if "namespace" not in MACHINE:
+        try:
+            MACHINE["namespace"] = os.readlink("/proc/self/ns/pid")
+        except OSError:
+            MACHINE["namespace"] = ""
+    return MACHINE["namespace"]
 
 
 def start_of(pid: int) -> str:
     """The process's start, as a text that no clock change moves; empty when it is gone or a zombie."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()
-        return "" if fields[0] in "ZX" else fields[19]
+        fields = read_bytes(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+        return "" if fields[0] in b"ZX" else fields[19].decode("ascii")
     except (OSError, IndexError):
         if os.path.exists("/proc/self/stat"):
             return ""
@@ -553,9 +587,7 @@ class Disk:
         finally:
             os.close(descriptor)
 
-    def read(self, path: str) -> bytes:
-        with open(path, "rb") as file:
-            return file.read()
+    read = staticmethod(read_bytes)
 
     rename = staticmethod(os.replace)
     link = staticmethod(os.link)
@@ -1125,6 +1157,9 @@ class LockRegistry:
         claim = claim._replace(locks=[name for name in claim.locks if name not in names])
         self.tx.write_lock(claim) if claim.locks or claim.task else self.tx.remove_lock(agent)
 
+    def has_dead_owner(self) -> bool:
+        return any(find_liveness(Owner.from_json(claim.owner)) is False for claim in self.tx.state.claims.values())
+
     def expire(self, is_lapsed=lambda claim: False, rescues: dict | None = None) -> list[Claim]:
         """End the claims of dead owners, and of unseen ones whose lease `is_lapsed`; their tasks are pending again.
 
@@ -1242,7 +1277,7 @@ class TaskQueue:
         registry, now = LockRegistry(self.tx), utc(CLOCK.now())
         tasks = [task for task in self.state.pending.values()
                  if task.state == "pending" and task.not_before <= now and self.is_unblocked(task)
-                 and not registry.find_conflict(agent, ["path:" + glob for glob in task.paths])]
+                 and not (task.paths and registry.find_conflict(agent, ["path:" + glob for glob in task.paths]))]
         return sorted(tasks, key=lambda task: (-task.priority, task.seq))
 
     def claim(self, agent: str, owner: Owner, task_id: str = "") -> Claim:
@@ -2436,7 +2471,7 @@ def wait_for_landing(new: str) -> None:
 
 SESSION_COMMAND = """\
 if [ "$FARM_AGENT_NAME" = control ]; then
-  until "$FARM_PYTHON" "$FARM_HOME/farm.py" --repo "$FARM_REPO" run; do sleep 1; done
+  until "$FARM_HOME/scripts/farm" --repo "$FARM_REPO" run; do sleep 1; done
 else
   exec bash "$FARM_HOME/scripts/run-agent.sh"
 fi"""
@@ -2703,9 +2738,10 @@ class Farm:
         if start_at is not None and start_at > now:
             return
         with open(self.store.path("logs", "merger.log"), "ab") as log:
-            argv = [sys.executable, os.path.join(TOOLKIT, "farm.py"), "--repo", self.repo, "merge", "--watch"]
+            argv = [os.path.join(SCRIPTS, "farm"), "--repo", self.repo, "merge", "--watch"]
+            environment = {**os.environ, "FARM_AS_TOLD": "1", "FARM_PYTHON": sys.executable}
             self.merger = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=TOOLKIT,
-                                           env={**os.environ, "FARM_AS_TOLD": "1"}, start_new_session=True)
+                                           env=environment, start_new_session=True)
 
     def save(self) -> None:
         """agents.json for `status`: why each session ended, and who is parked. Only the loop writes it."""
@@ -2815,12 +2851,13 @@ class Farm:
 
     def keep_work(self) -> list[str]:
         """Rescue every worktree and give every claim back unharmed."""
-        kept, rescues = [], {}
-        for name in self.names:
-            worktree = worktree_of(self.repo, self.settings, name)
-            if os.path.isdir(worktree):
-                rescues[name] = rescue(self.repo, name, worktree)
-                kept += [rescues[name]] if rescues[name] else []
+        from concurrent.futures import ThreadPoolExecutor
+
+        places = {name: worktree_of(self.repo, self.settings, name) for name in self.names}
+        places = {name: place for name, place in places.items() if os.path.isdir(place)}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            rescues = dict(zip(places, pool.map(lambda name: rescue(self.repo, name, places[name]), places), strict=True))
+        kept = [ref for ref in rescues.values() if ref]
         with self.store.transaction() as tx:
             for claim in list(tx.state.claims.values()):
                 if claim.agent in self.names and find_liveness(Owner.from_json(claim.owner)) is False:
@@ -3920,10 +3957,13 @@ def claim_once(call: Call, agent: str, owner: Owner, watch: LeaseWatch, settings
     short = find_shortage(call.repo, settings.min_free_mib) if farm.get("mode") == "running" else ""
     if short:
         raise NotFound(f"no new work is handed out: {short}", "free some, or lower FARM_MIN_FREE_MIB")
-    rescues = rescue_dead_owners(call.store, settings)
-    with call.store.transaction() as tx:
-        LockRegistry(tx).expire(watch.is_lapsed, rescues)
-        return TaskQueue(tx).claim(agent, owner, call.options.get("id", ""))
+    rescues = None
+    while True:
+        with call.store.transaction() as tx:
+            if rescues is not None or not LockRegistry(tx).has_dead_owner():
+                LockRegistry(tx).expire(watch.is_lapsed, rescues)
+                return TaskQueue(tx).claim(agent, owner, call.options.get("id", ""))
+        rescues = rescue_dead_owners(call.store, settings)  # rarely; no git may run under the mutex
 
 
 def wait_for_change(store: Store, before: tuple, deadline: float) -> None:
@@ -3981,9 +4021,11 @@ def verb_submit(call: Call) -> int:
     agent, fence = call.agent(), fence_of(call)
     task_id = fence.rpartition(".")[0]
     branch = call.options.get("branch") or f"farm/{agent}/{task_id}"
-    with call.store.transaction() as tx:
-        if TaskQueue(tx).get_claimed(agent, fence, "submit") is None:
-            return 0
+    claim = call.store.read_claim(os.path.join(LOCK_FOLDER, agent + ".lock"))
+    if claim is None or claim.fence != fence:
+        with call.store.transaction() as tx:  # an old fence is refused, a repeated submit is fine
+            if TaskQueue(tx).get_claimed(agent, fence, "submit") is None:
+                return 0
     head = call.options.get("commit") or "refs/heads/" + branch
     commit = spawn_script("pin-ref.sh", "-C", call.repo, f"refs/farm/ready/{task_id}", head).strip()
     if commit == os.environ.get("FARM_BASE"):

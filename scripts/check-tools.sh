@@ -18,19 +18,23 @@ install_hint() {
   esac
 }
 
-needed() {
-  case $1 in git) printf '2.30' ;; tmux) printf '3.0' ;; python3) printf '3.10' ;; make) printf '3.81' ;; bash) printf '3.2' ;; *) printf '0' ;; esac
+# Sets needed, and words: what the tool says of itself. No forks but the tool's own: this runs at each `up`.
+ask() {
+  words=
+  case $1 in
+    git) needed=2.30 words=$(git --version 2>/dev/null) ;;
+    tmux) needed=3.0 words=$(tmux -V 2>/dev/null) ;;
+    python3) needed=3.10 words=$("$2" --version 2>&1) ;;
+    make) needed=3.81 words=$(make --version 2>/dev/null) ;;
+    bash) needed=3.2 words=$(bash --version 2>/dev/null) ;;
+    *) needed=0.0 ;;
+  esac || words=
 }
 
-# The first version number that the tool says of itself: "git version 2.39.5" -> 2.39.5, "tmux 3.3a" -> 3.3
-version_of() {
-  local words
-  case $1 in
-    tmux) words=$(tmux -V 2>/dev/null) ;;
-    python3) words=$("${FARM_PYTHON:-python3}" --version 2>&1) ;;
-    *) words=$("$1" --version 2>/dev/null | sed -n 1p) ;;
-  esac || words=
-  printf '%s\n' "$words" | sed -n 's/^[^0-9]*\([0-9][0-9]*\.[0-9][0-9]*\).*/\1/p' | sed -n 1p
+# Sets found to the first version number in words: "git version 2.39.5" -> 2.39, "tmux 3.3a" -> 3.3
+find_version() {
+  found=
+  if [[ $words =~ ([0-9]+)\.([0-9]+) ]]; then found=${BASH_REMATCH[1]}.${BASH_REMATCH[2]}; fi
 }
 
 is_at_least() {
@@ -39,17 +43,17 @@ is_at_least() {
 }
 
 check() {
-  local tool=$1 found need program=$1
-  need=$(needed "$tool")
+  local tool=$1 program=$1 needed words found
   [ "$tool" != python3 ] || program=${FARM_PYTHON:-python3}
+  ask "$tool" "$program"
   if ! command -v "$program" >/dev/null 2>&1; then
-    printf 'farm: %s is not installed; %s or newer is needed\n' "$tool" "$need" >&2
+    printf 'farm: %s is not installed; %s or newer is needed\n' "$tool" "$needed" >&2
     install_hint "$tool"
     return 6
   fi
-  found=$(version_of "$tool")
-  if [ -n "$found" ] && ! is_at_least "$found" "$need"; then
-    printf 'farm: %s %s is too old; %s or newer is needed\n' "$tool" "$found" "$need" >&2
+  find_version
+  if [ -n "$found" ] && ! is_at_least "$found" "$needed"; then
+    printf 'farm: %s %s is too old; %s or newer is needed\n' "$tool" "$found" "$needed" >&2
     install_hint "$tool"
     return 6
   fi

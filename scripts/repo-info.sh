@@ -10,14 +10,37 @@ export GIT_OPTIONAL_LOCKS=0 LC_ALL=C
 
 die() { printf 'farm: %s\n  try: %s\n' "$2" "$3" >&2; exit "$1"; }
 
-escape() {
-  local text=$1
-  text=${text//\\/\\\\}; text=${text//$'\t'/\\t}; text=${text//$'\n'/\\n}; text=${text//$'\r'/\\r}
-  printf '%s' "$text"
+escape() { # TEXT -> sets escaped
+  escaped=${1//\\/\\\\} escaped=${escaped//$'\t'/\\t} escaped=${escaped//$'\n'/\\n} escaped=${escaped//$'\r'/\\r}
+}
+
+# Sets top and shallow, by one git.
+find_place() {
+  local facts
+  facts=$(git -C "$1" rev-parse --is-bare-repository --is-shallow-repository --show-toplevel 2>/dev/null) || :
+  case $facts in
+    true*) die 3 "$1 is a bare repository, and a farm needs a checkout" "git clone $1, and work there" ;;
+    false*) facts=${facts#*$'\n'} ;;
+    *) die 3 "$1 is not a git repository" "git init" ;;
+  esac
+  shallow=${facts%%$'\n'*} top=${facts#*$'\n'}
+}
+
+# Sets branch and head, which is checked out, and names, which are all branches but the farm's own; by one git, nearly always.
+find_branches() {
+  local mark sha name
+  while IFS=' ' read -r mark sha name; do
+    if [ "$mark" = '*' ]; then branch=$name head=$sha; fi
+    case $name in farm/*) ;; *) escape "$name"; names=$names$'\t'$escaped ;; esac
+  done < <(git -C "$1" for-each-ref --format='%(if)%(HEAD)%(then)*%(else)-%(end) %(objectname) %(refname:lstrip=2)' refs/heads/)
+  if [ -z "$head" ]; then
+    head=$(git -C "$1" rev-parse -q --verify 'HEAD^{commit}') ||
+      die 3 "$1 has no commit yet, and agents start from one" "git commit --allow-empty -m 'first commit'"
+  fi
 }
 
 main() {
-  local repo=. option branch head names
+  local repo=. option escaped='' top='' shallow='' branch='' head='' names='' submodules=no
   while getopts C:h option; do
     case $option in
       C) repo=$OPTARG ;;
@@ -25,18 +48,14 @@ main() {
       *) exit 2 ;;
     esac
   done
-  git -C "$repo" rev-parse --git-dir >/dev/null 2>&1 || die 3 "$repo is not a git repository" "git init"
-  [ "$(git -C "$repo" rev-parse --is-bare-repository)" = false ] ||
-    die 3 "$repo is a bare repository, and a farm needs a checkout" "git clone $repo, and work there"
-  branch=$(git -C "$repo" symbolic-ref -q --short HEAD) || branch=
-  head=$(git -C "$repo" rev-parse -q --verify 'HEAD^{commit}') ||
-    die 3 "$repo has no commit yet, and agents start from one" "git commit --allow-empty -m 'first commit'"
-  printf 'main\t%s\n' "$(escape "$(git -C "$repo" rev-parse --show-toplevel)")"
-  printf 'head\t%s\t%s\n' "$(escape "$branch")" "$head"
-  names=$(git -C "$repo" for-each-ref --format='%(refname:lstrip=2)' refs/heads/ | grep -v '^farm/' | sed 's/\\/\\\\/g' | tr '\n' '\t') || names=
-  printf 'branches\t%s\n' "${names%$'\t'}"
-  printf 'shallow\t%s\n' "$([ "$(git -C "$repo" rev-parse --is-shallow-repository)" = true ] && echo yes || echo no)"
-  printf 'submodules\t%s\n' "$([ -e "$repo/.gitmodules" ] && echo yes || echo no)"
+  find_place "$repo"
+  find_branches "$repo"
+  if [ -e "$repo/.gitmodules" ]; then submodules=yes; fi
+  case $shallow in true) shallow=yes ;; *) shallow=no ;; esac
+  escape "$top"
+  printf 'main\t%s\n' "$escaped"
+  escape "$branch"
+  printf 'head\t%s\t%s\nbranches%s\nshallow\t%s\nsubmodules\t%s\n' "$escaped" "$head" "${names:-$'\t'}" "$shallow" "$submodules"
 }
 
 main "$@"

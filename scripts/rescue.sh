@@ -59,6 +59,8 @@ find_same() { # TREE PARENTS -> ref<TAB>sha of a rescue that holds just that
 
 save_uncommitted() { # HEAD BRANCH; 3 when nothing is uncommitted after all
   local head=$1 tree base staged parents=()
+  scratch=$(mktemp -d "${TMPDIR:-/tmp}/farm-rescue.XXXXXX")
+  trap 'rm -rf "$scratch"' EXIT
   # -p: git takes a file as unchanged only when it is older than the index, so the copy must not look younger.
   if ! cp -p -- "$git_dir/index" "$scratch/index" 2>/dev/null || ! own_index ls-files >/dev/null 2>&1; then
     rm -f "$scratch/index"
@@ -90,8 +92,6 @@ save() { # WORKTREE
     status="# branch.oid $(git -C "$top" rev-parse HEAD)"$'\n# branch.head unknown\n! its index cannot be read'
   head=${status#*branch.oid } head=${head%%$'\n'*} branch=${status#*branch.head } branch=${branch%%$'\n'*}
   if [ "$head" = '(initial)' ]; then head=''; fi
-  scratch=$(mktemp -d "${TMPDIR:-/tmp}/farm-rescue.XXXXXX")
-  trap 'rm -rf "$scratch"' EXIT
   case $status in *$'\n'[12u?!]' '*) if save_uncommitted "$head" "$branch"; then return; fi ;; esac
   if [ "$branch" = '(detached)' ] && [ -z "$(git -C "$top" for-each-ref --count=1 --contains "$head")" ]; then pin "$head"; fi
 }

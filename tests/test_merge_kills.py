@@ -362,8 +362,9 @@ def private_environment() -> Iterator[Path]:
     try:
         yield folder
     finally:
-        for process in find_gate_processes(token):
-            process.kill()
+        for process in find_gate_processes(token, f"{folder}/"):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -157,13 +157,13 @@ def import_line(change: tuple[str, str | bytes | None]) -> bytes:
     return f"M 100644 inline {path}\ndata {len(data)}\n".encode() + data + b"\n"
 
 
-def find_gate_processes(token: str) -> list[psutil.Process]:
-    """What still runs of the gates (and mergers) of the test with this token."""
+def find_gate_processes(token: str, folder: str = "") -> list[psutil.Process]:
+    """What still runs of the gates (and mergers) of the test with this token, or stands in this folder."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            ours = process.pid != os.getpid() and process.environ().get("GATE_TOKEN") == token
-            if ours and process.status() != psutil.STATUS_ZOMBIE:
+            ours = process.environ().get("GATE_TOKEN") == token or (folder and process.cwd().startswith(folder))
+            if ours and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
 
@@ -173,8 +173,8 @@ def no_gate_is_left(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """Gates do not inherit the sandbox's own token, so they have one of their own and their reaper here."""
     monkeypatch.setenv("GATE_TOKEN", sandbox.token)
     yield
-    left = find_gate_processes(sandbox.token)
-    lines = [f"{process.pid}: {' '.join(process.cmdline())}" for process in left]
+    left = find_gate_processes(sandbox.token, f"{sandbox.root}/")
+    lines = [str(process) for process in left]
     for process in left:
         with contextlib.suppress(psutil.Error):
             process.kill()
