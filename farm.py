@@ -173,7 +173,7 @@ def load_settings(repo: str, flags: dict | None = None, remembered: dict | None 
         origin, found = next(((o, v) for o, v in sources if v not in (None, "")), ("", setting.default))
         values[name] = convert_setting(name, found, origin)
     if not 1 <= values["n"] <= 999:
-        raise UsageError(f"a farm has 1 to 999 agents, not {values['n']}", "./farm.py up -n 10")
+        raise UsageError(f"a farm has at least one agent, and at most 999, not {values['n']}", "./farm.py up -n 10")
     if values["style"] not in ("merge", "squash", "rebase"):
         raise UsageError(f"style is merge, squash or rebase, not {values['style']!r}")
     return Settings(**values)
@@ -2427,15 +2427,36 @@ def free_memory_mib() -> int:
 
 def end_gates(folder: str) -> None:
     """End every process of the gate in this slot, whoever started it: those that its environment marks, their sessions (the
-    gate leads its own) and all below them, which may have cleared their environment.
+    gate leads its own) and all below them, which may have cleared their environment. Again until none is left: what is
+    being ended may just have forked. Raises FarmError when that takes half a minute.
     """
-    marked = [process for process, _ in find_by_environment(FARM_SLOT=folder)]
-    if not marked:
-        return
-    children, sessions = process_children(), {session_of(process.pid) for process in marked}
-    members = [process for family in children.values() for process in family if session_of(process.pid) in sessions]
-    doomed = {process.pid: process for top in (*marked, *members) for process in tree_of(top.pid, children)}
-    end_processes([process for pid, process in doomed.items() if pid != os.getpid()], 0.0)
+    sessions, deadline = set(), CLOCK.monotonic() + 30
+    while CLOCK.monotonic() < deadline:
+        marked = [process for process, _ in find_by_environment(FARM_SLOT=folder)]
+        sessions |= {session_of(process.pid) for process in marked} - {-1, session_of(os.getpid())}
+        children = process_children()
+        members = [process for family in children.values() for process in family if session_of(process.pid) in sessions]
+        doomed = {process.pid: process for top in (*marked, *members) for process in tree_of(top.pid, children)}
+        living = [process for pid, process in doomed.items() if pid != os.getpid() and start_of(pid)]
+        if not living:
+            return
+        for session in sessions:
+            kill_group(session)
+        end_processes(living, 0.0)
+        pause = CLOCK.monotonic() + 1
+        while any(start_of(process.pid) for process in living) and CLOCK.monotonic() < pause:  # psutil would wait for zombies, too
+            time.sleep(0.005)
+    raise FarmError(f"processes of the gate in {folder} could not be ended", f"grep -l FARM_SLOT={folder} /proc/*/environ")
+
+
+def kill_group(group: int) -> None:
+    """SIGKILL to a process group: in one blow, with whatever it has just forked."""
+    import signal
+
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
 
 
 def end_all_gates(slots_folder: str) -> None:

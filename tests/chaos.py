@@ -224,7 +224,7 @@ class Killer:
         deadline = time.monotonic() + 0.3
         while wanted not in (victims := self.find_victims()) and time.monotonic() < deadline:
             pass
-        others = sorted(victims.keys() - {"server", "everything"})
+        others = sorted(victims.keys() - {"server", "everything", "verb"})
         kind = wanted if wanted in victims or not others else self.random.choice(others)
         if kind in victims and self.kill(kind, victims[kind]):
             with self.ground.kills.open("a") as file:
@@ -281,8 +281,9 @@ def end_group(process: psutil.Process) -> bool:
 class Person:
     """Adds tasks, looks after the farm, and makes every mistake that people make. `acknowledged`: ids that `add` printed."""
 
-    CARELESS = ("commit_on_main", "edit_in_the_way", "leave_a_file", "delete_worktree", "delete_lock", "save_stale_copy",
-                "add_by_hand", "tear_queue_file", "break_entry", "leave_stale_locks", "move_branch", "look_around")
+    CARELESS = {"commit_on_main": 3, "edit_in_the_way": 2, "leave_a_file": 2, "delete_worktree": 2, "break_entry": 2,
+                "leave_stale_locks": 2, "move_branch": 2, "look_around": 2, "delete_lock": 1, "save_stale_copy": 1,
+                "add_by_hand": 1, "tear_queue_file": 0.5}
     BREAKAGES = (("gitdir", "/nowhere/.git\n"), ("gitdir", ""), ("HEAD", ""), ("locked", "on a USB stick\n"),
                  ("index", "DIRC not an index"), (".git", "gitdir: /nowhere\n"))
 
@@ -293,6 +294,7 @@ class Person:
         self.done: collections.Counter = collections.Counter()
         self.acknowledged: list[str] = []
         self.stale = b""
+        self.serial = 0
         self.is_damaged = False
         self.edited = False
 
@@ -302,7 +304,7 @@ class Person:
             self.look_after()
             if total - self.left <= total * passed / seconds + self.ground.agents:
                 self.add_tasks()
-            self.act(self.random.choice(self.CARELESS))
+            self.act(self.random.choices(list(self.CARELESS), self.CARELESS.values())[0])
             time.sleep(self.random.uniform(0.05, 0.3))
 
     def look_after(self) -> None:
@@ -329,7 +331,9 @@ class Person:
     def draft(self) -> dict:
         mode = self.random.choices(list(MODES), MODES.values())[0]
         attempts = FEW_ATTEMPTS if mode in DOOMED else MANY_ATTEMPTS
-        return {"title": f"do something {mode}", "prompt": f"plan: {mode} {self.random.randint(1, 3)}", "max_attempts": attempts}
+        self.serial += 1
+        plan = f"plan: {mode} {self.random.randint(1, 3)}"
+        return {"title": f"number {self.serial}, {mode}", "prompt": plan, "max_attempts": attempts}
 
     def add_tasks(self) -> None:
         drafts = [self.draft() for _ in range(min(self.left, self.random.randint(1, self.ground.agents)))]
