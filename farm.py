@@ -2028,12 +2028,17 @@ class MergeQueue:
 
     # -- the chain
 
-    def run_chain(self, tasks: list[Task], base: str = "") -> list[Step]:
-        """merge-chain.sh: the first Step is the base itself."""
-        args = ["-C", self.store.repo, "-b", self.target, "-s", self.settings.style, *(["-B", base] if base else [])]
+    def run_chain(self, tasks: list[Task], base: str) -> list[Step]:
+        """merge-chain.sh from the commit `base` on: the first Step is the base itself."""
+        args = ["-C", self.store.repo, "-b", self.target, "-s", self.settings.style, "-B", base]
         result = run_script("merge-chain.sh", *args, stdin="".join(map(chain_line, tasks)),
                             env={"FARM_CONFLICTS": self.store.path("returns")})
         return [Step(*(row + [""] * 5)[:5]) for row in read_tsv(result.stdout)]
+
+    def show_tip(self, revision: str) -> Step:
+        """A commit and its tree, as the Step that a chain begins with."""
+        commit, tree = read_tsv(run_script("show-tip.sh", "-C", self.store.repo, revision).stdout)[0]
+        return Step("base", "-", commit, tree, "")
 
     def chain(self, tasks: list[Task], parent: str) -> list[Step]:
         """Each task merged on those before it that merge, from `parent` on; steps known from earlier ticks are not redone."""
@@ -2090,7 +2095,7 @@ class MergeQueue:
             self.held, self.just_landed = {}, None
             self.publish(())
             return False
-        self.base, self.walked, self.just_landed = self.just_landed or self.run_chain([])[0], {}, None
+        self.base, self.walked, self.just_landed = self.just_landed or self.show_tip("refs/heads/" + self.target), {}, None
         steps = self.chain(list(self.tasks.values()), self.base.commit)
         if self.settle(steps):
             return True
@@ -2264,7 +2269,8 @@ class MergeQueue:
         result = run_script("land.sh", *self.landing_arguments(intent), *remote, allow=(0, 4, 5), detach=True)
         if result.code == 0:
             self.record_landed([tuple(entry) for entry in intent["entries"]])
-        elif result.code == 4 and self.run_chain([])[0].commit == intent["old"]:  # so it is the remote's branch that moved
+        elif result.code == 4 and self.show_tip("refs/heads/" + intent["target"]).commit == intent["old"]:
+            # Our target is where it was, so it is the remote's branch that has moved.
             where = f"{self.settings.remote}/{intent['target']}"
             self.trouble = (f"{where} has commits that {intent['target']} here has not, so nothing can be pushed",
                             f"git pull --ff-only {self.settings.remote} {intent['target']}; the queue goes on by itself")
@@ -2328,7 +2334,7 @@ class MergeQueue:
 
     def diagnose(self, task: Task) -> None:
         """In an idle slot, gate a returned entry alone, on its own base: is it red without the others, too?"""
-        own = self.run_chain([], task.commit)[0]
+        own = self.show_tip(task.commit)
         known = self.verdicts.evidence(own.tree)
         if known.greens or known.reds:
             self.explain(task, "green" if known.greens else "red")
@@ -2871,10 +2877,14 @@ class Farm:
         run_script("stop-tmux.sh", "-C", self.repo, "-L", self.socket, "-a", allow=(0, 3))
 
     def keep_work(self) -> list[str]:
-        """Rescue every worktree and give every claim back unharmed."""
+        """Rescue what agents were at work on, and give every claim back unharmed.
+
+        What lies in other worktrees stays there: `down` removes none, and whoever resets or removes one rescues it first.
+        """
         from concurrent.futures import ThreadPoolExecutor
 
-        places = {name: worktree_of(self.repo, self.settings, name) for name in self.names}
+        busy = [claim.agent for claim in self.own_claims() if claim.task]
+        places = {name: worktree_of(self.repo, self.settings, name) for name in busy}
         places = {name: place for name, place in places.items() if os.path.isdir(place)}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             rescues = dict(zip(places, pool.map(lambda name: rescue(self.repo, name, places[name]), places), strict=True))

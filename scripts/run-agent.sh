@@ -22,9 +22,13 @@ open_bell() {
   exec 9<>"$mailbox/bell"
 }
 
-# Waits for the bell; now and then it looks by itself, in case no loop runs that could ring.
+# Waits for the bell. In case no loop runs that could ring, it looks by itself when something has happened, or after five minutes.
 wait_for_bell() {
-  read -r -t 30 <&9 || true
+  local rounds=0
+  : >"$mailbox/looked"
+  until read -r -t 30 <&9 || [ "$FARM_REPO/coordination/events.jsonl" -nt "$mailbox/looked" ] || [ "$rounds" -ge 10 ]; do
+    rounds=$((rounds + 1))
+  done
   while read -r -t 0 <&9 && read -r -t 1 <&9; do :; done
 }
 

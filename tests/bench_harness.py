@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPTS, Sandbox, end_leftovers, find_live_sockets, git, set_environment, wait_until
+from conftest import SCRIPTS, Sandbox, end_leftovers, find_live_sockets, git, set_environment, wait_until
 
 import farm
 
@@ -144,8 +144,8 @@ class Farmed:
         self.store = farm.Store(str(repo))
 
     def main(self, *args: str | int | Path, **options) -> Cost:
-        """A verb by farm.py, as people and the Makefile call it."""
-        return timed(sys.executable, ROOT / "farm.py", "--repo", self.repo, *args, **options)
+        """A verb as the Makefile calls it."""
+        return timed(SCRIPTS / "farm", "--repo", self.repo, *args, env={"FARM_PYTHON": sys.executable}, **options)
 
     def verb(self, *args: str | int | Path, **options) -> Cost:
         """A verb by the shim, as agents call it."""
