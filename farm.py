@@ -1613,6 +1613,8 @@ def end_cause(session: Session | None) -> str:
     if session.signal or (session.exit_status or 0) > 128:
         number = session.signal or str(session.exit_status - 128)
         return f"killed by signal {number}" + (" (out of memory?)" if number in ("9", "KILL") else "")
+    if session.exit_status is None:  # tmux has seen the pane close and has not yet been told how
+        return "its process is gone"
     return "done" if session.exit_status == 0 else f"crashed with exit code {session.exit_status}"
 
 

@@ -242,8 +242,7 @@ def timed_parts(queue: farm.MergeQueue) -> Iterator[collections.Counter]:
 def landing_rows(bench: Bench) -> Iterator[Row]:
     """What the toolkit costs for one task on its way, with a gate that takes no time; tasks go one after the other."""
     farmed, samples = bench.farmed(bench.size.landings), Samples()
-    farmed.up(1)
-    farmed.main("down", "--now")
+    timed(SCRIPTS / "mk-worktrees.sh", "-C", farmed.repo, "-n", "1")
     settings = farm.load_settings(str(farmed.repo), {"gate": "true", "slots": 1})
     queue = farm.MergeQueue(farmed.store, settings, "main", str(farmed.worktrees))
     for _ in range(bench.size.landings):

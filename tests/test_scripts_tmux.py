@@ -214,8 +214,7 @@ def test_probe_tells_the_exit_status_of_a_dead_pane(spawn):
 def test_probe_tells_the_signal_that_ended_a_pane(spawn):
     pid = int(spawn("exec sleep 60").stdout.split("\t")[2])
     psutil.Process(pid).kill()
-    wait_until(is_dead, message="the pane to die")
-    assert probe()["agent-001"][4] == "9"
+    wait_until(lambda: probe()["agent-001"][4] == "9", message="the pane to be dead by signal 9")
 
 
 def test_probe_tells_an_odd_folder_escaped(spawn, sandbox):
