@@ -2369,7 +2369,9 @@ class MergeQueue:
             say(f"finishing a landing that was cut short: {intent['old'][:10]} -> {intent['new'][:10]}")
             self.finish_landing(intent)
         pins = "".join(f"refs/farm/ready/{task.id} {task.commit}\n" for task in self.store.snapshot().ready.values())
-        run_script("pin-ref.sh", "-C", self.store.repo, "-", stdin=pins)
+        pinned = run_script("pin-ref.sh", "-C", self.store.repo, "-", stdin=pins, allow=(0, 1))
+        if pinned.code:  # no reason to land nothing
+            say(str(script_error("pin-ref.sh", pinned)))
 
     def publish(self, queue: tuple) -> None:
         """What is being done right now, for `queue` and `status`; worth nothing once this process is gone."""

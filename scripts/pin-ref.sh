@@ -9,13 +9,28 @@ set -euo pipefail
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
 die() { printf 'farm: %s\n  try: %s\n' "$1" "$2" >&2; exit "${3:-1}"; }
 
-pin_many() {
-  local name commit
+# The lines of stdin whose pins do not stand yet and whose commits are there, as update-ref takes them.
+list_missing() {
+  local name commit standing
+  standing=$'\n'$(git -C "$repo" for-each-ref --format='%(refname) %(objectname)' refs/farm/)$'\n'
   while read -r name commit; do
-    case $name in refs/farm/?*) printf '%s %s\n' "$commit" "$name" ;; esac
+    case $name:$standing in
+      *$'\n'"$name $commit"$'\n'*) ;;
+      refs/farm/?*) printf '%s %s\n' "$commit" "$name" ;;
+    esac
   done | git -C "$repo" cat-file --batch-check='%(objecttype) %(objectname) %(rest)' |
-    sed -n 's/^commit \([0-9a-f]*\) \(.*\)$/update \2 \1/p' |
-    git -C "$repo" -c core.filesRefLockTimeout=10000 -c core.hooksPath=/dev/null update-ref --stdin
+    sed -n 's/^commit \([0-9a-f]*\) \(.*\)$/update \2 \1/p'
+}
+
+pin_many() {
+  local missing verb
+  missing=$(list_missing)
+  [ -n "$missing" ] || return 0
+  printf '%s\n' "$missing" | git -C "$repo" -c core.filesRefLockTimeout=10000 -c core.hooksPath=/dev/null update-ref --stdin && return
+  # A git that was killed in such a transaction left a lock for each: one by one, each stale one dropped.
+  while read -r verb ref sha; do
+    write_ref 2>/dev/null || { drop_stale_lock; write_ref || die "git could not write $ref" "git -C $repo $verb-ref $ref $sha"; }
+  done <<<"$missing"
 }
 
 write_ref() { git -C "$repo" -c core.filesRefLockTimeout=10000 -c core.hooksPath=/dev/null update-ref "$ref" "$sha"; }

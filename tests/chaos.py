@@ -627,7 +627,7 @@ def main(argv: list[str]) -> int:
     else:
         shutil.rmtree(ground.root)
     for problem in problems[:20]:
-        print(f"VIOLATED    {problem}")
+        print(f"VIOLATED    {problem[:500]}")
     print(f"            again: python tests/chaos.py --seconds {options.seconds:g} -n {options.n} --seed {seed}" if problems
           else "all hold    landed once, main green, no byte lost, nothing left running")
     return 1 if problems else 0

@@ -284,6 +284,14 @@ def test_a_lock_that_a_killed_git_left_on_the_pin_stops_no_submission(farm):
     farm.wait_for(task_id)
 
 
+def test_a_lock_that_a_killed_git_left_on_a_pin_stops_no_merger(farm):
+    farm.ok("add", "one")
+    farm.submit(A, {"one.txt": "text\n"})
+    (farm.repo / ".git/refs/farm/ready/t-0001.lock").touch()
+    farm.ok("merge", "--gate", "true")
+    assert farm.task("t-0001")["state"] == "landed"
+
+
 def test_worktrees_in_the_middle_of_a_merge_rebase_or_cherry_pick_are_kept_and_used_again(farm, kill_everything):
     ids = farm.start_work(3)
     kill_everything()
