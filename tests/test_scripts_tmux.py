@@ -212,11 +212,15 @@ def test_probe_tells_the_exit_status_of_a_dead_pane(spawn):
 
 
 def test_probe_tells_the_signal_that_ended_a_pane(spawn):
-    pid = int(spawn("exec sleep 60").stdout.split("\t")[2])
-    wait_until(lambda: Path(f"/proc/{pid}/comm").read_text() == "sleep\n", message="the pane to run")
-    wait_until(probe, message="a server that is up: in its first milliseconds tmux 3.3 may lose a child's end")
-    psutil.Process(pid).kill()
-    wait_until(lambda: probe()["agent-001"][4] == "9", message="the pane to be dead by signal 9")
+    told = set()
+    for _ in range(8):  # tmux 3.3 now and then misses how a child ended, and says then that it does not know
+        pid = int(spawn("exec sleep 60").stdout.split("\t")[2])
+        psutil.Process(pid).kill()
+        wait_until(is_dead, message="the pane to die")
+        told.add(probe()["agent-001"][4])
+        if "9" in told:
+            break
+    assert "9" in told and told <= {"9", "-"}
 
 
 def test_probe_tells_an_odd_folder_escaped(spawn, sandbox):
