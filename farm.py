@@ -2683,7 +2683,13 @@ class Farm:
         self.save()
 
     def probe(self) -> None:
-        self.sessions = probe_sessions(self.socket)
+        """What sessions there are. tmux sees a pane close before it hears how: then it is asked again, five times."""
+        for _ in range(5):
+            self.sessions = probe_sessions(self.socket)
+            ended = [session for name, session in self.sessions.items() if session.dead and "pid" in self.agents.get(name, {})]
+            if all(session.signal or session.exit_status is not None for session in ended):
+                break
+            time.sleep(0.05)
 
     def reap(self, now: float) -> None:
         """Note each session that ended: its cause, its strays ended, its unsaved work kept."""

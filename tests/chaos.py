@@ -40,7 +40,7 @@ sys.path[:0] = [str(ROOT)]
 import farm as toolkit  # noqa: E402  (needs the path above)
 
 INHERITED_PREFIXES = ("FARM_", "GIT_", "TMUX", "XDG_", "PYTHON")
-DRAIN_SECONDS = 180
+STILL_SECONDS = 90  # a farm in which nothing has landed, come back or failed for so long is stuck
 MANY_ATTEMPTS, FEW_ATTEMPTS = 90, 2
 SHARED_LINES = 5
 
@@ -100,7 +100,7 @@ kill -9 "$!" 2>/dev/null && printf 'git
 wait "$!"
 """
 GATE = "sleep 0.2; ! grep -rqs BROKEN files && [ -z \"$(cat words/* 2>/dev/null | sort | uniq -d)\" ]"
-MODES = {"plain": 8, "dirty": 3, "shared": 3, "twin": 3, "red": 2, "hopeless": 1, "fail": 1}
+MODES = {"plain": 12, "dirty": 4, "shared": 2, "twin": 2, "red": 1, "hopeless": 1, "fail": 1}
 DOOMED = ("hopeless", "fail")
 
 
@@ -290,7 +290,7 @@ class Person:
     def __init__(self, ground: Ground, needs_up, seconds: float):
         self.ground, self.needs_up = ground, needs_up
         self.random = random.Random(f"{ground.seed} person")
-        self.left = max(2 * ground.agents, int(seconds * ground.agents / 8))
+        self.left = max(2 * ground.agents, int(seconds * ground.agents / 12))
         self.done: collections.Counter = collections.Counter()
         self.acknowledged: list[str] = []
         self.stale = b""
@@ -382,6 +382,7 @@ class Person:
         self.edited = True
 
     def take_edit_back(self) -> None:
+        """Not at the first try, where another git holds the index."""
         self.ground.git("checkout", "-q", "--", "shared.txt", check=False)
         self.edited = "half an idea" in (self.ground.repo / "shared.txt").read_text()
 
@@ -438,29 +439,32 @@ class Person:
 
     # -- after the kills
 
-    def tidy_up(self) -> None:
-        """Take the own mistakes back, as a person does who wants the farm to go on."""
-        self.ground.git("checkout", "-q", "--", "shared.txt", check=False)
-        self.ground.farm("doctor", "--fix")
-
     def drain(self) -> str:
-        """Until every task is over; empty, or what stands still at the deadline."""
-        self.tidy_up()
-        deadline, next_up = time.monotonic() + DRAIN_SECONDS, 0.0
-        while time.monotonic() < deadline:
+        """See to the farm until every task is over; empty, or what stands still."""
+        self.ground.farm("doctor", "--fix")
+        moved_at, next_up, before = time.monotonic(), 0.0, []
+        while time.monotonic() < moved_at + STILL_SECONDS:
             if time.monotonic() >= next_up:
                 done = self.ground.up()
                 if done.returncode:
                     return f"up exited {done.returncode} although nobody kills any more: {done.stderr}"
                 next_up = time.monotonic() + 15
-            open_tasks = [task for task in find_tasks(self.ground) if task["state"] not in ("landed", "failed")]
-            if not open_tasks:
+            self.take_edit_back()
+            left = [task for task in find_tasks(self.ground) if task["state"] not in ("landed", "failed")]
+            if not left:
                 return ""
-            for task in open_tasks:
-                if task["state"] == "waiting" and task["max_attempts"] != FEW_ATTEMPTS:
-                    self.ground.farm("retry", task["id"])
+            if (now := [(task["id"], task["attempts"]) for task in left]) != before:
+                moved_at, before = time.monotonic(), now
+            self.retry_waiting(left)
             time.sleep(0.5)
-        return "not drained: " + json.dumps([[task["id"], task["state"], task["reason"]] for task in open_tasks])
+        still = ", ".join(f"{task['id']} {task['state']}" for task in left)
+        return f"not drained: {still}; the farm says: {self.ground.farm('status').stdout[-300:]!r}"
+
+    def retry_waiting(self, tasks: list[dict]) -> None:
+        """Backoffs that kills have made long are cut short; what is made to fail has few attempts, and keeps them."""
+        for task in tasks:
+            if task["state"] == "waiting" and task["max_attempts"] != FEW_ATTEMPTS:
+                self.ground.farm("retry", task["id"])
 
 
 def find_tasks(ground: Ground) -> list[dict]:
