@@ -100,7 +100,13 @@ Setting = collections.namedtuple("Setting", "kind default meaning")
 
 SETTINGS = {
     "n": Setting(int, 10, "how many agents"),
-    "agent": Setting(str, "", "a preset's name or a command (default: claude when it is on PATH)"),
+    "agent": Setting(str, "", "a preset, a mix such as claude:6,codex:4, or a command (default: claude when on PATH)"),
+    "permissions": Setting(str, "edits", "what a preset's agents may do unasked: ask, edits or all"),
+    "prompt_template": Setting(str, "", "your own file in the place of the farm's prompt: {body} {task} {fence} ..."),
+    "task_seconds": Setting(float, 0.0, "an attempt that takes longer is ended; a task's own limit goes first"),
+    "task_budget": Setting(float, 0.0, "dollars: a task that has cost as much is failed; its own goes first"),
+    "budget": Setting(float, 0.0, "dollars: the farm pauses when it has cost as much (default: none)"),
+    "agent_home": Setting(str, "", "a folder that each agent gets a copy of as its own HOME (default: they share yours)"),
     "gate": Setting(str, "", "the test command that a tree must pass before it lands (default: none)"),
     "into": Setting(str, "", "the target branch (default: the one that the main worktree has checked out)"),
     "slots": Setting(int, 0, "gates at once (default: from cores and memory)"),
@@ -174,6 +180,8 @@ def load_settings(repo: str, flags: dict | None = None, remembered: dict | None 
         values[name] = convert_setting(name, found, origin)
     if not 1 <= values["n"] <= 999:
         raise UsageError(f"a farm has at least one agent, and at most 999, not {values['n']}", "./farm.py up -n 10")
+    if values["permissions"] not in ("ask", "edits", "all"):
+        raise UsageError(f"permissions is ask, edits or all, not {values['permissions']!r}")
     if values["style"] not in ("merge", "squash", "rebase"):
         raise UsageError(f"style is merge, squash or rebase, not {values['style']!r}")
     return Settings(**values)
@@ -374,7 +382,9 @@ class Record:
                 extra[key] = value
                 continue
             known[key] = value
-            if type(value) is not type(defaults[key]):
+            if type(value) is int and type(defaults[key]) is float:
+                known[key] = float(value)
+            elif type(value) is not type(defaults[key]):
                 kind = type(defaults[key]).__name__
                 raise ValueError(f"{cls.__name__}.{key} must be {kind}, not {dump_line(value)[:60]}")
             if value.__class__ is list and not all(isinstance(item, str) for item in value):
@@ -392,7 +402,7 @@ TASK_DEFAULTS = {
     "id": "", "title": "", "prompt": "", "state": "pending", "priority": 0, "after": [], "paths": [], "max_attempts": 0,
     "attempts": 0, "rev": 0, "seq": 0, "queue_seq": 0, "not_before": "", "reason": "", "agent": "", "fence": "", "ended_by": "",
     "start": "", "branch": "", "commit": "", "rescue": "", "submitted_at": "", "landed_commit": "", "landed_at": "",
-    "added_at": "", "source": "", "extra": {},
+    "added_at": "", "source": "", "conversation": {}, "time_limit_seconds": 0.0, "budget_usd": 0.0, "extra": {},
 }
 
 
@@ -401,7 +411,8 @@ class Task(Record, collections.namedtuple("Task", TASK_DEFAULTS, defaults=TASK_D
 
     attempts: ended ones. start: commit or branch that the next attempt begins from. fence, ended_by: the last claim's token and
     the verb that ended it. seq, queue_seq: first come, first served, in either queue. source: where `add -f` read it, so that it
-    is not added twice.
+    is not added twice. conversation: {"agent", "id", "until"}: the CLI's session that an interrupted attempt goes on in; until then
+    (UTC) the task is kept for that agent.
     """
 
     __slots__ = ()
@@ -431,6 +442,10 @@ class Claim(Record, collections.namedtuple("Claim", CLAIM_DEFAULTS, defaults=CLA
     def names(self) -> list[str]:
         """Every name that this claim excludes others from: its named locks and its task's paths."""
         return [*self.locks, *("path:" + glob for glob in self.task.get("paths", []))]
+
+
+def is_texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 NAME_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
@@ -534,6 +549,19 @@ def find_liveness(owner: Owner) -> bool | None:
     return start_of(owner.pid) == owner.start != ""
 
 
+def ring(path: str, word: bytes = b"claim\n") -> None:
+    """Wake whoever waits at a bell, a FIFO; nobody listening is fine."""
+    try:
+        bell = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        os.write(bell, word)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(bell)
+
 # ---------------------------------------------------------------------------------------------- store
 # The heart: what is acknowledged is on disk, what was cut short is healed by whoever comes next. The guard of each step is
 # named where it stands; tests leave them out one by one and must see work lost.
@@ -543,6 +571,7 @@ READY_FILE = os.path.join("merge_queue", "ready-to-merge.json")
 LOCK_FOLDER = "agent_locks"
 AGENTS_FILE = "agents.json"
 FARM_FILE = "farm.json"
+CLI_SETTINGS_FILE = "cli-settings.json"
 STATES_OF = {"pending": ("pending", "failed", "canceled"), "ready": ("ready",), "landed": ("landed",)}
 FOLDERS = ("task_queue", "merge_queue", LOCK_FOLDER, "results", "returns", "prompts", "logs", "mailbox")
 
@@ -1184,15 +1213,15 @@ class LockRegistry:
         task = task._replace(rescue=rescue or task.rescue)
         is_reboot = owner.boot != boot_id()
         what = "the machine was restarted" if is_reboot else f"{claim.agent} died (pid {owner.pid} is gone)"
-        TaskQueue(self.tx).give_back(task, what, "died", counts=not is_reboot,
-                                     start=f"farm/{claim.agent}/{task.id}")
+        TaskQueue(self.tx).give_back(task, what, "died", counts=not is_reboot, start=f"farm/{claim.agent}/{task.id}", resume=True)
 
     def give_up(self, claim: Claim, rescue: str = "") -> None:
         """End a claim whose agent the farm itself has stopped: no attempt is counted, the branch is the next one's start."""
         task = claim.get_task()
         if task:
             task = task._replace(rescue=rescue or task.rescue)
-            TaskQueue(self.tx).give_back(task, task.reason, "release", counts=False, start=f"farm/{claim.agent}/{task.id}")
+            TaskQueue(self.tx).give_back(task, task.reason, "release", counts=False, start=f"farm/{claim.agent}/{task.id}",
+                                         resume=True)
         if claim.agent in self.tx.state.claims:
             self.tx.remove_lock(claim.agent)
 
@@ -1221,6 +1250,19 @@ class LeaseWatch:
 
 RETRY_SECONDS_MAX = 300
 GIVE_BACK_EVENTS = {"fail": "attempt-failed", "release": "released", "died": "owner-died", "return": "returned"}
+
+
+RESUME_SECONDS = 120.0  # for so long an interrupted task is kept for the agent that knows its context
+
+
+def kept_conversation(task: Task, now: float) -> dict:
+    """The task's conversation, kept for its agent for a while; empty when there is none."""
+    return {**task.conversation, "until": utc(now + RESUME_SECONDS)} if task.conversation.get("id") else {}
+
+
+def is_kept_for_another(task: Task, agent: str, now: str) -> bool:
+    kept = task.conversation
+    return bool(agent and kept.get("agent") != agent and kept.get("until", "") > now)
 
 
 class TaskQueue:
@@ -1273,15 +1315,18 @@ class TaskQueue:
         return all(name in self.state.done for name in task.after)
 
     def claimable(self, agent: str) -> list[Task]:
-        """What `agent` may claim now, best first: priority, then first come."""
+        """What `agent` may claim now, best first: its own that was interrupted, priority, then first come."""
         registry, now = LockRegistry(self.tx), utc(CLOCK.now())
         tasks = [task for task in self.state.pending.values()
                  if task.state == "pending" and task.not_before <= now and self.is_unblocked(task)
+                 and not is_kept_for_another(task, agent, now)
                  and not (task.paths and registry.find_conflict(agent, ["path:" + glob for glob in task.paths]))]
-        return sorted(tasks, key=lambda task: (-task.priority, task.seq))
+        return sorted(tasks, key=lambda task: (task.conversation.get("agent") != agent, -task.priority, task.seq))
 
-    def claim(self, agent: str, owner: Owner, task_id: str = "") -> Claim:
+    def claim(self, agent: str, owner: Owner, task_id: str = "", conversation: str = "") -> Claim:
         """Lease the best task, or `task_id`, to `agent`; the same claim again when its owner asks twice.
+
+        conversation: the id for a new one; an interrupted one of the same agent keeps its own.
 
         Raises NotFound when there is none, Refused when the task or the agent's lock file is held.
         """
@@ -1297,7 +1342,10 @@ class TaskQueue:
         if not tasks:
             raise NotFound(f"task {task_id} cannot be claimed now" if task_id else "no task can be claimed now",
                            "./farm.py tasks")
-        return self.tx.claim(tasks[0], own)
+        task, kept = tasks[0], tasks[0].conversation
+        if conversation and not (kept.get("id") and kept.get("agent") == agent):
+            task = task._replace(conversation={"agent": agent, "id": conversation})
+        return self.tx.claim(task, own)
 
     def get_claimed(self, agent: str, fence: str, verb: str) -> Task | None:
         """The task behind the current claim `fence`; None when `verb` has ended exactly this claim before.
@@ -1327,30 +1375,44 @@ class TaskQueue:
                              queue_seq=1 + max((other.queue_seq for other in self.state.all_tasks()), default=0))
         return self.tx.move(task, "ready", "submitted")
 
-    def fail(self, agent: str, fence: str, why: str, *, retry: bool = True, start: str = "", rescue: str = "") -> Task:
-        """End an attempt without result; the task waits for a while, or is failed when its attempts are used up."""
+    def fail(self, agent: str, fence: str, why: str, *, retry: bool = True, start: str = "", rescue: str = "",
+             resume: bool = False) -> Task:
+        """End an attempt without result; the task waits for a while, or is failed when its attempts are used up.
+
+        resume: the next attempt goes on in the same conversation.
+        """
         task = self.get_claimed(agent, fence, "fail")
         if task is None:
             return self.state.get_task(fence.rpartition(".")[0])
         task = task._replace(rescue=rescue or task.rescue)
-        return self.give_back(task, why, "fail", retry=retry, start=start)
+        return self.give_back(task, why, "fail", retry=retry, start=start, resume=resume)
 
-    def release(self, agent: str, fence: str) -> Task:
+    def release(self, agent: str, fence: str, rescue: str = "") -> Task:
         """Give a task back unharmed: no attempt is counted; the next one goes on from its branch."""
         task = self.get_claimed(agent, fence, "release")
         if task is None:
             return self.state.get_task(fence.rpartition(".")[0])
-        return self.give_back(task, task.reason, "release", counts=False, start=f"farm/{agent}/{task.id}")
+        task = task._replace(rescue=rescue or task.rescue)
+        return self.give_back(task, task.reason, "release", counts=False, start=f"farm/{agent}/{task.id}", resume=True)
 
     def give_back(self, task: Task, reason: str, ended_by: str, *, counts: bool = True, retry: bool = True,
-                  start: str = "") -> Task:
+                  start: str = "", resume: bool = False) -> Task:
         """The way back to pending, from a claim or from the merge queue, with the reason."""
         attempts = task.attempts + counts
         is_over = counts and (not retry or attempts >= max(1, task.max_attempts))
         wait = min(2.0 ** (attempts - 1), RETRY_SECONDS_MAX) if counts else 0
         task = task._replace(state="failed" if is_over else "pending", attempts=attempts, reason=reason, ended_by=ended_by,
-                             start=start or task.start, not_before=utc(CLOCK.now() + wait) if wait and not is_over else "")
+                             start=start or task.start, not_before=utc(CLOCK.now() + wait) if wait and not is_over else "",
+                             conversation=kept_conversation(task, CLOCK.now() + wait) if resume else {})
         return self.tx.move(task, "pending", GIVE_BACK_EVENTS[ended_by], why=reason)
+
+    def keep_for_agents(self, agents: list[str]) -> None:
+        """Interrupted tasks wait once more for those of `agents` who know their context."""
+        kept = [task for task in self.state.pending.values() if task.conversation.get("agent") in agents]
+        for task in kept:
+            self.state.pending[task.id] = task._replace(conversation=kept_conversation(task, CLOCK.now()))
+        if kept:
+            self.tx.write("pending")
 
     def cancel(self, task_id: str) -> Task:
         """Raises Refused while an agent holds it or once it has landed."""
@@ -1481,6 +1543,13 @@ You are {agent}, one of several agents on this repository. Your task is {task}, 
 {history}"""
 
 
+RESUME_TEMPLATE = """\
+You were interrupted ({reason}), and go on now. Your worktree is as you left it; look at `git status` and `git log` first.
+The task is the same, {task}: {title}
+Your claim has a new fence: farm submit {agent} --fence {fence}   or   farm fail {agent} --fence {fence} --why "..."
+"""
+
+
 def describe_history(store: Store, task: Task) -> str:
     """What the next attempt should know of those before it; empty for a first one."""
     if not task.attempts and not task.reason:
@@ -1498,17 +1567,536 @@ def describe_history(store: Store, task: Task) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_prompt(store: Store, claim: Claim, gate: str) -> str:
-    """Write what the agent is told to prompts/ID.ATTEMPT.md; returns the path."""
-    task = claim.get_task()
-    path = store.path("prompts", f"{task.id}.{task.attempts + 1}.md")
-    text = PROMPT_TEMPLATE.format(
-        body=f"{task.title}\n\n{task.prompt}".strip(), agent=claim.agent, task=task.id, attempt=task.attempts + 1,
-        branch=f"farm/{claim.agent}/{task.id}", fence=claim.fence, gate=f" (the merge gate is: {gate})" if gate else "",
-        history=describe_history(store, task))
+def read_template(repo: str, settings: Settings) -> str:
+    """The prompt's template: the user's own file, or the farm's. Raises UsageError when the file cannot be read."""
+    if not settings.prompt_template:
+        return PROMPT_TEMPLATE
+    path = os.path.join(repo, os.path.expanduser(settings.prompt_template))
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the prompt template {path} cannot be read: {error}", "FARM_PROMPT_TEMPLATE=FILE") from None
+
+
+def write_prompt(store: Store, claim: Claim, settings: Settings, *, resumes: bool = False) -> str:
+    """Write what the agent is told to prompts/ID.ATTEMPT.md (a conversation that goes on: what is new); returns the path."""
+    task, gate = claim.get_task(), f" (the merge gate is: {settings.gate})" if settings.gate else ""
+    values = {"body": f"{task.title}\n\n{task.prompt}".strip(), "title": task.title, "agent": claim.agent, "task": task.id,
+              "attempt": str(task.attempts + 1), "branch": f"farm/{claim.agent}/{task.id}", "fence": claim.fence,
+              "gate": gate, "reason": task.reason or "the farm was stopped", "history": describe_history(store, task)}
+    template = RESUME_TEMPLATE if resumes else read_template(store.repo, settings)
+    text = re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)  # a brace of the user's own stays
+    path = store.path("prompts", f"{task.id}.{task.attempts + 1}{'.resumed' * resumes}.md")
     with open(path, "w", encoding="utf-8", errors="replace") as file:
         file.write(text)
     return path
+
+
+# ---------------------------------------------------------------------------------------------- agents
+# What the farm knows of coding CLIs, as data: how one starts and goes on, how its end and its use of tokens are read. A new CLI is
+# one entry of PRESETS. The facts are those of the version in `checked`; recordings of them lie below tests/recorded.
+
+Preset = collections.namedtuple("Preset", "start resume permissions reader transcript stagger_seconds checked")
+
+ALLOWED = [f"Bash(farm {verb}:*)" for verb in ("submit", "fail", "lock", "unlock", "renew")] + [
+    f"Bash(git {verb}:*)" for verb in ("status", "diff", "log", "show", "add", "commit")]
+CLAUDE = '--settings "$FARM_CLI_SETTINGS" {permissions} -- "$FARM_PROMPT"'
+CLAUDE_PRINT = "claude -p --output-format stream-json --verbose"
+CLAUDE_PERMISSIONS = {"ask": "--permission-mode default", "edits": "--permission-mode acceptEdits",
+                      "all": "--dangerously-skip-permissions"}
+CLAUDE_TRANSCRIPT = "projects/*/{conversation}.jsonl"
+
+# start, resume: run by bash in the worktree. Headless CLIs print JSON lines, which are kept for the reader by tee_output.
+PRESETS = {
+    "claude": Preset(f'exec claude --session-id "$FARM_CONVERSATION" {CLAUDE}',
+                     f'exec claude --resume "$FARM_CONVERSATION" {CLAUDE}',
+                     CLAUDE_PERMISSIONS, "claude-transcript", CLAUDE_TRANSCRIPT, 2.0, "2.1.330"),
+    "claude-print": Preset(f'{CLAUDE_PRINT} --session-id "$FARM_CONVERSATION" {CLAUDE} </dev/null',
+                           f'{CLAUDE_PRINT} --resume "$FARM_CONVERSATION" {CLAUDE} </dev/null',
+                           CLAUDE_PERMISSIONS, "claude", CLAUDE_TRANSCRIPT, 1.0, "2.1.330"),
+    "codex": Preset('codex exec --json {permissions} -- "$FARM_PROMPT" </dev/null', "",
+                    {"ask": "--sandbox read-only", "edits": "--sandbox workspace-write",
+                     "all": "--dangerously-bypass-approvals-and-sandbox"}, "codex", "", 1.0, "0.169.0"),
+    "gemini": Preset('gemini -o json {permissions} -p "$FARM_PROMPT" </dev/null', "",
+                     {"ask": "--approval-mode default", "edits": "--approval-mode auto_edit", "all": "--approval-mode yolo"},
+                     "gemini", "", 1.0, "0.61.0"),
+    "opencode": Preset('opencode run --format json -- "$FARM_PROMPT" </dev/null', "", {}, "opencode", "", 1.0, "1.18.33"),
+    "aider": Preset('aider --yes-always --no-check-update --no-pretty --message-file "$FARM_PROMPT_FILE" </dev/null', "", {}, "",
+                    "", 1.0, ""),
+}
+
+Launch = collections.namedtuple("Launch", "preset start resume")  # preset: a name of PRESETS, or empty for a command
+
+
+def read_mix(agent: str) -> list[str]:
+    """A preset for each agent of a mix such as `claude:6,codex:4`; empty for a preset or command. Raises UsageError."""
+    if not re.fullmatch(r"[\w-]+:\d+(,[\w-]+:\d+)*", agent):
+        return []
+    shares = [share.split(":") for share in agent.split(",")]
+    unknown = [name for name, _ in shares if name not in PRESETS]
+    if unknown:
+        raise UsageError(f"there is no preset {unknown[0]!r}; there are {', '.join(PRESETS)}")
+    return [name for name, number in shares for _ in range(int(number))]
+
+
+def count_agents(settings: Settings, wanted: int | None) -> int:
+    """N: a mix names it by itself. wanted: what the command line says. Raises UsageError when they do not add up."""
+    mix = read_mix(settings.agent)
+    if mix and wanted not in (None, len(mix)):
+        raise UsageError(f"{settings.agent} names {len(mix)} agents, and -n says {wanted}", f"./farm.py up -n {len(mix)}")
+    return len(mix) or settings.n
+
+
+def share_agents(settings: Settings) -> list[str]:
+    """What each agent runs, a preset's name or a command, in the order of their numbers."""
+    return read_mix(settings.agent) or [settings.agent or "claude"] * settings.n
+
+
+def launch_of(agent: str, permissions: str) -> Launch:
+    """How a preset's name, or a command, is run."""
+    preset = PRESETS.get(agent)
+    if preset is None:
+        return Launch("", agent, "")
+    flags = preset.permissions.get(permissions, "")
+    tee = 'set -o pipefail; {{ {}; }} | tee "$FARM_OUTPUT"' if preset.reader and not preset.start.startswith("exec") else "{}"
+    start, resume = (tee.format(text.replace("{permissions}", flags)) if text else "" for text in (preset.start, preset.resume))
+    return Launch(agent, start, resume)
+
+
+def check_command(command: str) -> None:
+    """Raises MissingTool when the first word of an agent's command cannot be started."""
+    import subprocess
+
+    words = [word for word in command.split() if not re.match(r"[A-Za-z_]\w*=", word)]
+    found = subprocess.run(["bash", "-c", 'type -t -- "$1" >/dev/null', "bash", words[0].strip("'\"") if words else ""],
+                           cwd=TOOLKIT, timeout=10)
+    if found.returncode and re.fullmatch(r"[\w./+-]+", words[0] if words else ""):
+        raise MissingTool(f"the agent command {words[0]!r} is not on PATH", "install it, or: ./farm.py up --agent 'COMMAND'")
+
+
+def program_of(agent: str) -> str:
+    """The command line whose first word must be on PATH for this preset or command."""
+    return PRESETS[agent].start.removeprefix("exec ") if agent in PRESETS else agent
+
+
+def resolve_agents(repo: str, settings: Settings) -> list[Launch]:
+    """What each agent runs. Raises MissingTool when it cannot be started, UsageError for a bad mix."""
+    import shutil
+
+    if not settings.agent and not shutil.which("claude"):
+        raise MissingTool("no agent is named, and claude is not on PATH", "make demo, or: ./farm.py up --agent 'COMMAND'")
+    shared = share_agents(settings)
+    for agent in dict.fromkeys(shared):
+        check_command(program_of(agent))
+    blockers = find_blockers(repo, settings) if "claude" in shared and not settings.agent_home else []
+    if blockers:
+        raise Refused("; ".join(what for what, _ in blockers) + ": ten sessions would wait for an answer", blockers[0][1])
+    return [launch_of(agent, settings.permissions) for agent in shared]
+
+
+def find_blockers(repo: str, settings: Settings) -> list[tuple[str, str]]:
+    """(what, what to type) of the questions that Claude Code would ask at its first start here, where nobody is there to answer."""
+    folder = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~")
+    try:
+        with open(os.path.join(folder, ".claude.json"), encoding="utf-8") as file:
+            told = json.load(file)
+        projects, answers = told.get("projects") or {}, told.get("customApiKeyResponses") or {}
+        trusted = (projects.get(repo) or {}).get("hasTrustDialogAccepted")
+        key = os.environ.get("ANTHROPIC_API_KEY", "")
+        key_is_known = not key or key[-20:] in (answers.get("approved") or [])
+    except FileNotFoundError:
+        told, trusted, key_is_known = {}, False, True
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []  # a format that we do not know is no reason to stop anybody
+    asks = (("claude has not been set up for this user", not told.get("hasCompletedOnboarding")),
+            (f"claude does not trust {repo} yet", not trusted), ("claude will ask about ANTHROPIC_API_KEY", not key_is_known))
+    hint = f"cd {shell_word(repo)} && claude   (answer its questions once, then leave with /exit)"
+    blockers = [(what, hint) for what, asks_it in asks if asks_it]
+    if settings.permissions == "all" and os.geteuid() == 0 and not os.environ.get("IS_SANDBOX"):
+        blockers.append(("claude refuses permissions=all to root", "work as another user, or: export IS_SANDBOX=1"))
+    return blockers
+
+
+def cli_settings(gate: str) -> dict:
+    """What `claude --settings` gets: the hooks that tell the farm, and the commands that it may run unasked.
+
+    No file of the user's is changed. A hook must never exit 2, which would block the agent. PostToolUse matters only to an agent
+    that waited for a person, and costs a grep otherwise.
+    """
+    def hook(command: str) -> list:
+        return [{"hooks": [{"type": "command", "command": command, "timeout": 20}]}]
+
+    turn = '"$FARM_REPO/coordination/mailbox/$FARM_AGENT_NAME/turn.json"'
+    hooks = {event: hook("farm hook || true") for event in TURN_STATES}
+    for event in ("PostToolUse", "PostToolUseFailure"):
+        hooks[event] = hook(f"! grep -qs '\"waiting\"' {turn} || farm hook || true")
+    return {"hooks": hooks, "permissions": {"allow": ALLOWED + ([f"Bash({gate})"] if gate else [])},
+            "skipDangerousModePermissionPrompt": True}  # asked for by FARM_PERMISSIONS=all, and by nothing else
+
+
+# -- turns: what a CLI's hooks have told of the attempt it is at
+
+TURN_FILE, ENDING_FILE = "turn.json", "ending.json"
+TURN_STATES = {"UserPromptSubmit": "working", "PostToolUse": "working", "PermissionRequest": "waiting", "Notification": "waiting",
+               "PostToolUseFailure": "working", "Stop": "over", "StopFailure": "over"}
+SENT_BACK = """\
+Your task {task} is not submitted yet. If the work is done, commit it, then run  farm submit {agent} --fence {fence}
+If it cannot be done:  farm fail {agent} --fence {fence} --why "the reason in a sentence"
+Nobody reads questions here: decide yourself."""
+
+
+def read_mail(store: Store, agent: str, name: str, fence: str) -> dict:
+    """What lies in an agent's mailbox under `name` about the claim `fence`; empty when there is nothing that can be read."""
+    try:
+        with open(store.path("mailbox", agent, name), encoding="utf-8") as file:
+            mail = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    texts = isinstance(mail, dict) and all(isinstance(mail.get(key, ""), str) for key in ("at", "event", "state", "message"))
+    return mail if texts and mail.get("fence") == fence else {}
+
+
+def write_mail(store: Store, agent: str, name: str, mail: dict) -> None:
+    path = store.path("mailbox", agent, name)
+    temp = f"{path}.{os.getpid()}.tmp"
+    with open(temp, "w", encoding="utf-8") as file:
+        file.write(dump_line(mail) + "\n")
+    os.replace(temp, path)
+
+
+def note_turn(store: Store, agent: str, fence: str, event: dict) -> dict | None:
+    """Write a hook's event to turn.json; the answer for the CLI, when there is one.
+
+    The first Stop of a task that is still claimed is sent back with what is missing; the next ends the CLI, and the farm decides
+    from the branch. event: the hook's JSON (hook_event_name, message, error, tool_name, ...).
+    """
+    name, before = str(event.get("hook_event_name", "")), read_mail(store, agent, TURN_FILE, fence)
+    if name not in TURN_STATES or name == "Notification" and event.get("notification_type") != "elicitation_dialog":
+        return None
+    turn = {**before, "at": utc(CLOCK.now()), "fence": fence, "event": name, "state": TURN_STATES[name],
+            "message": one_line(describe_event(event), 300)}
+    claim = store.read_claim(os.path.join(LOCK_FOLDER, agent + ".lock"))
+    goes_back = name == "Stop" and claim is not None and claim.fence == fence and not before.get("sent_back")
+    if goes_back:
+        turn.update(state="working", sent_back=True)
+    write_mail(store, agent, TURN_FILE, turn)
+    if goes_back:
+        return {"decision": "block", "reason": SENT_BACK.format(task=claim.task["id"], agent=agent, fence=fence)}
+    if turn["state"] == "over":
+        ring(store.path("mailbox", agent, "bell"), b"over\n")
+    return None
+
+
+def describe_event(event: dict) -> str:
+    """What a hook's event says in words: an error, a question, the tool that is asked for."""
+    asked = event.get("tool_input") or {}
+    tool = f"{event['tool_name']} {asked.get('command') or asked.get('file_path') or ''}" if event.get("tool_name") else ""
+    if event.get("error"):
+        return f"{event['error']}: {event.get('last_assistant_message') or event.get('error_details') or ''}"
+    return str(event.get("message") or tool.strip())
+
+
+def end_attempt(store: Store, agent: str, fence: str, cause: str, message: str) -> None:
+    """Have run-agent.sh end the CLI that works on `fence`; judge_end then reads why."""
+    write_mail(store, agent, ENDING_FILE, {"at": utc(CLOCK.now()), "fence": fence, "event": cause, "message": message})
+    ring(store.path("mailbox", agent, "bell"), b"over\n")
+
+
+# -- what a CLI has printed, or written down: its use of tokens, and its error
+
+Spent = collections.namedtuple("Spent", "tokens_in tokens_out cost_usd error denied", defaults=(0, 0, 0.0, "", ""))
+
+
+def read_json_lines(path: str):
+    """Each JSON object of a file; other lines are passed over. A file that is one JSON document gives that."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read()
+    except OSError:
+        return
+    for line in [text] if text.lstrip().startswith("{\n") else text.splitlines():
+        try:
+            item = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(item, dict):
+            yield item
+
+
+def count(record, *keys: str) -> int:
+    """The sum of the whole numbers below `keys` of an object that may be anything."""
+    values = [record.get(key) for key in keys] if isinstance(record, dict) else []
+    return sum(value for value in values if type(value) is int)
+
+
+TOKENS_IN = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+
+
+def dollars_of(value) -> float:
+    return float(value) if type(value) in (int, float) else 0.0
+
+
+def read_claude_transcript(path: str) -> Spent:
+    """A conversation's own file. One message stands on several lines with the same usage: it counts once.
+
+    cost-state lines, one at each orderly end, hold what the conversation has cost by then; after a kill -9 they begin at 0 again.
+    """
+    messages, error, earlier, cost = {}, "", 0.0, 0.0
+    for item in read_json_lines(path):
+        message = item.get("message")
+        if item.get("type") == "cost-state":
+            now = dollars_of(item.get("totalCostUSD"))
+            earlier, cost = earlier + (cost if now < cost else 0.0), now
+        if item.get("type") == "assistant" and isinstance(message, dict):
+            messages[message.get("id")] = message.get("usage")
+            error = text_of(message) if item.get("isApiErrorMessage") else ""
+    return Spent(sum(count(usage, *TOKENS_IN) for usage in messages.values()),
+                 sum(count(usage, "output_tokens") for usage in messages.values()), earlier + cost, error)
+
+
+def text_of(message: dict) -> str:
+    parts = message.get("content")
+    texts = [str(part.get("text", "")) for part in parts if isinstance(part, dict)] if isinstance(parts, list) else [str(parts)]
+    return " ".join(texts)
+
+
+def read_claude(path: str) -> Spent:
+    """`claude -p --output-format stream-json`: the last line, type result. A failed API call has subtype success and is_error."""
+    result, stamp = {}, ""
+    for item in read_json_lines(path):
+        result = item if item.get("type") == "result" else result
+        info = item.get("rate_limit_info")
+        stamp = f"|{info['resetsAt']}" if isinstance(info, dict) and type(info.get("resetsAt")) is int else stamp
+    usage, cost, denials = result.get("usage"), result.get("total_cost_usd"), result.get("permission_denials")
+    denied = ", ".join(str(one.get("tool_name")) for one in denials if isinstance(one, dict)) if isinstance(denials, list) else ""
+    return Spent(count(usage, *TOKENS_IN), count(usage, "output_tokens"), dollars_of(cost),
+                 f"{result.get('result', '')}{stamp}" if result.get("is_error") else "", denied)
+
+
+def read_codex(path: str) -> Spent:
+    """`codex exec --json`: turn.completed carries the usage, turn.failed and error the message."""
+    tokens_in = tokens_out = 0
+    error = ""
+    for item in read_json_lines(path):
+        if item.get("type") == "turn.completed":
+            tokens_in += count(item.get("usage"), "input_tokens")
+            tokens_out += count(item.get("usage"), "output_tokens")
+            error = ""
+        elif item.get("type") in ("turn.failed", "error"):
+            inner = item.get("error")
+            error = str(inner.get("message") if isinstance(inner, dict) else item.get("message") or inner)
+    return Spent(tokens_in, tokens_out, error=error)
+
+
+def read_gemini(path: str) -> Spent:
+    """`gemini -o json`: one document with stats.models.NAME.tokens, or with error."""
+    tokens_in = tokens_out = 0
+    error = ""
+    for item in read_json_lines(path):
+        models = (item.get("stats") or {}).get("models") or {}
+        tokens_in += sum(count(model.get("tokens"), "prompt") for model in models.values())
+        tokens_out += sum(count(model.get("tokens"), "candidates", "thoughts") for model in models.values())
+        error = str((item.get("error") or {}).get("message", ""))
+    return Spent(tokens_in, tokens_out, error=error)
+
+
+def read_opencode(path: str) -> Spent:
+    """`opencode run --format json`: a step_finish part for each step with its tokens and cost; error events."""
+    total, error = Spent(), ""
+    for item in read_json_lines(path):
+        part = item.get("part") or {}
+        if item.get("type") == "step_finish":
+            tokens = part.get("tokens")
+            total = Spent(total.tokens_in + count(tokens, "input"), total.tokens_out + count(tokens, "output"),
+                          total.cost_usd + dollars_of(part.get("cost")))
+        elif item.get("type") == "error":
+            error = dump_line(item.get("error"))[:300]
+    return total._replace(error=error)
+
+
+READERS = {"claude-transcript": read_claude_transcript, "claude": read_claude, "codex": read_codex, "gemini": read_gemini,
+           "opencode": read_opencode}
+
+
+def find_transcript(preset: Preset, conversation: str) -> str:
+    """The file in which a CLI keeps the conversation, below the HOME of the caller; empty when there is none."""
+    import glob
+
+    folder = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(os.path.expanduser("~"), ".claude")
+    pattern = os.path.join(glob.escape(folder), preset.transcript.format(conversation=conversation)) if preset.transcript else ""
+    return next(iter(glob.glob(pattern)), "") if pattern and conversation else ""
+
+
+def read_spent(store: Store, agent: str, preset_name: str, conversation: str) -> Spent:
+    """What an attempt has used so far, and the error that it ended with; empty for a command that is no preset."""
+    preset = PRESETS.get(preset_name)
+    if preset is None or not preset.reader:
+        return Spent()
+    is_transcript = preset.reader == "claude-transcript"
+    path = find_transcript(preset, conversation) if is_transcript else store.path("mailbox", agent, "output")
+    return READERS[preset.reader](path)
+
+
+# -- trouble: why an attempt ended, and what follows
+
+LIMITS_FILE = "limits.json"
+USAGE_FILE = "usage.jsonl"
+API_PAUSE_SECONDS, API_PAUSE_MAX, LIMIT_SECONDS = 30.0, 900.0, 900.0
+CAUSES = (  # the first that matches a CLI's error; StopFailure's own words (authentication_failed, rate_limit, ...) among them
+    ("not logged in", r"not logged in|run /login|invalid api key|api key not valid|authentication|oauth|account_on_hold|"
+                      r"verification_required|cloud_credential|unauthori[sz]ed|\b401\b"),
+    ("no credit", r"billing|credit balance|payment|\b402\b"),
+    ("context used up", r"prompt is too long|context (window|length|limit)|maximum context"),
+    ("usage limit", r"rate.?limit|limit reached|\blimit\b.*\bresets?\b|hit your .*limit|usage limit|out of (extra )?usage|quota|"
+                    r"too many requests|\b429\b"),
+    ("API failure", r"overloaded|api error|server.?error|bad gateway|unavailable|\b5\d\d\b|connection|network|econn|"
+                    r"stream (closed|disconnected|error)|timed? ?out|^unknown\b"),
+)
+NO_FAULT = ("not logged in", "no credit", "usage limit", "API failure")  # of the attempt: released, not counted
+# move: submit, fail, resume (fail, and the conversation goes on), release
+Outcome = collections.namedtuple("Outcome", "move cause why")
+
+
+def find_cause(error: str) -> str:
+    """The cause behind a CLI's own error text; empty when it is none that has a policy of its own."""
+    return next((cause for cause, pattern in CAUSES if re.search(pattern, error, re.IGNORECASE)), "")
+
+
+def judge_end(code: int, turn: dict, ending: dict, spent: Spent, tail: str) -> Outcome:
+    """What becomes of an attempt: pure. The farm's own word first, then the CLI's error, then its hooks, then the exit code.
+
+    A limit, a failing API and a missing login are no fault of the attempt: it is released, and goes on later. code: exit code.
+    """
+    if ending:
+        return Outcome("fail", ending["event"], ending["message"])
+    error = turn.get("message", "") if turn.get("event") == "StopFailure" else spent.error
+    cause = find_cause(error) if error else ""
+    if cause in NO_FAULT:
+        return Outcome("release", cause, error)
+    if error:
+        return Outcome("fail", cause or "failed", error)
+    if code == 0 or turn.get("state") == "over":
+        return Outcome("submit", "done", f"denied: {spent.denied}" if spent.denied else "")
+    if code > 128:
+        cause = "killed (out of memory?)" if code == 137 else "killed"
+        return Outcome("resume", cause, f"the agent was killed by signal {code - 128}: {tail}")
+    return Outcome("fail", "crashed", f"the agent ended with exit code {code}: {tail}")
+
+
+CUT_SECONDS = 75.0  # a clock shows whole minutes, cut off
+UNIT_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+SPAN = r"\b(?:in|after)\s+((?:\d+(?:\.\d+)?\s*(?:days?|d|hours?|hrs?|h|minutes?|mins?|m|seconds?|secs?|s)\b[\s,]*(?:and\s+)?)+)"
+DAY = r"(?:([A-Z][a-z]{2})[a-z]*\.?\s+(\d{1,2})(?:st|nd|rd|th)?,?\s+(?:(\d{4}),?\s+)?(?:at\s+)?)?"
+TIME = r"(\d{1,2})(?::(\d\d))?\s*([ap]m)?\b(?:\s*\(([\w/+-]+)\))?"
+
+
+def read_reset(text: str, now: float) -> float | None:
+    """Epoch seconds at which a usage limit ends, from the CLI's words; None when they do not say.
+
+    Known: `...|1765432100`, `resets 3pm (Europe/Berlin)`, `resets Nov 25, 3:30pm (UTC)`, `try again at Jan 2, 2027, 3pm`,
+    `try again in 2 hours 5 minutes`, `retry after 30s`.
+    """
+    stamp = re.search(r"\|(\d{10})\b", text)
+    if stamp:
+        return float(stamp[1])
+    span = re.search(SPAN, text, re.IGNORECASE)
+    if span:
+        parts = re.findall(r"(\d+(?:\.\d+)?)\s*([dhms])", span[1], re.IGNORECASE)
+        return now + sum(float(number) * UNIT_SECONDS[unit.lower()] for number, unit in parts)
+    return read_clock(text, now)
+
+
+def read_clock(text: str, now: float) -> float | None:
+    """The next time at which a clock shows `resets [Nov 25, [2027,]] 3:30pm [(Zone)]`, in the reader's zone where none is named."""
+    import datetime
+    import zoneinfo
+
+    found = re.search(r"(?:resets?|again|until)\s+(?:at\s+|on\s+)?" + DAY + TIME, text, re.IGNORECASE)
+    if not found or not (found[5] or found[6]):
+        return None
+    month, day, year, hour, minute, half, zone_name = found.groups()
+    try:
+        zone = zoneinfo.ZoneInfo(zone_name) if zone_name else None
+        here = datetime.datetime.fromtimestamp(now, zone)
+        hour = int(hour) % 12 + 12 * (half.lower() == "pm") if half else int(hour)
+        at = here.replace(hour=hour, minute=int(minute or 0), second=0, microsecond=0)
+        if month:
+            at = at.replace(year=int(year or at.year), month=MONTHS.index(month.lower()) + 1, day=int(day))
+    except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError):
+        return None
+    if at <= here and not year:
+        at = at.replace(year=at.year + 1) if month else at + datetime.timedelta(days=1)
+    return at.timestamp() + CUT_SECONDS
+
+
+def read_limits(store: Store) -> dict[str, dict]:
+    """preset -> {"cause", "until" (UTC; empty: until a person has acted), "said", "count"} of what holds a CLI up."""
+    return {name: limit for name, limit in store.read_part(LIMITS_FILE, "presets").items()
+            if isinstance(limit, dict) and is_texts([limit.get(key) for key in ("cause", "until", "said")])}
+
+
+def find_limit(store: Store, preset: str, now: float) -> str:
+    """Why no agent of this preset starts now, in words; empty when it may."""
+    limit = read_limits(store).get(preset) if preset else None
+    if not limit or limit["until"] and limit["until"] <= utc(now):
+        return ""
+    until = f" until {limit['until']}" if limit["until"] else ", until a person mends it and types ./farm.py up"
+    return f"{preset}: {limit['cause']}{until} ({one_line(limit['said'], 80)})"
+
+
+def pause_until(outcome: Outcome, times: int, now: float) -> str:
+    """UTC; empty when only a person can mend it. times: how often in turn."""
+    if outcome.cause == "usage limit":
+        return utc(read_reset(outcome.why, now) or now + LIMIT_SECONDS)
+    return utc(now + min(API_PAUSE_SECONDS * 2.0 ** (times - 1), API_PAUSE_MAX)) if outcome.cause == "API failure" else ""
+
+
+def note_limit(tx: Transaction, preset: str, outcome: Outcome, now: float) -> str:
+    """Write down (or, after an attempt that went well, drop) what holds a preset up; until when, in UTC."""
+    limits = read_limits(tx.store)
+    before, until = limits.pop(preset, {}), ""
+    if outcome.move == "release":
+        times = count(before, "count") + 1 if before.get("cause") == outcome.cause else 1
+        until = pause_until(outcome, times, now)
+        limits[preset] = {"cause": outcome.cause, "until": until, "said": outcome.why, "count": times}
+    if limits or before:
+        tx.store.write_durably(LIMITS_FILE, (dump_line({"schema": SCHEMA, "presets": limits}) + "\n").encode("utf-8"))
+    return until
+
+
+def forget_limits(tx: Transaction) -> None:
+    """A person has started or resumed the farm: limits without an end were theirs to mend, and failures count anew."""
+    limits = read_limits(tx.store)
+    kept = {preset: limit for preset, limit in limits.items() if limit["cause"] == "usage limit"}
+    if kept != limits:
+        tx.store.write_durably(LIMITS_FILE, (dump_line({"schema": SCHEMA, "presets": kept}) + "\n").encode("utf-8"))
+
+
+def note_spent(store: Store, line: dict, spent: Spent) -> None:
+    """One line an attempt in usage.jsonl. A resumed conversation's line holds all of it: readers take the last."""
+    line = {"at": utc(CLOCK.now()), **line, "tokens_in": spent.tokens_in, "tokens_out": spent.tokens_out,
+            "cost_usd": round(spent.cost_usd, 6)}
+    with open(store.path(USAGE_FILE), "a", encoding="utf-8") as file:
+        file.write(dump_line(line) + "\n")
+
+
+def read_spending(store: Store) -> list[dict]:
+    """The lines of usage.jsonl, the last one of each conversation (or attempt, where conversations are not resumed)."""
+    lines = {}
+    for line in read_json_lines(store.path(USAGE_FILE)):
+        kinds = {"task": str, "agent": str, "fence": str, "tokens_in": int, "tokens_out": int}
+        if all(isinstance(line.get(key), kind) for key, kind in kinds.items()) and isinstance(line.get("cost_usd"), (int, float)):
+            lines[line.get("conversation") or line["fence"]] = line
+    return list(lines.values())
+
+
+def sum_spending(lines: list[dict]) -> dict:
+    """{"tokens_in", "tokens_out", "cost_usd"} of some lines of usage.jsonl."""
+    total = {key: sum(line[key] for line in lines) for key in ("tokens_in", "tokens_out", "cost_usd")}
+    return {**total, "cost_usd": round(total["cost_usd"], 6)}
+
 
 # ---------------------------------------------------------------------------------------------- sessions
 # What psutil and tmux tell about the processes behind the panes. Words on a screen are no source here.
@@ -1574,6 +2162,18 @@ def measure(tree: list) -> Usage:
         except psutil.Error:
             continue
     return Usage(round(cpu, 1), int(rss), len(tree), zombie)
+
+
+def cpu_time_of(tree: list) -> float:
+    """CPU seconds of a process tree, those of children that have ended included."""
+    psutil = import_package("psutil")
+    total = 0.0
+    for process in tree:
+        try:
+            total += sum(process.cpu_times()[:4])
+        except psutil.Error:
+            continue
+    return total
 
 
 def find_by_environment(**wanted: str) -> list:
@@ -2507,29 +3107,8 @@ else
   exec bash "$FARM_HOME/scripts/run-agent.sh"
 fi"""
 
-PRESETS = {
-    "claude": 'claude -p --permission-mode acceptEdits "$(cat "$FARM_PROMPT_FILE")" </dev/null',
-    "codex": 'codex exec --sandbox workspace-write "$(cat "$FARM_PROMPT_FILE")" </dev/null',
-    "gemini": 'gemini --approval-mode auto_edit -p "$(cat "$FARM_PROMPT_FILE")" </dev/null',
-    "opencode": 'opencode run "$(cat "$FARM_PROMPT_FILE")" </dev/null',
-    "aider": 'aider --yes-always --no-check-update --message-file "$FARM_PROMPT_FILE" </dev/null',
-}
 
-
-def resolve_agent(agent: str) -> str:
-    """The command behind a preset's name, or the command itself. Raises MissingTool when it cannot be started."""
-    import shutil
-    import subprocess
-
-    if not agent and not shutil.which("claude"):
-        raise MissingTool("no agent is named, and claude is not on PATH", "make demo, or: ./farm.py up --agent 'COMMAND'")
-    command = PRESETS.get(agent or "claude", agent)
-    words = [word for word in command.split() if not re.match(r"[A-Za-z_]\w*=", word)]
-    found = subprocess.run(["bash", "-c", 'type -t -- "$1" >/dev/null', "bash", words[0].strip("'\"") if words else ""],
-                           cwd=TOOLKIT, timeout=10)
-    if found.returncode and re.fullmatch(r"[\w./+-]+", words[0] if words else ""):
-        raise MissingTool(f"the agent command {words[0]!r} is not on PATH", "install it, or: ./farm.py up --agent 'COMMAND'")
-    return command
+STILL_SECONDS = 900.0
 
 
 def agent_names(count: int) -> list[str]:
@@ -2598,11 +3177,16 @@ def find_recorded(path: str) -> int | None:
 class Farm:
     """The lifecycle of a farm's sessions. Crash-only: kill it at any time, start it again, and it goes on from disk."""
 
-    def __init__(self, store: Store, settings: Settings, command: str, target: str):
-        self.store, self.settings, self.command, self.target = store, settings, command, target
+    def __init__(self, store: Store, settings: Settings, launches: list[Launch], target: str):
+        """launches: what each agent runs; empty for a farm that is only stopped."""
+        self.store, self.settings, self.target = store, settings, target
         self.repo = store.repo
         self.socket = farm_socket(self.repo)
         self.names = agent_names(settings.n)
+        self.launches = dict(zip(self.names, launches, strict=False))
+        self.turns: dict[str, dict] = {}
+        self.spending: list[dict] = []
+        self.looks: dict[str, tuple[float, float]] = {}  # agent -> (epoch seconds, CPU seconds of its tree then)
         self.worktrees: dict[str, list] = {}
         self.sessions: dict[str, Session] = {}
         self.agents: dict[str, dict] = store.read_agents()
@@ -2630,12 +3214,21 @@ class Farm:
             say(made.stderr.strip())
 
     def spawn(self, names: list[str]) -> list[list[str]]:
-        """A session for each name that has none, all by one call of tmux; returns spawn-tmux.sh's rows."""
-        control = [CONTROL, "-", self.repo, "reused"]
-        rows = [control if name == CONTROL else self.worktrees[name] for name in names if name in {*self.worktrees, CONTROL}]
-        environment = {"FARM_REPO": self.repo, "FARM_HOME": TOOLKIT, "FARM_PYTHON": sys.executable, "FARM_AGENT": self.command,
-                       "FARM_TARGET": self.target, "FARM_WORKTREES": worktrees_folder(self.repo, self.settings),
-                       "FARM_PORTS": str(port_base(worktrees_folder(self.repo, self.settings))),
+        """A session for each name that has none, by one call of tmux for all that run the same; returns spawn-tmux.sh's rows."""
+        launches = collections.defaultdict(list)
+        for name in names:
+            if name in self.worktrees:
+                launches[self.launches[name]].append(self.worktrees[name])
+        if CONTROL in names:
+            launches[next(iter(launches), Launch("", "", ""))].append([CONTROL, "-", self.repo, "reused"])
+        return [row for launch, rows in launches.items() for row in self.spawn_alike(launch, rows) if row[0] != CONTROL]
+
+    def spawn_alike(self, launch: Launch, rows: list[list[str]]) -> list[list[str]]:
+        folder = worktrees_folder(self.repo, self.settings)
+        environment = {"FARM_REPO": self.repo, "FARM_HOME": TOOLKIT, "FARM_PYTHON": sys.executable, "FARM_AGENT": launch.start,
+                       "FARM_AGENT_RESUME": launch.resume, "FARM_PRESET": launch.preset, "FARM_TARGET": self.target,
+                       "FARM_CLI_SETTINGS": self.store.path(CLI_SETTINGS_FILE), "FARM_WORKTREES": folder,
+                       "FARM_AGENT_HOME": os.path.expanduser(self.settings.agent_home), "FARM_PORTS": str(port_base(folder)),
                        "FARM_AS_TOLD": "1", "FARM_SANDBOXED": "1" if self.settings.sandboxed else ""}
         pairs = [word for key, value in environment.items() for word in ("-e", f"{key}={value}")]
         result = run_script("spawn-tmux.sh", "-C", self.repo, "-L", self.socket, "-l", self.store.path("logs"), *pairs,
@@ -2643,7 +3236,7 @@ class Farm:
                             allow=(0, 1), env={"TMUX": "", "FARM_AGENT_NAME": ""})
         if result.stderr.strip():
             say(result.stderr.strip())
-        return [row for row in read_tsv(result.stdout) if row[0] != CONTROL]
+        return read_tsv(result.stdout)
 
     def up(self) -> tuple[int, int]:
         """Worktrees, sessions, and the loop in tmux; (started, adopted). Run again: adopts what runs, repairs what does not."""
@@ -2664,11 +3257,19 @@ class Farm:
             end_processes([process for process, name in strays if name in set(self.names) - alive])
 
     def remember(self, mode: str, reason: str = "") -> None:
-        """What the farm is to do, and with which settings: a later `up`, `merge` or `claim` reads it."""
+        """What the farm is to do, and with which settings: a later `up`, `merge` or `claim` reads it.
+
+        At a start every CLI gets its chance again, and interrupted tasks are kept for their agents from now on.
+        """
         with self.store.transaction() as tx:
-            kept = {**self.settings._asdict(), "agent": self.command, "into": self.target}
+            kept = {**self.settings._asdict(), "into": self.target}
             data = {"schema": SCHEMA, "mode": mode, "reason": reason, "settings": kept}
             tx.store.write_durably(FARM_FILE, (dump_line(data) + "\n").encode("utf-8"))
+            if mode == "running":
+                text = dump_line(cli_settings(self.settings.gate)) + "\n"
+                tx.store.write_durably(CLI_SETTINGS_FILE, text.encode("utf-8"))
+                forget_limits(tx)
+                TaskQueue(tx).keep_for_agents(self.names)
 
     # -- the loop
 
@@ -2678,7 +3279,8 @@ class Farm:
         self.reap(now)
         self.expire()
         self.restart(now)
-        self.admit()
+        self.watch_agents(now)
+        self.admit(now)
         self.tend_merger(now)
         self.save()
 
@@ -2698,7 +3300,9 @@ class Farm:
             if session is not None and not session.dead:
                 if record.get("down"):  # somebody's `up` started it: it gets all its chances again
                     record = self.agents[name] = {"ends": []}
-                record["pid"] = session.pid
+                if record.get("pid") != session.pid:
+                    record["pid"] = session.pid
+                    self.store.append_event("session-started", None, agent=name)
                 continue
             if record.pop("pid", None) is None and "down" in record:
                 continue
@@ -2751,10 +3355,80 @@ class Farm:
             say(f"no new work starts: {short}" if short else "there is room again")
         return not short
 
-    def admit(self) -> None:
-        """Ring as many idle agents as there are tasks to claim."""
+    def watch_agents(self, now: float) -> None:
+        """What agents at work have told or used up: who waits for a person, whose time or money is over, who stands still."""
+        self.spending = read_spending(self.store)
+        busy = [claim for claim in self.state.claims.values() if claim.task and claim.agent in self.names]
+        for name in set(self.agents) - {claim.agent for claim in busy}:
+            self.agents[name].pop("still_since", None)
+        for claim in busy:
+            self.note_turns(claim)
+            self.note_stillness(claim, now)
+            over = self.find_excess(claim, now)
+            if over and not read_mail(self.store, claim.agent, ENDING_FILE, claim.fence):
+                say(f"{claim.agent}: {over[1]}")
+                end_attempt(self.store, claim.agent, claim.fence, *over)
+        self.watch_budget()
+
+    def note_stillness(self, claim: Claim, now: float) -> None:
+        """`still_since`: an agent at work whose output and whole process tree have stood still for STILL_SECONDS.
+
+        Unknown is not stuck, and nothing is ended for it: `status` shows it to a person. A tree counts as still while all its CPU
+        time since the last look (a minute ago, or longer) is below one percent.
+        """
+        record, session = self.agents.get(claim.agent, {}), self.sessions.get(claim.agent)
+        log = self.store.path("logs", claim.agent + ".log")
+        quiet_since = max(epoch(claim.claimed_at), os.path.getmtime(log) if os.path.exists(log) else 0.0)
+        if session is None or now - quiet_since < STILL_SECONDS or self.turns.get(claim.agent, {}).get("state") == "waiting":
+            record.pop("still_since", None)
+            self.looks.pop(claim.agent, None)
+            return
+        looked_at, cpu_before = self.looks.get(claim.agent, (0.0, 0.0))
+        if now - looked_at < 60:
+            return
+        cpu_seconds = cpu_time_of(tree_of(session.pid, process_children()))
+        self.looks[claim.agent] = (now, cpu_seconds)
+        if looked_at and cpu_seconds - cpu_before < 0.01 * (now - looked_at):
+            record.setdefault("still_since", utc(quiet_since))
+        else:
+            record.pop("still_since", None)
+
+    def note_turns(self, claim: Claim) -> None:
+        """An event in the history when an agent begins or ends to wait for a person."""
+        name, turn = claim.agent, read_mail(self.store, claim.agent, TURN_FILE, claim.fence)
+        before, self.turns[name] = self.turns.get(name, {}), turn
+        waits = [mail.get("state") == "waiting" and mail.get("fence") == claim.fence for mail in (before, turn)]
+        if waits[0] != waits[1]:
+            self.store.append_event("agent-waits" if waits[1] else "agent-goes-on", None, agent=name,
+                                    why=turn.get("message", ""), id=claim.task["id"])
+
+    def find_excess(self, claim: Claim, now: float) -> tuple[str, str] | None:
+        """(cause, words) when a claim is over its time limit or its budget."""
+        task = claim.get_task()
+        limit, budget = task.time_limit_seconds or self.settings.task_seconds, task.budget_usd or self.settings.task_budget
+        if limit and now - epoch(claim.claimed_at) > limit:
+            return "time limit", f"its time limit of {duration(limit)} is over"
+        if budget and (cost := self.cost_of(task.id)) >= budget:
+            return "budget", f"its budget of ${budget:.2f} is used up (${cost:.2f})"
+        return None
+
+    def cost_of(self, task_id: str) -> float:
+        return sum_spending([line for line in self.spending if line["task"] == task_id])["cost_usd"]
+
+    def watch_budget(self) -> None:
+        """Pause the farm when all of it has cost as much as it may."""
+        budget, cost = self.settings.budget, sum_spending(self.spending)["cost_usd"]
+        if budget and cost >= budget and (self.store.read_json(FARM_FILE) or {}).get("mode") == "running":
+            say(f"the farm pauses: its budget of ${budget:.2f} is used up (${cost:.2f})")
+            self.remember("paused", f"its budget of ${budget:.2f} is used up")
+
+    def admit(self, now: float) -> None:
+        """Ring as many idle agents as there are tasks to claim, those that an interrupted task is kept for first."""
         busy = {claim.agent for claim in self.state.claims.values() if claim.task}
-        idle = [name for name in self.names if name not in busy and not self.agents[name].get("down")]
+        kept = {task.conversation.get("agent") for task in self.state.pending.values()}
+        idle = [name for name in self.names if name not in busy and not self.agents[name].get("down")
+                and not find_limit(self.store, self.launches[name].preset, now)]
+        idle.sort(key=lambda name: name not in kept)
         with self.store.transaction() as tx:
             tasks = TaskQueue(tx).claimable("")
         if tasks and idle and self.has_room():
@@ -2798,16 +3472,22 @@ class Farm:
 
     def wait(self, should_stop) -> None:
         """Until a move is made, a session's process is gone, a backoff is over, or five seconds have passed."""
-        before, deadline = self.store.signature(), CLOCK.monotonic() + self.next_look()
+        before, deadline = self.signature(), CLOCK.monotonic() + self.next_look()
         pids = [record["pid"] for record in self.agents.values() if "pid" in record]
         while CLOCK.monotonic() < deadline and not should_stop.wait(0.2):
-            if self.store.signature() != before or not all(map(process_exists, pids)):
+            if self.signature() != before or not all(map(process_exists, pids)):
                 return
+
+    def signature(self) -> tuple:
+        """What changes with each move, and with each event of a CLI's hooks."""
+        busy = [claim.agent for claim in self.state.claims.values() if claim.task and claim.agent in self.names]
+        return (*self.store.signature(), *(changed_at(self.store.path("mailbox", name, TURN_FILE)) for name in busy))
 
     def next_look(self) -> float:
         """Seconds until something is due: a backoff's end, or a session's start."""
         now = CLOCK.now()
         dues = [epoch(task.not_before) for task in self.state.pending.values() if task.not_before and task.state == "pending"]
+        dues += [epoch(limit["until"]) for limit in read_limits(self.store).values() if limit["until"] > utc(now)]
         dues += [self.policy.start_at(record["ends"], now) or now + 5 for record in self.agents.values() if record.get("down")]
         return min([5.0, *(max(0.2, due - now) for due in dues)])
 
@@ -2914,6 +3594,13 @@ def is_stranded(task: Task, state: State) -> bool:
     return any(other is None or other.id in state.pending and is_stranded(other, state) for other in before)
 
 
+def changed_at(path: str) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+
+
 def process_exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -2923,19 +3610,6 @@ def process_exists(pid: int) -> bool:
         pass
     return True
 
-
-def ring(path: str, word: bytes = b"claim\n") -> None:
-    """Wake whoever waits at a bell, a FIFO; nobody listening is fine."""
-    try:
-        bell = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-    except OSError:
-        return
-    try:
-        os.write(bell, word)
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(bell)
 
 # ---------------------------------------------------------------------------------------------- reports
 # Looking takes no lock and writes nothing: a status must answer while another verb holds the mutex, and on a broken farm.
@@ -2989,10 +3663,6 @@ def task_record(task: Task, state: State, now: float) -> dict:
     return record
 
 
-def is_texts(value) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
 def find_activity(store: Store) -> dict:
     """What a live merger is doing (merge_queue/now.json); empty when none runs."""
     now = store.read_json(NOW_FILE) or {}
@@ -3035,22 +3705,52 @@ def describe_queue(state: State, records: list[dict], activity: dict) -> str:
     return " \u00b7 ".join(parts) + (f"\n{trouble[0]}\n  try: {trouble[1]}" if trouble else "")
 
 
-def agent_record(name: str, session: Session | None, claim: Claim | None, told: dict, usage: Usage | None, store: Store,
-                 settings: Settings) -> dict:
-    """One agent as `status --json` shows it; the process tree speaks before anything else."""
-    task, cause = claim.get_task() if claim else None, told.get("cause", "")
+START_SECONDS = 120.0  # a CLI that has not taken its prompt by then asks something on its screen
+
+
+def session_state(session: Session | None, told: dict, usage: Usage | None, claim: Claim | None, turn: dict, preset: str) -> str:
+    """An agent's state, best source first: the process tree, the loop's notes, its CLI's hooks."""
     if session is None or session.dead:
-        state = "parked" if told.get("parked") else "stopped" if session is None and not cause else "dead"
-        cause = cause or (end_cause(session) if session else "")
-    else:
-        state = "zombie" if usage and usage.is_zombie else "working" if task else "idle"
+        return "parked" if told.get("parked") else "stopped" if session is None and not told.get("cause") else "dead"
+    if usage and usage.is_zombie:
+        return "zombie"
+    if claim is None or not claim.task:
+        return "idle"
+    if turn.get("state") == "waiting":
+        return "waiting"
+    if told.get("still_since"):
+        return "stuck"
+    has_hooks = preset in PRESETS and PRESETS[preset].reader == "claude-transcript"
+    if turn or not has_hooks:
+        return "working"
+    return "starting" if CLOCK.now() - epoch(claim.claimed_at) < START_SECONDS else "waiting"
+
+
+def explain_state(state: str, session: Session | None, told: dict, claim: Claim | None, turn: dict) -> tuple[str, str]:
+    """(since when, in UTC, and why) an agent is in its state."""
+    since, cause = claim.claimed_at if claim else told.get("since", ""), told.get("cause", "")
+    if state == "waiting":
+        return turn.get("at", since), turn.get("message", "") or "it has not taken its prompt: look at its screen"
+    if state == "stuck":
+        return told["still_since"], "no output, and nothing runs"
+    return since, cause or (end_cause(session) if session and session.dead else "")
+
+
+def agent_record(name: str, session: Session | None, claim: Claim | None, told: dict, usage: Usage | None, store: Store,
+                 settings: Settings, preset: str = "") -> dict:
+    """One agent as `status --json` shows it; the process tree speaks before anything else."""
+    task = claim.get_task() if claim else None
+    turn = read_mail(store, name, TURN_FILE, claim.fence) if task else {}
+    state = session_state(session, told, usage, claim, turn, preset)
+    limit = find_limit(store, preset, CLOCK.now()) if state == "idle" else ""
+    state = "limited" if limit else state
+    since, cause = explain_state(state, session, told, claim if task else None, turn)
     log = store.path("logs", name + ".log")
     return {"agent": name, "state": state, "task": task.id if task else "", "pid": session.pid if session else None,
             "rss_bytes": usage.rss_bytes if usage else 0, "cpu_percent": usage.cpu_percent if usage else 0.0,
-            "since": (claim.claimed_at if task else told.get("since", "")), "worktree": worktree_of(store.repo, settings, name),
-            "branch": f"farm/{name}/{task.id}" if task else "",
-            "last_output_at": utc(os.path.getmtime(log)) if os.path.exists(log) else "", "cause": cause,
-            "processes": usage.processes if usage else 0}
+            "since": since, "worktree": worktree_of(store.repo, settings, name), "branch": f"farm/{name}/{task.id}" if task else "",
+            "last_output_at": utc(os.path.getmtime(log)) if os.path.exists(log) else "", "cause": limit or cause,
+            "processes": usage.processes if usage else 0, "preset": preset}
 
 
 def agent_records(store: Store, state: State, settings: Settings) -> list[dict]:
@@ -3060,11 +3760,13 @@ def agent_records(store: Store, state: State, settings: Settings) -> list[dict]:
     is_up = (store.read_json(FARM_FILE) or {}).get("mode") in ("running", "stopping", "paused")
     names = {*state.claims, *sessions, *(agent_names(settings.n) if is_up else ())} - {CONTROL}
     children = process_children() if sessions else {}
+    presets = dict(zip(agent_names(settings.n), share_agents(settings), strict=False))
     records = []
     for name in sorted(names):
         session = sessions.get(name)
         usage = measure(tree_of(session.pid, children)) if session and not session.dead else None
-        records.append(agent_record(name, session, state.claims.get(name), told.get(name, {}), usage, store, settings))
+        preset = presets.get(name, "") if presets.get(name, "") in PRESETS else ""
+        records.append(agent_record(name, session, state.claims.get(name), told.get(name, {}), usage, store, settings, preset))
     return records
 
 
@@ -3728,7 +4430,39 @@ def file_system_of(path: str) -> str:
     return max(above, key=lambda mount: len(mount[1]), default=["", "", ""])[2]
 
 
-CHECKS = (check_tools, check_settings, check_state, check_pins, check_machine)
+def check_agents(call: Call) -> list[tuple]:
+    """What would keep the farm's agents from starting, or from working unattended."""
+    settings = call.settings()
+    shared = share_agents(settings)
+    findings = [finding for agent in dict.fromkeys(shared) for finding in attempt(check_command, program_of(agent))]
+    if "claude" in shared and not findings:
+        findings += [(what, hint, 0) for what, hint in find_blockers(call.repo, settings)]
+    return findings + [(limit, "./farm.py up", 0) for preset in PRESETS if (limit := find_limit(call.store, preset, CLOCK.now()))]
+
+
+def list_clis() -> list[str]:
+    """A line about the coding CLIs that are on PATH, with their versions, and one about those that are not."""
+    import shutil
+    import subprocess
+    from concurrent.futures import ThreadPoolExecutor
+
+    def version_of(program: str) -> str:
+        try:
+            done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"{program} (its version cannot be asked: {one_line(str(error), 60)})"
+        found = re.search(r"\d+(\.\d+)+", done.stdout + done.stderr)
+        return f"{program} {found[0] if found else '(of no known version)'}"
+
+    checked = {program_of(name).split()[0]: preset.checked for name, preset in PRESETS.items()}
+    there = [program for program in checked if shutil.which(program)]
+    with ThreadPoolExecutor() as pool:
+        versions = [f"{version} (checked with {checked[version.split()[0]]})" for version in pool.map(version_of, there)]
+    missing = [program for program in checked if program not in there]
+    return [f"coding CLIs: {', '.join(versions) or 'none'}" + (f"; not installed: {', '.join(missing)}" if missing else "")]
+
+
+CHECKS = (check_tools, check_settings, check_state, check_pins, check_machine, check_agents)
 
 
 def find_damaged(store: Store) -> dict[str, str]:
@@ -3907,7 +4641,7 @@ def read_option(verb_name: str, name: str, kind: str, value: str, options: dict)
 
 
 @verb("add TITLE [--prompt TEXT | --prompt-file F] | add -f FILE", "add one task, or many from a file (- for stdin)",
-      "prompt= prompt-file= id= priority=# after=* path=* max-attempts=# f|file=",
+      "prompt= prompt-file= id= priority=# after=* path=* max-attempts=# time-limit=s budget=s f|file=",
       "./farm.py add 'Fix the login test' --priority 5")
 def verb_add(call: Call) -> int:
     settings = call.settings()
@@ -3937,7 +4671,8 @@ def draft_from(call: Call) -> Task:
     prompt = read_text(options["prompt_file"]) if options.get("prompt_file") else options.get("prompt", "")
     return Task(id=checked_name(options["id"], "task id") if options.get("id") else "", title=title, prompt=prompt,
                 priority=options.get("priority", 0), after=options.get("after", []), paths=options.get("path", []),
-                max_attempts=options.get("max_attempts", 0))
+                max_attempts=options.get("max_attempts", 0), time_limit_seconds=options.get("time_limit", 0.0),
+                budget_usd=options.get("budget", 0.0))
 
 
 def read_text(path: str) -> str:
@@ -3981,13 +4716,33 @@ def verb_claim(call: Call) -> int:
             if CLOCK.monotonic() >= deadline:
                 raise
         wait_for_change(call.store, before, deadline)
+    preset = PRESETS.get(os.environ.get("FARM_PRESET", ""))
+    resumes = bool(preset and preset.resume and find_transcript(preset, claim.task.get("conversation", {}).get("id", "")))
     try:
-        prompt = write_prompt(call.store, claim, settings.gate)
+        prompt = write_prompt(call.store, claim, settings, resumes=resumes)
     except OSError as error:
         raise FarmError(f"{error.filename}: {error.strerror}; {claim.task['id']} is claimed, but its prompt could not be written",
                         "repeat the command") from None
-    print(claim_environment(claim, prompt) if call.options.get("env") else dump_line(claim.to_json()))
+    if preset and call.options.get("env"):
+        wait_for_start(call.store, preset.stagger_seconds)
+    print(claim_environment(claim, prompt, resumes) if call.options.get("env") else dump_line(claim.to_json()))
     return 0
+
+
+def wait_for_start(store: Store, stagger_seconds: float) -> None:
+    """Until this start's turn: one CLI starts every `stagger_seconds`, because many at once slow each other down for long.
+
+    The file holds when the next one may start (epoch seconds); each takes that slot and moves it on, under a lock of its own.
+    """
+    with open(store.path("starts.lock"), "a+", encoding="ascii") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        now, text = CLOCK.now(), file.read().strip()
+        slot = float(text) if re.fullmatch(r"\d+\.\d+", text) else now
+        slot = slot if now < slot < now + 999 * stagger_seconds else now  # a clock that was set back holds nobody up
+        file.truncate(0)
+        file.write(f"{slot + stagger_seconds:.3f}")
+    time.sleep(slot - now)
 
 
 def claim_once(call: Call, agent: str, owner: Owner, watch: LeaseWatch, settings: Settings) -> Claim:
@@ -3998,13 +4753,25 @@ def claim_once(call: Call, agent: str, owner: Owner, watch: LeaseWatch, settings
     short = find_shortage(call.repo, settings.min_free_mib) if farm.get("mode") == "running" else ""
     if short:
         raise NotFound(f"no new work is handed out: {short}", "free some, or lower FARM_MIN_FREE_MIB")
-    rescues = None
+    preset = os.environ.get("FARM_PRESET", "")
+    limit = find_limit(call.store, preset, CLOCK.now())
+    if limit:
+        raise NotFound(f"no new work is handed out: {limit}", "./farm.py status")
+    rescues, conversation = None, new_conversation() if preset and PRESETS[preset].resume else ""
     while True:
         with call.store.transaction() as tx:
             if rescues is not None or not LockRegistry(tx).has_dead_owner():
                 LockRegistry(tx).expire(watch.is_lapsed, rescues)
-                return TaskQueue(tx).claim(agent, owner, call.options.get("id", ""))
+                return TaskQueue(tx).claim(agent, owner, call.options.get("id", ""), conversation)
         rescues = rescue_dead_owners(call.store, settings)  # rarely; no git may run under the mutex
+
+
+def new_conversation() -> str:
+    """A random UUID (RFC 4122, version 4); importing uuid takes longer than the rest of a claim."""
+    digits = bytearray(os.urandom(16))
+    digits[6], digits[8] = digits[6] & 0x0F | 0x40, digits[8] & 0x3F | 0x80
+    text = digits.hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
 def wait_for_change(store: Store, before: tuple, deadline: float) -> None:
@@ -4014,11 +4781,12 @@ def wait_for_change(store: Store, before: tuple, deadline: float) -> None:
         time.sleep(min(0.05, left))
 
 
-def claim_environment(claim: Claim, prompt: str) -> str:
+def claim_environment(claim: Claim, prompt: str, resumes: bool) -> str:
     """FARM_* lines for run-agent.sh; each value is one line."""
     task = claim.get_task()
     values = {"FARM_TASK": task.id, "FARM_FENCE": claim.fence, "FARM_PROMPT_FILE": prompt, "FARM_ATTEMPT": task.attempts + 1,
-              "FARM_BRANCH": f"farm/{claim.agent}/{task.id}", "FARM_START": task.start, "FARM_TITLE": one_line(task.title)}
+              "FARM_BRANCH": f"farm/{claim.agent}/{task.id}", "FARM_START": task.start, "FARM_TITLE": one_line(task.title),
+              "FARM_CONVERSATION": task.conversation.get("id", ""), "FARM_RESUME": "1" if resumes else ""}
     return "\n".join(f"{key}={value}" for key, value in values.items())
 
 
@@ -4037,22 +4805,24 @@ def verb_renew(call: Call) -> int:
     return 0
 
 
-@verb("release AGENT --fence F", "give a task back; no attempt is counted", "fence=", "farm release agent-001 --fence t-0001.2")
+@verb("release AGENT --fence F", "give a task back; no attempt is counted", "fence= rescue=",
+      "farm release agent-001 --fence t-0001.2")
 def verb_release(call: Call) -> int:
     with call.store.transaction() as tx:
-        TaskQueue(tx).release(call.agent(), fence_of(call))
+        TaskQueue(tx).release(call.agent(), fence_of(call), call.options.get("rescue", ""))
     return 0
 
 
 @verb("fail AGENT --fence F --why TEXT [--no-retry]", "end an attempt without a result",
-      "fence= why= no-retry rescue= start=", "farm fail agent-001 --fence t-0001.2 --why 'the API is gone'")
+      "fence= why= no-retry rescue= start= resume", "farm fail agent-001 --fence t-0001.2 --why 'the API is gone'")
 def verb_fail(call: Call) -> int:
     why = one_line(call.options.get("why", ""), 500)
     if not why:
         raise UsageError("fail needs --why: the next attempt reads it")
     with call.store.transaction() as tx:
         TaskQueue(tx).fail(call.agent(), fence_of(call), why, retry=not call.options.get("no_retry"),
-                           rescue=call.options.get("rescue", ""), start=call.options.get("start", ""))
+                           rescue=call.options.get("rescue", ""), start=call.options.get("start", ""),
+                           resume=bool(call.options.get("resume")))
     return 0
 
 
@@ -4073,6 +4843,44 @@ def verb_submit(call: Call) -> int:
         raise Rejected(f"{branch} has no commit of its own", "git add -A && git commit, then submit again")
     with call.store.transaction() as tx:
         TaskQueue(tx).submit(agent, fence, branch, commit)
+    return 0
+
+
+@verb("hook", "what a coding CLI's hooks call, with their event as JSON on stdin", "", "farm hook <event.json")
+def verb_hook(call: Call) -> int:
+    agent, fence = os.environ.get("FARM_AGENT_NAME", ""), os.environ.get("FARM_FENCE", "")
+    try:
+        event = json.loads(sys.stdin.buffer.read() or b"{}")
+    except ValueError as error:
+        raise UsageError(f"a hook's event is a JSON object: {error}") from None
+    if not is_name(agent) or not fence or not isinstance(event, dict):
+        raise UsageError("hook is for the CLI that the farm has started: FARM_AGENT_NAME and FARM_FENCE are not set")
+    answer = note_turn(call.store, agent, fence, event)
+    if answer:
+        print(dump_line(answer))
+    return 0
+
+
+@verb("judge AGENT --fence F --code N", "what becomes of an attempt that has ended: move, cause, why; finish-task.sh calls it",
+      "fence= code=#", "farm judge agent-001 --fence t-0001.2 --code 0 <log")
+def verb_judge(call: Call) -> int:
+    agent, fence, preset = call.agent(), fence_of(call), os.environ.get("FARM_PRESET", "")
+    conversation = os.environ.get("FARM_CONVERSATION", "")
+    spent = read_spent(call.store, agent, preset, conversation)
+    tail = one_line(sys.stdin.buffer.read()[-300:].decode("utf-8", "replace"), 300)
+    outcome = judge_end(call.options.get("code", 0), read_mail(call.store, agent, TURN_FILE, fence),
+                        read_mail(call.store, agent, ENDING_FILE, fence), spent, tail)
+    if preset:
+        line = {"task": fence.rpartition(".")[0], "agent": agent, "fence": fence, "preset": preset,
+                "attempt": int(os.environ.get("FARM_ATTEMPT") or 0)}
+        if PRESETS[preset].reader == "claude-transcript":
+            line["conversation"] = conversation
+        note_spent(call.store, line, spent)
+        with call.store.transaction() as tx:
+            until = note_limit(tx, preset, outcome, CLOCK.now())
+        if outcome.move == "release":
+            say(f"{preset}: {outcome.cause}{' until ' + until if until else ''}: {one_line(outcome.why, 200)}")
+    print("\t".join(map(one_line, outcome)))
     return 0
 
 
@@ -4344,9 +5152,11 @@ def open_farm(call: Call) -> Farm:
     run_script("check-tools.sh", "git", "tmux")
     settings = call.settings()
     target = target_of(call, settings)
-    command = resolve_agent(settings.agent)
+    settings = settings._replace(n=count_agents(settings, call.options.get("n")))
+    launches = resolve_agents(call.repo, settings)
+    read_template(call.repo, settings)
     call.store.ensure_folders()
-    return Farm(call.store, settings, command, target)
+    return Farm(call.store, settings, launches, target)
 
 
 @verb("up [-n N] [--agent A] [--gate C] [--into B]", "worktrees, sessions and the loop, in tmux; again: adopts and repairs",
@@ -4395,7 +5205,7 @@ def verb_down(call: Call) -> int:
     farm_file = call.store.read_json(FARM_FILE)
     if farm_file is None:
         raise NotFound("no farm was started here", "./farm.py up")
-    farm = Farm(call.store, settings, settings.agent, settings.into)
+    farm = Farm(call.store, settings, [], settings.into)
     kept = farm.down(0 if call.options.get("now") else settings.grace_seconds)
     for ref in kept:
         say(f"unsaved work is kept: {ref}")
@@ -4512,8 +5322,8 @@ def verb_doctor(call: Call) -> int:
     if call.options.get("json"):
         print_json([{"problem": one_line(what), "try": hint, "exit_code": code} for what, hint, code in findings])
         return max((code for _, _, code in findings), default=0)
-    for line in mended:
-        print(f"mended: {line}")
+    for line in [f"mended: {line}" for line in mended] + list_clis():
+        print(line)
     for what, hint, _ in findings:
         print(f"{printable(what)}\n  try: {hint}")
     if not findings:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Usage: start-task.sh -a AGENT -t TASK -b TARGET [-s START] WORKTREE
+# Usage: start-task.sh -a AGENT -t TASK -b TARGET [-s START] [-k] WORKTREE
 # Puts WORKTREE on the branch farm/AGENT/TASK: at START when it is a commit or branch that is there, else at TARGET.
 # Before that, unsaved work is rescued, and a branch of that name with commits that START lacks is pinned below
-# refs/farm/returned/TASK/. Untracked files are removed once they are rescued; ignored ones stay.
+# refs/farm/returned/TASK/. -k: a conversation goes on; a worktree that is on the branch stays as it is. Untracked files are removed once they are rescued; ignored ones stay.
 # Prints: branch<TAB>base<TAB>rescue ref (empty when there was nothing to rescue); base is the commit that says "nothing done":
 # TARGET's, or that of work which came back
 # Exit: 0 ok, 1 git failed, 2 usage, 3 no such worktree or target
@@ -52,10 +52,10 @@ pin_old() {
 }
 
 main() {
-  local agent='' task='' target='' start='' saved='' option worktree git_dir common newest base branch
-  while getopts a:t:b:s:h option; do
+  local agent='' task='' target='' start='' saved='' keep='' option worktree git_dir common newest base branch head
+  while getopts a:t:b:s:kh option; do
     case $option in
-      a) agent=$OPTARG ;; t) task=$OPTARG ;; b) target=$OPTARG ;; s) start=$OPTARG ;;
+      a) agent=$OPTARG ;; t) task=$OPTARG ;; b) target=$OPTARG ;; s) start=$OPTARG ;; k) keep=yes ;;
       h) sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
       *) exit 2 ;;
     esac
@@ -73,6 +73,12 @@ main() {
   if [ -n "$start" ]; then base=$(in_tree rev-parse -q --verify "$start^{commit}") || base=$newest; fi
   # What a killed git left: nobody else works in this worktree, or on this branch, now.
   rm -f "$git_dir/index.lock" "$git_dir/HEAD.lock" "$git_dir/ORIG_HEAD.lock" "$common/refs/heads/$branch.lock"
+  if [ -n "$keep" ] && [ "$(in_tree symbolic-ref -q HEAD)" = "refs/heads/$branch" ] && in_tree ls-files >/dev/null 2>&1; then
+    head=$(in_tree rev-parse HEAD)
+    if in_tree merge-base --is-ancestor "$head" "$newest"; then newest=$head; fi # nothing is done yet
+    printf '%s\t%s\t\n' "$branch" "$newest"
+    return
+  fi
   make_clean
   pin_old
   in_tree switch --quiet --no-track --force-create "$branch" "$base"
