@@ -1942,8 +1942,8 @@ def read_spent(store: Store, agent: str, preset_name: str, conversation: str) ->
 
 LIMITS_FILE = "limits.json"
 USAGE_FILE = "usage.jsonl"
-API_PAUSE_SECONDS, API_PAUSE_MAX, LIMIT_SECONDS = 30.0, 900.0, 900.0
-CAUSES = (  # the first that matches a CLI's error; StopFailure's own words (authentication_failed, rate_limit, ...) among them
+PAUSE_SECONDS, PAUSE_SECONDS_MAX = 30.0, 900.0
+TROUBLES = (  # the first that matches a CLI's error; StopFailure's own words (authentication_failed, rate_limit, ...) among them
     ("not logged in", r"not logged in|run /login|invalid api key|api key not valid|authentication|oauth|account_on_hold|"
                       r"verification_required|cloud_credential|unauthori[sz]ed|\b401\b"),
     ("no credit", r"billing|credit balance|payment|\b402\b"),
@@ -1960,7 +1960,7 @@ Outcome = collections.namedtuple("Outcome", "move cause why")
 
 def find_cause(error: str) -> str:
     """The cause behind a CLI's own error text; empty when it is none that has a policy of its own."""
-    return next((cause for cause, pattern in CAUSES if re.search(pattern, error, re.IGNORECASE)), "")
+    return next((cause for cause, pattern in TROUBLES if re.search(pattern, error, re.IGNORECASE)), "")
 
 
 def judge_end(code: int, turn: dict, ending: dict, spent: Spent, tail: str) -> Outcome:
@@ -2046,11 +2046,22 @@ def find_limit(store: Store, preset: str, now: float) -> str:
     return f"{preset}: {limit['cause']}{until} ({one_line(limit['said'], 80)})"
 
 
+def write_limits(tx: Transaction, limits: dict) -> None:
+    tx.store.write_durably(LIMITS_FILE, (dump_line({"schema": SCHEMA, "presets": limits}) + "\n").encode("utf-8"))
+
+
+def forget_limits(tx: Transaction) -> None:
+    """A person has started or resumed the farm, and knows better: every CLI is tried again."""
+    if read_limits(tx.store):
+        write_limits(tx, {})
+
+
 def pause_until(outcome: Outcome, times: int, now: float) -> str:
     """UTC; empty when only a person can mend it. times: how often in turn."""
-    if outcome.cause == "usage limit":
-        return utc(read_reset(outcome.why, now) or now + LIMIT_SECONDS)
-    return utc(now + min(API_PAUSE_SECONDS * 2.0 ** (times - 1), API_PAUSE_MAX)) if outcome.cause == "API failure" else ""
+    if outcome.cause not in ("usage limit", "API failure"):
+        return ""
+    at = read_reset(outcome.why, now) if outcome.cause == "usage limit" else None
+    return utc(at or now + min(PAUSE_SECONDS * 2.0 ** (times - 1), PAUSE_SECONDS_MAX))
 
 
 def note_limit(tx: Transaction, preset: str, outcome: Outcome, now: float) -> str:
@@ -2062,16 +2073,8 @@ def note_limit(tx: Transaction, preset: str, outcome: Outcome, now: float) -> st
         until = pause_until(outcome, times, now)
         limits[preset] = {"cause": outcome.cause, "until": until, "said": outcome.why, "count": times}
     if limits or before:
-        tx.store.write_durably(LIMITS_FILE, (dump_line({"schema": SCHEMA, "presets": limits}) + "\n").encode("utf-8"))
+        write_limits(tx, limits)
     return until
-
-
-def forget_limits(tx: Transaction) -> None:
-    """A person has started or resumed the farm: limits without an end were theirs to mend, and failures count anew."""
-    limits = read_limits(tx.store)
-    kept = {preset: limit for preset, limit in limits.items() if limit["cause"] == "usage limit"}
-    if kept != limits:
-        tx.store.write_durably(LIMITS_FILE, (dump_line({"schema": SCHEMA, "presets": kept}) + "\n").encode("utf-8"))
 
 
 def note_spent(store: Store, line: dict, spent: Spent) -> None:
@@ -3259,7 +3262,7 @@ class Farm:
     def remember(self, mode: str, reason: str = "") -> None:
         """What the farm is to do, and with which settings: a later `up`, `merge` or `claim` reads it.
 
-        At a start every CLI gets its chance again, and interrupted tasks are kept for their agents from now on.
+        At a start by a person every CLI gets its chance again, and interrupted tasks are kept for their agents from now on.
         """
         with self.store.transaction() as tx:
             kept = {**self.settings._asdict(), "into": self.target}
@@ -3268,7 +3271,8 @@ class Farm:
             if mode == "running":
                 text = dump_line(cli_settings(self.settings.gate)) + "\n"
                 tx.store.write_durably(CLI_SETTINGS_FILE, text.encode("utf-8"))
-                forget_limits(tx)
+                if not os.environ.get("FARM_AS_TOLD"):
+                    forget_limits(tx)
                 TaskQueue(tx).keep_for_agents(self.names)
 
     # -- the loop
@@ -4432,8 +4436,10 @@ def file_system_of(path: str) -> str:
 
 def check_agents(call: Call) -> list[tuple]:
     """What would keep the farm's agents from starting, or from working unattended."""
+    import shutil
+
     settings = call.settings()
-    shared = share_agents(settings)
+    shared = share_agents(settings) if settings.agent or shutil.which("claude") else []
     findings = [finding for agent in dict.fromkeys(shared) for finding in attempt(check_command, program_of(agent))]
     if "claude" in shared and not findings:
         findings += [(what, hint, 0) for what, hint in find_blockers(call.repo, settings)]
@@ -4457,7 +4463,8 @@ def list_clis() -> list[str]:
     checked = {program_of(name).split()[0]: preset.checked for name, preset in PRESETS.items()}
     there = [program for program in checked if shutil.which(program)]
     with ThreadPoolExecutor() as pool:
-        versions = [f"{version} (checked with {checked[version.split()[0]]})" for version in pool.map(version_of, there)]
+        versions = [version + (f" (checked with {known})" if (known := checked[version.split()[0]]) else "")
+                    for version in pool.map(version_of, there)]
     missing = [program for program in checked if program not in there]
     return [f"coding CLIs: {', '.join(versions) or 'none'}" + (f"; not installed: {', '.join(missing)}" if missing else "")]
 
