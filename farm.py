@@ -2424,14 +2424,24 @@ class MergeQueue:
             self.note_end(gate["ids"], gate["tree"], gate["slot"], NO_VERDICT._replace(note="its merger was killed"))
         intent = self.store.read_json(INTENT_FILE)
         if intent:
-            wait_for_landing(intent["new"])
-            run_script("land.sh", "recover", *self.landing_arguments(intent))
-            say(f"finishing a landing that was cut short: {intent['old'][:10]} -> {intent['new'][:10]}")
-            self.finish_landing(intent)
+            self.recover_landing(intent)
         pins = "".join(f"refs/farm/ready/{task.id} {task.commit}\n" for task in self.store.snapshot().ready.values())
         pinned = run_script("pin-ref.sh", "-C", self.store.repo, "-", stdin=pins, allow=(0, 1))
         if pinned.code:  # no reason to land nothing
             say(str(script_error("pin-ref.sh", pinned)))
+
+    def recover_landing(self, intent: dict) -> None:
+        """Finish a landing that was cut short. Where its commits or its target are gone there is none: what has landed all the
+        same is found in the target by the next tick.
+        """
+        wait_for_landing(intent["new"])
+        run_script("land.sh", "recover", *self.landing_arguments(intent), allow=(0, 3))
+        say(f"finishing a landing that was cut short: {intent['old'][:10]} -> {intent['new'][:10]}")
+        try:
+            self.finish_landing(intent)
+        except NotFound as error:
+            say(f"{error}; it is planned anew")
+            self.store.disk.unlink(self.store.path(INTENT_FILE))
 
     def publish(self, queue: tuple) -> None:
         """What is being done right now, for `queue` and `status`; worth nothing once this process is gone."""
