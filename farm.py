@@ -2444,6 +2444,8 @@ def plan(
 OUTPUT_HEAD, OUTPUT_TAIL = 64 * 1024, 256 * 1024
 
 Verdict = collections.namedtuple("Verdict", "colour exit_code seconds note")
+Verdict.__doc__ = "One run's colour (green, red or none), the gate's exit code, its seconds, and why it is none."
+NO_VERDICT = Verdict("none", -1, 0.0, "")
 
 
 class Verdicts:
@@ -2512,6 +2514,7 @@ class Gate:
         self.started = CLOCK.monotonic()
         self.is_done = self.is_abandoned = False
         self.verdict: Verdict | None = None
+        self.failure: Exception | None = None
 
     def start(self, folder: str, settings: Settings, log: str, wake) -> None:
         """Run the gate in `folder` (a worktree at the commit) on a thread of its own; `wake` is set when it is over."""
@@ -2545,7 +2548,16 @@ class Gate:
             file.write(head + (b"\n[... %d bytes left out ...]\n" % dropped if dropped else b"") + tail)
 
     def watch(self, seconds: float, reader, wake) -> None:
-        """Wait for the end or the time-out, end the whole group, judge."""
+        """Wait for the end or the time-out, end the whole group, judge. On the gate's own thread."""
+        try:
+            self.verdict = self.wait_for_verdict(seconds, reader)
+        except Exception as error:  # a thread that died in silence would hold its slot for ever; the merger raises it again
+            self.failure = error
+        self.is_done = True
+        wake.set()
+
+    def wait_for_verdict(self, seconds: float, reader) -> Verdict:
+        """What the gate says, once nothing of it runs any more. Raises FarmError when it could not be ended."""
         import signal
         import subprocess
 
@@ -2558,9 +2570,7 @@ class Gate:
             code, kind, note = -1, "none", f"the gate took longer than {seconds:.0f} s and was ended"
         self.end_group()
         reader.join(5)
-        self.verdict = Verdict(kind, code, round(CLOCK.monotonic() - self.started, 2), note)
-        self.is_done = True
-        wake.set()
+        return Verdict(kind, code, round(CLOCK.monotonic() - self.started, 2), note)
 
     def end_group(self) -> None:
         """Kill what is left of the gate, also what moved to a session of its own: a gate that is over has no business running."""
@@ -2586,6 +2596,7 @@ def port_base(folder: str) -> int:
 # cannot be computed: verdicts, and the intent of a landing that has begun.
 
 AGEING_SECONDS = 600.0
+ASK_AGAIN_SECONDS, ASK_AGAIN_SECONDS_MAX = 5.0, 3600.0  # for a verdict of a target that gave none, longer at each time
 
 Step = collections.namedtuple("Step", "id status commit tree detail")
 
@@ -2628,6 +2639,7 @@ class MergeQueue:
         self.just_landed: Step | None = None
         self.unjudged = collections.Counter()
         self.notes: dict[str, str] = {}
+        self.ask_again_at = 0.0
         self.diagnoses: list[Task] = []
         self.counts = collections.Counter()
 
@@ -2658,8 +2670,10 @@ class MergeQueue:
         if not rest:
             return known
         steps = self.run_chain(rest, tip)[1:]
-        if tip != parent and any(step.status in ("conflict", "held") for step in steps):
-            known, rest, tip = [], tasks, parent  # only the whole chain can tell a conflict with the target from a held one
+        if tip != parent and any(step.status != "ok" for step in steps):
+            # The script takes `tip` for the target. Only the whole chain tells a conflict with the target from one with the work
+            # ahead, and what has landed from what is only in the work ahead, which may yet come back.
+            known, rest, tip = [], tasks, parent
             steps = self.run_chain(rest, tip)[1:]
         for task, step in zip(rest, steps, strict=True):
             self.steps[(tip, task.id, task.commit)] = step
@@ -2701,6 +2715,7 @@ class MergeQueue:
             self.publish(())
             return False
         self.base, self.walked, self.just_landed = self.just_landed or self.show_tip("refs/heads/" + self.target), {}, None
+        self.review_target()
         steps = self.chain(list(self.tasks.values()), self.base.commit)
         if self.settle(steps):
             return True
@@ -2765,12 +2780,27 @@ class MergeQueue:
     def describe_red_target(self) -> tuple[str, str]:
         """What is wrong with the target itself, and the ways out of it."""
         name, at = self.target, self.base.commit[:10]
-        verdict = self.store.path(self.verdicts.name_of(self.base.tree, "json"))
+        verdict = self.store.path(self.verdicts.name_of(self.base.tree, "log"))
         if self.base.tree in self.notes:
             return (f"{name} itself gives no verdict at {at}: {self.notes[self.base.tree]}",
-                    "mend the gate or raise FARM_GATE_TIMEOUT, then: ./farm.py merge")
-        return (f"{name} itself is red at {at}: the gate fails on it without any new work (see {verdict[:-4]}log)",
-                f"mend {name} and commit, and it goes on by itself; or have it judged again: rm {verdict}")
+                    "mend the gate or raise FARM_GATE_TIMEOUT, then: ./farm.py merge (one that watches asks again by itself)")
+        return (f"{name} itself is red at {at}: the gate fails on it without any new work (see {verdict})",
+                f"mend {name} and commit, and it goes on by itself; or have all judged again: "
+                f"rm {self.store.path('results')}/*-{self.verdicts.key}.json")
+
+    def review_target(self) -> None:
+        """While the target is held to be red, look at the verdicts anew, so that a paused queue goes on by itself: a person may
+        have removed them, and what kept gates from an answer may be over. What was said of entries meanwhile goes with it: it
+        blames nobody.
+        """
+        found = self.verdicts.memo.get(self.base.tree, Evidence(0, 0))
+        if found.greens or not found.reds:
+            return
+        if self.base.tree in self.notes:
+            if CLOCK.monotonic() < self.ask_again_at:
+                return
+            self.notes.clear()
+        self.verdicts.memo = {tree: found for tree, found in self.verdicts.memo.items() if tree in self.notes}
 
     def settle(self, steps: list[Step]) -> bool:
         """What needs no gate: work that is in the target already lands, work that cannot be merged goes back."""
@@ -2820,9 +2850,17 @@ class MergeQueue:
         done = [gate for gate in self.gates if gate.is_done]
         self.gates = [gate for gate in self.gates if not gate.is_done]
         for gate in done:
-            if not gate.is_abandoned:
+            if gate.failure:  # it may still run, so its slot is not free: the next merger ends it before anything else
+                raise gate.failure
+            if gate.is_abandoned:
+                self.note_end(gate.ids, gate.tree, gate.slot, NO_VERDICT._replace(note="nobody needs its verdict any more"))
+            else:
                 self.judge(gate)
         return bool(done)
+
+    def note_end(self, ids: tuple, tree: str, slot: int, verdict: Verdict) -> None:
+        """Each gate-started in the history has its gate-ended."""
+        self.store.append_event("gate-ended", None, ids=list(ids), tree=tree, slot=slot, **verdict._asdict())
 
     def judge(self, gate: Gate) -> None:
         """Record a gate's verdict; one that changed tracked files, timed out or was killed gave none."""
@@ -2837,7 +2875,7 @@ class MergeQueue:
         before = self.verdicts.evidence(gate.tree)
         self.verdicts.record(gate.tree, verdict)
         after = self.verdicts.evidence(gate.tree)
-        self.store.append_event("gate-ended", None, ids=list(gate.ids), tree=gate.tree, slot=gate.slot, **verdict._asdict())
+        self.note_end(gate.ids, gate.tree, gate.slot, verdict)
         if gate.is_diagnosis:
             if verdict.colour != "none":
                 self.explain(gate.diagnosis, verdict.colour)
@@ -2855,6 +2893,8 @@ class MergeQueue:
         if self.unjudged[gate.tree] >= 2:
             self.notes[gate.tree] = note
             self.verdicts.memo[gate.tree] = Evidence(0, 99)
+            pause = max(ASK_AGAIN_SECONDS, gate.verdict.seconds) * 2 ** (self.unjudged[gate.tree] - 2)
+            self.ask_again_at = CLOCK.monotonic() + min(pause, ASK_AGAIN_SECONDS_MAX)
 
     # -- landing
 
@@ -2920,8 +2960,11 @@ class MergeQueue:
             self.counts["red"] += 1
         return self.return_work(task, note or f"the gate fails with it: {gate}", how + "\n\n" + self.verdicts.tail(step.tree))
 
-    def return_work(self, task: Task, reason: str, detail: str) -> bool:
-        """Pin the commits, keep the detail in returns/, and give the task back: its own commits are the next attempt's start."""
+    def return_work(self, task: Task, reason: str, detail: str, *, goes_on: bool = True) -> bool:
+        """Pin the commits, keep the detail in returns/, and give the task back; True, for something has moved.
+
+        goes_on: the next attempt starts from the task's own commits, where they could be pinned; else from the target.
+        """
         attempt = task.attempts + 1
         ref = f"refs/farm/returned/{task.id}/{attempt}"
         pinned = run_script("pin-ref.sh", "-C", self.store.repo, ref, task.commit, allow=(0, 3)).code == 0
@@ -2931,11 +2974,26 @@ class MergeQueue:
             current = tx.state.ready.get(task.id)
             if current is None or current.rev != task.rev:
                 return True
-            back = TaskQueue(tx).give_back(current, reason, "return", start=ref if pinned else "")
+            start = "refs/heads/" + self.target if not goes_on else ref if pinned else ""
+            back = TaskQueue(tx).give_back(current, reason, "return", start=start)
         self.counts["returned"] += 1
         self.moved.append((task.id, back.state if back.state == "failed" else "returned", reason))
         say(f"returned {task.id}: {printable(reason)}")
         return True
+
+    def return_broken(self) -> bool:
+        """Send back the ready tasks of which git cannot read every object; whether there were any.
+
+        Git does not fsync loose objects, so a power cut can leave a durable pin on a commit whose files are empty.
+        """
+        ready = self.store.snapshot().ready
+        lines = "".join(f"{task.id}\t{task.commit}\n" for task in ready.values())
+        found = run_script("find-broken.sh", "-C", self.store.repo, "-b", self.target, stdin=lines, allow=(0, 1, 3))
+        for task_id, said in read_tsv(found.stdout):
+            task = ready[task_id]
+            reason = f"git cannot read all of its commit {task.commit[:10]} (a power cut, or a disk that was full?)"
+            self.return_work(task, reason, said, goes_on=False)
+        return bool(found.stdout)
 
     def diagnose(self, task: Task) -> None:
         """In an idle slot, gate a returned entry alone, on its own base: is it red without the others, too?"""
@@ -2965,16 +3023,28 @@ class MergeQueue:
     def recover(self) -> None:
         """Before anything else: end gates of a dead merger, finish or undo a landing that was cut short, pin what is ready."""
         end_all_gates(self.slots_folder)
+        for gate in find_open_gates(self.store):
+            self.note_end(gate["ids"], gate["tree"], gate["slot"], NO_VERDICT._replace(note="its merger was killed"))
         intent = self.store.read_json(INTENT_FILE)
         if intent:
-            wait_for_landing(intent["new"])
-            run_script("land.sh", "recover", *self.landing_arguments(intent))
-            say(f"finishing a landing that was cut short: {intent['old'][:10]} -> {intent['new'][:10]}")
-            self.finish_landing(intent)
+            self.recover_landing(intent)
         pins = "".join(f"refs/farm/ready/{task.id} {task.commit}\n" for task in self.store.snapshot().ready.values())
         pinned = run_script("pin-ref.sh", "-C", self.store.repo, "-", stdin=pins, allow=(0, 1))
         if pinned.code:  # no reason to land nothing
             say(str(script_error("pin-ref.sh", pinned)))
+
+    def recover_landing(self, intent: dict) -> None:
+        """Finish a landing that was cut short. Where its commits or its target are gone there is none: what has landed all the
+        same is found in the target by the next tick.
+        """
+        wait_for_landing(intent["new"])
+        run_script("land.sh", "recover", *self.landing_arguments(intent), allow=(0, 3))
+        say(f"finishing a landing that was cut short: {intent['old'][:10]} -> {intent['new'][:10]}")
+        try:
+            self.finish_landing(intent)
+        except NotFound as error:
+            say(f"{error}; it is planned anew")
+            self.store.disk.unlink(self.store.path(INTENT_FILE))
 
     def publish(self, queue: tuple) -> None:
         """What is being done right now, for `queue` and `status`; worth nothing once this process is gone."""
@@ -2997,7 +3067,7 @@ class MergeQueue:
         self.recover()
         seen = None
         while not should_stop.is_set():
-            if self.tick():
+            if self.try_tick():
                 continue
             if not forever and (self.is_drained() or self.trouble):
                 return
@@ -3008,9 +3078,21 @@ class MergeQueue:
                 if self.wake.wait(0.1) or any(gate.is_done for gate in self.gates):
                     break
 
+    def try_tick(self) -> bool:
+        """A tick; when a script failed on work that git cannot read, that work goes back and the rest goes on."""
+        try:
+            return self.tick()
+        except FarmError:
+            if not self.return_broken():
+                raise
+            return True
+
     def stop(self) -> None:
+        """End the gates that run; they gave no verdict."""
         for gate in self.gates:
             gate.end_group()
+            self.note_end(gate.ids, gate.tree, gate.slot, NO_VERDICT._replace(note="its merger was stopped"))
+        self.gates = []
 
 
 INTENT_FILE = os.path.join("merge_queue", "landing.json")
@@ -3070,6 +3152,24 @@ def kill_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         pass
+
+
+def find_open_gates(store: Store) -> list[dict]:
+    """The gate-started events that have no gate-ended: what a killed merger's gates were."""
+    begun: dict[tuple, list] = collections.defaultdict(list)
+    try:
+        with open(store.path("events.jsonl"), "rb") as file:
+            events = [line for line in file if b'"event": "gate-' in line]  # most lines are others: parsed are only these
+    except FileNotFoundError:
+        return []
+    for line in events:
+        try:
+            event = json.loads(line)
+            place = begun[event["slot"], event["tree"]]
+            place.append(event) if event["event"] == "gate-started" else place.pop()
+        except (ValueError, KeyError, TypeError, IndexError):
+            continue  # a line that a killed writer tore
+    return [event for place in begun.values() for event in place]
 
 
 def end_all_gates(slots_folder: str) -> None:

@@ -70,8 +70,10 @@ fast_forward() {
   trap '' INT TERM HUP
   export GIT_EDITOR=true GIT_REFLOG_ACTION="farm: land"
   said=$(git_there merge --ff-only --no-overwrite-ignore --no-stat --quiet "$new" 2>&1) && return
+  trap - EXIT # from here on the mark goes when all is mended: without it nobody could tell whose locks are left
   branch=$(git_there symbolic-ref --short HEAD)
-  "$here/recover-landing.sh" -C "$place" -b "$branch" -o "$old" -n "$new" >/dev/null || true
+  "$here/recover-landing.sh" -C "$place" -b "$branch" -o "$old" -n "$new" >/dev/null ||
+    die "git could not move $place, and it is not mended yet: ${said%%$'\n'*}" "git -C $place status"
   explain "$said"
 }
 

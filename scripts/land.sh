@@ -67,6 +67,8 @@ update_ref() {
   trap 'rm -f "$mark"' EXIT
   printf '\ndirty\n' >"$mark"
   said=$(git_here update-ref -m "farm: land" "$ref" "$new" "$old" 2>&1) && return
+  trap - EXIT # as in fast-forward.sh, the mark goes when the lock of a killed git is gone
+  "$here/recover-landing.sh" -C "$repo" -b "$target" -o "$old" -n "$new" >/dev/null || exit 1
   compare
   die "git could not move $target: ${said%%$'\n'*}" "git -C $repo update-ref $ref $new $old"
 }

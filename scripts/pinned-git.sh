@@ -3,6 +3,7 @@
 # Run COMMAND with GIT_DIR set to REPO's and with all pinned that could bend a merge or a commit, so that every machine
 # and both ways of merging reach the same shas: the options of merging, and the identity (the configured user.name and
 # user.email, else farm <farm@localhost>). No hooks, signing, rerere, editor; no attributes of the user or the system.
+# Objects are fsynced: what a power cut empties is never written again, for the next run takes it for being there.
 # What stays: the merge drivers that the configuration defines, for the paths that the repo's attributes give them.
 # Exit: COMMAND's own, 2 usage or no repo
 set -euo pipefail
@@ -23,7 +24,7 @@ set_identity() {
 
 pin_settings() {
   local pair n=${GIT_CONFIG_COUNT:-0}
-  for pair in gc.auto=0 maintenance.auto=false \
+  for pair in gc.auto=0 maintenance.auto=false core.fsync=committed \
     core.hooksPath=/dev/null core.attributesFile=/dev/null core.fsmonitor=false core.autocrlf=false core.splitIndex=false \
     core.sparseCheckout=false index.sparse=false \
     merge.renames=true diff.renames=true merge.renameLimit=7000 diff.renameLimit=7000 diff.algorithm=histogram \

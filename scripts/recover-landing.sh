@@ -6,7 +6,7 @@
 #   entries of OLD..NEW, and only these, after what lay there is kept under refs/farm/rescue/landing/.
 # Prints one line: landed<TAB>NEW   moved<TAB>sha   clean<TAB>OLD   restored<TAB>OLD<TAB>rescue ref
 # Beside it: find-checkout.sh, remove-stale-lock.sh
-# Exit: 0 the landing may run again, 1 git failed or a lock may be another's, 2 usage or no repo, 3 no such branch
+# Exit: 0 the landing may run again, 1 git failed or a lock may be another's, 2 usage or no repo, 3 no such branch or commits
 set -euo pipefail
 here=$(dirname "$0") scratch=
 
@@ -67,6 +67,7 @@ recover() {
     "$here/remove-stale-lock.sh" "$mark" "$lock"
   done
   now=$(git -C "$repo" rev-parse -q --verify "$ref^{commit}") || die "there is no branch $target" "git branch" 3
+  git -C "$repo" merge-base "$old" "$new" >/dev/null 2>&1 || die "there is no commit $new" "git fsck" 3
   if git -C "$repo" merge-base --is-ancestor "$new" "$now"; then printf 'landed\t%s\n' "$new"; return; fi
   if [ "$now" != "$old" ]; then printf 'moved\t%s\n' "$now"; return; fi
   while IFS=$'\t' read -r kind path; do

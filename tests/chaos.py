@@ -195,7 +195,7 @@ def kind_of(process: psutil.Process) -> str:
         return "server"
     if name.startswith("git"):
         return "git"
-    if "FARM_GATE" in environment:
+    if "FARM_SLOT" in environment:
         return "gate"
     if any("farm.py" in word or "import farm" in word for word in words[:6]):
         return "loop" if words[-1:] == ["run"] else "merger" if "--watch" in words else "verb"

@@ -210,6 +210,16 @@ def test_a_landing_killed_under_a_living_merger_lands_once(queue: Queue, waiting
     assert find_violations(queue, {task_id: "landed"}) == []
 
 
+@pytest.mark.parametrize("key", ["old", "new"])
+def test_an_intent_whose_commits_are_gone_stops_nothing(queue: Queue, waiting_git: Path, key: str) -> None:
+    task_id = queue.ready(new_file("f"))
+    merge_up_to(queue, waiting_git, "before").kill("everything")
+    path = queue.folder / "merge_queue/landing.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: "1" * 40}))
+    finish(queue, careful(queue))
+    assert find_violations(queue, {task_id: "landed"}) == []
+
+
 SLOW = 12
 
 

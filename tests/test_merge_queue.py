@@ -10,8 +10,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -380,6 +382,20 @@ def test_an_entry_that_mends_the_red_target_lands(queue: Queue) -> None:
     assert queue.landed() == [task_id]
 
 
+@pytest.mark.parametrize("broken", ["false", "kill -9 $$"])
+def test_a_queue_paused_by_its_surroundings_goes_on_by_itself_and_blames_nobody(queue: Queue, broken: str) -> None:
+    task_id, flag = queue.ready(new_file("a")), queue.outside / "broken"
+    flag.touch()
+    with queue.merging(queue.counted(f"[ ! -e {flag} ] || {broken}"), "--watch"):
+        wait_until(lambda: "itself" in queue.summary(), 30, "the queue to pause")
+        flag.unlink()
+        hint = json.loads((queue.folder / "merge_queue/now.json").read_text())["trouble"][1]
+        if broken == "false":  # verdicts stay until somebody does what the hint says
+            run(["bash", "-c", hint.partition("again: ")[2]], check=True)
+        wait_until(lambda: queue.task(task_id)["state"] != "ready", 60, "the entry to leave the queue")
+    assert (queue.landed(), queue.task(task_id)["attempts"]) == ([task_id], 0)
+
+
 # ---------------------------------------------------------------------------------------------- verdicts are kept
 
 
@@ -408,6 +424,39 @@ def test_a_changed_variable_gates_the_same_tree_again_when_it_is_listed(queue: Q
     os.unlink(gated_but_blocked(queue, env={"FARM_GATE_ENV": listed, "FLAVOUR": "sweet"}))
     queue.merge(env={"FARM_GATE_ENV": listed, "FLAVOUR": "sour"})
     assert len(queue.gated()) == runs
+
+
+def gate_events(queue: Queue) -> Counter:
+    """(slot, tree) -> how many gates began there more than ended, by the history."""
+    events = [json.loads(line) for line in (queue.folder / "events.jsonl").read_text().splitlines()]
+    count = Counter()
+    for event in events:
+        if event["event"].startswith("gate-"):
+            count[event["slot"], event["tree"]] += 1 if event["event"] == "gate-started" else -1
+    return count
+
+
+def test_a_gate_that_nobody_needs_any_more_has_its_end_in_the_history(queue: Queue) -> None:
+    queue.ready(new_file("a"))
+    with queue.merging(queue.blocked(GREEN)) as merger:
+        queue.wait_for_gates(1)
+        commit_files(queue.repo, new_file("person"))
+        wait_until(lambda: len(queue.gated()) > 1, 30, "a gate on the new base")
+        queue.go.touch()
+        merger.wait(30)
+    assert (len(gate_events(queue)), set(gate_events(queue).values())) == (2, {0})
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_each_gate_of_a_merger_that_was_ended_has_its_end_in_the_history_after_the_next_merge(queue: Queue, name: str) -> None:
+    queue.ready_all([new_file("a"), new_file("b", "BAD\n")])
+    with queue.merging(queue.blocked(GREEN)) as merger:
+        queue.wait_for_gates(1)
+        merger.send_signal(signal.Signals[name])
+        merger.wait(30)
+    open_gates = sum(gate_events(queue).values())
+    queue.merge(code=5)
+    assert (open_gates, set(gate_events(queue).values())) == (name == "SIGKILL", {0})
 
 
 # ---------------------------------------------------------------------------------------------- odd gates
@@ -485,6 +534,22 @@ def test_bytes_that_are_not_utf_8_come_back_as_readable_text(queue: Queue) -> No
     queue.merge("[ ! -e a.txt ] || { printf 'caf\\351 \\377\\033[31mred\\n'; exit 1; }", code=5)
     text = queue.returned_text(task_id)
     assert "caf" in text and "red" in text and "\x1b" not in text
+
+
+def test_a_gate_that_cannot_be_ended_stops_the_merger_instead_of_holding_its_slot_for_ever(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue.ready(new_file("a"))
+    store = farm.Store(str(queue.repo))
+    settings = farm.load_settings(str(queue.repo), {"gate": "true"})
+    merges = farm.MergeQueue(store, settings, "main", f"{queue.repo}-farm")
+
+    def end_gates(folder: str) -> None:
+        raise farm.FarmError("processes of the gate could not be ended")
+
+    monkeypatch.setattr(farm, "end_gates", end_gates)
+    with pytest.raises(farm.FarmError, match="could not be ended"):
+        merges.run(threading.Event(), forever=True)
 
 
 # ---------------------------------------------------------------------------------------------- slots
@@ -712,6 +777,46 @@ def test_work_whose_commit_is_gone_comes_back_with_that_reason(queue: Queue) -> 
     forget_branch(queue, task_id)
     queue.merge(code=5)
     assert "its commit is gone" in queue.reason(task_id)
+
+
+@pytest.mark.parametrize("how", ["the same commit", "the same change"])
+def test_work_that_is_contained_in_untested_work_ahead_is_not_taken_for_landed(queue: Queue, how: str) -> None:
+    first = queue.ready(new_file("a", "BAD\n"))
+    with queue.merging(queue.blocked(GREEN)) as merger:
+        queue.wait_for_gates(1)
+        if how == "the same commit":
+            second = queue.ok("add", "second")
+            queue.submit_task(second, "--commit", branch_of(first))
+        else:
+            second = queue.ready(new_file("a", "BAD\n"), title="second")
+        now = queue.folder / "merge_queue/now.json"
+        wait_until(lambda: second in json.loads(now.read_text())["order"], 30, "the merger to notice the new entry")
+        queue.go.touch()
+        merger.wait(30)
+    assert (queue.task(second)["attempts"], queue.landed()) == (1, [])
+
+
+def make_unreadable(repo: Path, revision: str) -> None:
+    """Empty an object's file, as a power cut leaves one that git has not fsynced."""
+    for pack in (repo / ".git/objects/pack").glob("*.pack"):
+        with pack.open("rb") as file:
+            pack.unlink()
+            subprocess.run(["git", "-C", repo, "unpack-objects", "-q"], stdin=file, check=True, timeout=60)
+    sha = git(repo, "rev-parse", revision)
+    path = repo / ".git/objects" / sha[:2] / sha[2:]
+    path.chmod(0o600)
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("what", ["", "^{tree}", ":words.txt", ":a.txt"])
+def test_work_of_which_git_cannot_read_all_comes_back_and_the_rest_lands(queue: Queue, what: str) -> None:
+    broken, whole = queue.ready_all([{"words.txt": "none\nand more\n", "a.txt": "mine\n"}, new_file("b")])
+    commit_files(queue.repo, {"words.txt": "more\nnone\n"})
+    make_unreadable(queue.repo, branch_of(broken) + what)
+    queue.merge(code=5)
+    task = queue.task(broken)
+    assert (queue.landed(), task["attempts"]) == ([whole], 1)
+    assert re.search("git cannot read|its commit is gone", task["reason"])
 
 
 # ---------------------------------------------------------------------------------------------- styles, ways, remotes

@@ -620,6 +620,27 @@ def test_a_landing_killed_at_any_point_is_mended_and_lands(
     assert (git(repo, "diff"), git(repo, "diff", "--cached"), git(repo, "ls-files", "-o")) == before
 
 
+GIT_THAT_DIES_TWICE = """\
+#!/bin/sh
+case "$*" in *ff-only* | *"update-ref -m farm: land"*) : >'%s'; : >'%s'; kill -9 $$ ;; esac
+[ ! -e '%s' ] || { rm '%s'; kill -9 $$; }
+exec '%s' "$@"
+"""
+
+
+@pytest.mark.parametrize(("head", "name"), [("main", "index.lock"), ("other", "refs/heads/main.lock")])
+def test_a_lock_is_known_as_the_landings_own_although_the_git_that_should_mend_it_was_killed_too(
+    repo: Repo, step: tuple[str, str], tmp_path: Path, head: str, name: str
+) -> None:
+    git(repo, "checkout", "-q", "-B", head, "main")
+    dying, lock = tmp_path / "dying", repo / ".git" / name
+    (tmp_path / "git").write_text(GIT_THAT_DIES_TWICE % (lock, dying, dying, dying, shutil.which("git")))
+    (tmp_path / "git").chmod(0o755)
+    code, _ = land(repo, *step, PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert (code in (0, 4, 5), lock.exists()) == (False, True)
+    assert (recover(repo, *step)[0], land(repo, *step)[0]) == (0, 0)
+
+
 def mark_landing(repo: Repo, state: str = "clean") -> None:
     """What land.sh writes just before it lets git begin."""
     (repo / ".git/farm-landing").write_text(f"{repo}/.git\n{state}\n")
