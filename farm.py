@@ -3669,20 +3669,23 @@ def fit_columns(rows: list[list], headers: list[str], spare: tuple, width: int) 
     return kept
 
 
-def print_table(rows: list[list], headers: list[str], spare: tuple = ()) -> None:
-    """A table on a terminal, cut to its width (columns named in `spare` go first); tab-separated in a pipe, all columns."""
+def table_lines(rows: list[list], headers: list[str], spare: tuple, width: int) -> list[str]:
+    """A table cut to `width` (columns named in `spare` go first); width 0: tab-separated, without a head, all columns."""
     rows = [[re.sub("[\u200e\u200f\u202a-\u202e\u2066-\u2069]", "", one_line(str(cell))) for cell in row] for row in rows]
-    if not sys.stdout.isatty():
-        for row in rows:
-            print("\t".join(row))
-        return
-    width = terminal_width()
-    kept = fit_columns(rows, headers, spare, width)
+    if not width:
+        return ["\t".join(row) for row in rows]
     tabulate = import_package("tabulate")
     tabulate.MIN_PADDING = 0  # else a column is two wider than its head
+    kept = fit_columns(rows, headers, spare, width)
     text = tabulate.tabulate([[row[index] for index in kept] for row in rows], headers=[headers[index] for index in kept],
                              tablefmt="plain", disable_numparse=True)
-    print("\n".join(one_width(line, width) for line in text.split("\n")))
+    return [one_width(line, width) for line in text.split("\n")]
+
+
+def print_table(rows: list[list], headers: list[str]) -> None:
+    """A table on a terminal, tab-separated in a pipe."""
+    for line in table_lines(rows, headers, (), terminal_width() if sys.stdout.isatty() else 0):
+        print(line)
 
 
 def derived_state(task: Task, state: State, now: float) -> str:
@@ -3936,7 +3939,7 @@ def farm_status(store: Store, settings: Settings, sight: Sight | None = None) ->
               "merge_queue": dict(collections.Counter(record["state"] for record in records)),
               "queue_line": describe_queue(state, records, activity), "loop": {"pid": loop, "alive": loop is not None},
               "mode": farm.get("mode", ""), "reason": farm.get("reason", ""), "trouble": activity.get("trouble", []),
-              "target": activity.get("target", "")}
+              "target": activity.get("target", ""), "landed_at": sorted(task.landed_at for task in state.landed.values())[-20:]}
     status["next"] = [{"what": what, "try": hint} for what, hint in next_steps(status, problems, state)]
     code = sight.error.exit_code if sight.error else DamagedState.exit_code
     return {**status, "problems": problems, "exit_code": code} if problems else status
@@ -4021,18 +4024,23 @@ def status_lines(status: dict, room: int = 6) -> list[str]:
     return [f"tasks: {tasks}", f"merge queue: {one_line(status['queue_line'])}", f"loop: {loop}{mode}", *map(one_line, steps)]
 
 
+COLUMNS = ["AGENT", "STATE", "FOR", "TASK", "LINES", "COMMITS", "CPU", "MEM", "OUTPUT", "COST", "NOTE"]
 SPARE_COLUMNS = ("NOTE", "COST", "MEM", "CPU", "OUTPUT", "COMMITS", "LINES")
 
 
-def print_status(status: dict) -> None:
-    """Agents that need a person first, then counts, then what to type next."""
+def status_text(status: dict, width: int, height: int = 0) -> list[str]:
+    """Agents that need a person first, then counts, then what to type next: lines of `width` (0: tab-separated), at most
+    `height` of them (0: all).
+    """
+    below = [one_width(line, width) if width else line for line in status_lines(status)]
     rows = [agent_row(record) for record in sorted(status["agents"], key=state_rank)]
-    if rows:
-        print_table(rows, ["AGENT", "STATE", "FOR", "TASK", "LINES", "COMMITS", "CPU", "MEM", "OUTPUT", "COST", "NOTE"],
-                    SPARE_COLUMNS)
-    width = terminal_width() if sys.stdout.isatty() else 0
-    for line in status_lines(status):
-        print(one_width(line, width) if width else line)
+    room = max(2, height - len(below) - 2) if height else len(rows)
+    table = table_lines(rows[:room], COLUMNS, SPARE_COLUMNS, width) if rows else []
+    return table + ([f"... {len(rows) - room} more"] if len(rows) > room else []) + below
+
+
+def print_status(status: dict) -> None:
+    print("\n".join(status_text(status, terminal_width() if sys.stdout.isatty() else 0)))
 
 
 class Progress:
@@ -4059,6 +4067,178 @@ class Progress:
     def close(self) -> None:
         if self.is_terminal and self.last:
             self.stream.write("\n")
+
+
+# ---------------------------------------------------------------------------------------------- watch
+# The status again and again on a screen of its own, with keys. It writes nothing and takes no lock. Files are looked at when they
+# have changed; tmux, processes and git only as often as each of them stays below half a percent of a core.
+
+
+def estimate_left(landed_at: list[float], left: int, now: float) -> float | None:
+    """Seconds until `left` more tasks have landed, at the pace of the last 20; None where there is no pace yet."""
+    recent = sorted(landed_at)[-20:]
+    if not left or len(recent) < 2 or now <= recent[0]:
+        return None
+    return left * (now - recent[0]) / (len(recent) - 1)
+
+
+def progress_line(status: dict, width: int, now: float) -> str:
+    """A bar over all tasks, and how long it will still take."""
+    counts = status["tasks"]
+    total, over = sum(counts.values()), sum(counts.get(name, 0) for name in ("landed", "failed", "canceled"))
+    seconds = estimate_left(list(map(epoch, status["landed_at"])), total - over, now) if status["loop"]["alive"] else None
+    words = f" {over}/{total} tasks" + (f", about {duration(seconds)} left" if seconds else "")
+    room = max(4, min(40, width - len(words) - 2))
+    return "[" + ("#" * (room * over // max(total, 1))).ljust(room, ".") + "]" + words
+
+
+class Terminal:
+    """The screen and the keys of this process: another screen and no echo between `enter` and `leave`."""
+
+    def __init__(self):
+        self.has_keys, self.saved, self.last = sys.stdin.isatty(), None, ""
+
+    def enter(self) -> None:
+        import termios
+        import tty
+
+        if self.has_keys:
+            self.saved = termios.tcgetattr(0)
+            tty.setcbreak(0, termios.TCSANOW)
+        self.write("\x1b[?1049h\x1b[?25l")
+        self.last = ""
+
+    def leave(self) -> None:
+        """The terminal as it was; a terminal that is gone is fine."""
+        import termios
+
+        try:
+            self.write("\x1b[?25h\x1b[?1049l")
+            if self.saved is not None:
+                termios.tcsetattr(0, termios.TCSADRAIN, self.saved)
+        except (OSError, termios.error):
+            pass
+
+    def suspend(self, *_) -> None:
+        """Ctrl-Z: stop like any other program, and go on like one."""
+        import signal
+
+        self.leave()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self.enter()
+
+    def write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def draw(self, lines: list[str]) -> None:
+        """One write a frame, each line cleared behind its end: no flicker, and nothing of the last frame stays."""
+        text = "\x1b[H" + "\x1b[K\n".join(lines) + "\x1b[K\x1b[J"
+        if text != self.last:
+            self.write(text)
+            self.last = text
+
+    def read_key(self, seconds: float) -> str:
+        """What was typed within `seconds`; empty for nothing and for keys that send an escape sequence."""
+        import select
+
+        if not self.has_keys:
+            time.sleep(seconds)
+        elif select.select([0], [], [], seconds)[0]:
+            typed = os.read(0, 64).decode("utf-8", "replace")
+            self.has_keys = bool(typed)  # else the terminal has hung up
+            return "" if typed.startswith("\x1b") else typed
+        return ""
+
+
+class Watch:
+    """`status --watch` on a terminal."""
+
+    LOOK_SECONDS, DRAW_SHARE, TYPE_SECONDS = 2.0, 0.008, 0.8
+    KEYS = "1..9 attach \u00b7 l logs \u00b7 m merge \u00b7 p pause \u00b7 q leave"
+
+    def __init__(self, call: Call, look, should_stop):
+        self.call, self.look, self.should_stop = call, look, should_stop
+        self.terminal, self.sight, self.status, self.trouble = Terminal(), Sight(0.004), {}, ""
+        self.typed, self.typed_at, self.drawn, self.next_at = "", 0.0, (), 0.0
+
+    def run(self) -> int:
+        import signal
+
+        signal.signal(signal.SIGTSTP, self.terminal.suspend)
+        self.terminal.enter()
+        try:
+            while not self.should_stop.is_set():
+                self.refresh()
+                if self.press(self.terminal.read_key(0.25)):
+                    return 0
+        finally:
+            self.terminal.leave()
+        return 128 + self.should_stop.signal
+
+    def refresh(self) -> None:
+        """Draw when something has changed, the terminal has another size, or two seconds are over."""
+        size, now = os.get_terminal_size(1), CLOCK.monotonic()
+        seen = (size, self.typed, self.call.store.signature(), int(now / self.LOOK_SECONDS))
+        if seen == self.drawn or now < self.next_at and seen[:2] == self.drawn[:2]:
+            return
+        used = sum(os.times()[:2])
+        if seen[2:] != self.drawn[2:]:
+            try:
+                self.status, self.trouble = self.look(self.sight), ""
+            except (FarmError, OSError) as error:
+                self.trouble = f"{error}; trying again"
+        self.terminal.draw(self.frame(*size))
+        self.drawn, self.next_at = seen, now + min(2 * self.LOOK_SECONDS, (sum(os.times()[:2]) - used) / self.DRAW_SHARE)
+
+    def frame(self, columns: int, lines: int) -> list[str]:
+        clock = time.strftime("%H:%M:%S", time.localtime(CLOCK.now()))
+        head = one_width(f"{one_line(os.path.basename(self.call.repo))} \u00b7 {clock}", columns)
+        foot = f"attach {self.typed} (l: its log)" if self.typed else self.KEYS if self.terminal.has_keys else "Ctrl-C: leave"
+        if self.trouble:
+            body = ["", one_line(self.trouble)]
+        else:
+            body = [progress_line(self.status, columns, CLOCK.now()), "", *status_text(self.status, columns, max(8, lines - 4))]
+        return [head, *(one_width(line, columns) for line in body)][:lines - 1] + [one_width(foot, columns)]
+
+    def press(self, keys: str) -> bool:
+        """Do what the keys say; True to leave. A number by itself counts after a moment, or at Enter."""
+        for key in keys:
+            if key == "q":
+                return True
+            if key in "0123456789":
+                self.typed, self.typed_at = self.typed + key, CLOCK.monotonic()
+                continue
+            number, self.typed = self.typed, ""
+            if key in "\r\n" and number:
+                self.do("attach", number)
+            elif key == "l":
+                self.do("logs", *([number] if number else ["--all"]), "-f", "-n", "200")
+            elif key == "m":
+                self.do("merge", pause=True)
+            elif key == "p":
+                self.do("resume" if self.status.get("mode") == "paused" else "pause")
+        if self.typed and CLOCK.monotonic() - self.typed_at > self.TYPE_SECONDS:
+            number, self.typed = self.typed, ""
+            self.do("attach", number)
+        return False
+
+    def do(self, *words: str, pause: bool = False) -> None:
+        """Another verb on the terminal as it was; its Ctrl-C brings back here."""
+        import signal
+        import subprocess
+
+        self.terminal.leave()
+        say(f"{' '.join(words)} (Ctrl-C: back)" if words[0] in ("logs", "merge") else " ".join(words))
+        environment = {**os.environ, "FARM_PYTHON": sys.executable}
+        code = subprocess.call([os.path.join(SCRIPTS, "farm"), "--repo", self.call.repo, *words], env=environment)
+        if self.should_stop.signal == signal.SIGINT:
+            self.should_stop.clear()
+        if (code or pause) and self.terminal.has_keys and code not in (130, -signal.SIGINT):
+            say("press Enter to go back")
+            self.terminal.read_key(60)
+        self.terminal.enter()
+        self.drawn = ()
 
 
 # ---------------------------------------------------------------------------------------------- report page
@@ -5433,7 +5613,8 @@ def verb_clean(call: Call) -> int:
     return result.code
 
 
-@verb("status [--json] [--watch]", "agents, tasks, queue, loop", "json watch", "./farm.py status --watch")
+@verb("status [--json] [--watch]", "agents, tasks, queue, loop; --watch: again and again, with keys", "json watch",
+      "./farm.py status --watch")
 def verb_status(call: Call) -> int:
     if call.options.get("watch"):
         return watch_status(call)
@@ -5442,30 +5623,26 @@ def verb_status(call: Call) -> int:
     return status.get("exit_code", 0)
 
 
-def look(call: Call) -> dict:
+def look(call: Call, sight: Sight | None = None) -> dict:
     """`farm_status`, also where the settings that the last `up` left cannot be read."""
     try:
         settings = call.settings()
     except DamagedState:
         settings = load_settings(call.repo)
-    return farm_status(call.store, settings)
+    return farm_status(call.store, settings, sight)
 
 
 def watch_status(call: Call) -> int:
-    """Draw the status over itself every two seconds until Ctrl-C; the farm goes on."""
-    import contextlib
-    import io
-
+    """Until q or a signal; the farm goes on. In a pipe: the status every two seconds, when it has changed."""
     should_stop = stop_on_signals()
+    if sys.stdout.isatty():
+        return Watch(call, functools.partial(look, call), should_stop).run()
+    sight, last = Sight(0.003), []
     while not should_stop.is_set():
-        screen = io.StringIO()
-        screen.isatty = sys.stdout.isatty
-        with contextlib.redirect_stdout(screen):
-            print_status(look(call))
-        # One write a frame, each line cleared behind its end: no flicker, and nothing of the last frame stays.
-        home, line_end, rest = ("\x1b[H", "\x1b[K\n", "\x1b[J") if sys.stdout.isatty() else ("", "\n", "\n")
-        sys.stdout.write(home + screen.getvalue().replace("\n", line_end) + rest)
-        sys.stdout.flush()
+        lines = status_text(look(call, sight), 0)
+        if lines != last:
+            print("\n".join(lines) + "\n", flush=True)
+            last = lines
         should_stop.wait(2)
     return 128 + should_stop.signal
 

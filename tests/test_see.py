@@ -13,9 +13,10 @@ import subprocess
 import sys
 import termios
 
+import psutil
 import pytest
 from conftest import ROOT, SCRIPTS, find_processes, git, run, wait_until
-from farm_calls import FARM, UGLY, Caller, copy_repo
+from farm_calls import FARM, UGLY, Caller, bytes_below, copy_repo
 
 sys.path[:0] = [str(ROOT)]
 import farm as toolkit  # noqa: E402  (needs the path above)
@@ -134,7 +135,10 @@ def test_those_who_need_a_person_come_first_and_unknown_states_last(capsys, monk
     assert shown == ["waiting", "stuck", "parked", "dead", "limited", "starting", "working", "idle", "stopped", "unheard-of"]
 
 
-@pytest.mark.parametrize(("state", "command"), {"waiting": "attach 2", "stuck": "attach 2", "parked": "logs 2", "dead": "logs 2"}.items())
+NEXT = {"waiting": "attach 2", "stuck": "attach 2", "parked": "logs 2", "dead": "logs 2"}
+
+
+@pytest.mark.parametrize(("state", "command"), NEXT.items())
 def test_each_trouble_has_the_command_to_type_next(capsys, monkeypatch, state, command):
     lines = show(capsys, monkeypatch, [record(A), record(B, state, message="May I?")])
     assert [line for line in lines if line.startswith(f"next: ./farm.py {command}")] and "agent-002" in lines[-1]
@@ -297,3 +301,170 @@ def test_times_are_utc_in_json_and_short_in_the_table(farm):
     farm.claim(A)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", agents_of(farm)[A]["since"])
     assert re.fullmatch(r"\d+s", answers(farm).split("\t")[2])
+
+
+# ---------------------------------------------------------------------------------------------- status --watch
+
+ENTER, LEAVE = "\x1b[?1049h", "\x1b[?25h\x1b[?1049l"
+
+
+def watch(screen, **options) -> Screen:
+    """A live status whose first frame is drawn."""
+    one = screen("status", "--watch", **options)
+    one.wait_for("q leave")
+    return one
+
+
+def is_restored(one: Screen) -> bool:
+    return one.read().endswith(LEAVE) and termios.tcgetattr(one.slave) == one.before
+
+
+def frames(text: str) -> list[list[str]]:
+    """The frames that were drawn, each a list of lines without escape codes."""
+    return [re.sub(r"\x1b\[[0-9?]*[A-Za-z]", "", frame).split("\r\n") for frame in text.split("\x1b[H")[1:]]
+
+
+def test_watch_draws_on_another_screen_and_q_leaves_it(farm, screen):
+    farm.ok("add", "a task")
+    one = watch(screen)
+    assert one.read().startswith(ENTER) and termios.tcgetattr(one.slave) != one.before
+    one.type("q")
+    assert (one.end(), is_restored(one)) == (0, True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_watch_restores_the_terminal_on_a_signal(farm, screen, number):
+    one = watch(screen)
+    one.process.send_signal(number)
+    assert (one.end(), is_restored(one)) == (128 + number, True)
+
+
+def test_watch_can_be_suspended_and_goes_on(farm, screen):
+    one = watch(screen)
+    one.process.send_signal(signal.SIGTSTP)
+    wait_until(lambda: psutil.Process(one.process.pid).status() == psutil.STATUS_STOPPED, message="the stop")
+    assert is_restored(one)
+    mark = len(one.read())
+    one.process.send_signal(signal.SIGCONT)
+    one.wait_for("q leave", mark)
+    one.type("q")
+    assert one.end() == 0
+
+
+def test_watch_shows_a_new_task_at_once_and_in_place(farm, screen):
+    farm.ok("add", "a task")
+    one = watch(screen)
+    one.wait_for("0/1 tasks")
+    farm.ok("add", "another")
+    one.wait_for("0/2 tasks")
+    assert "\x1b[2J" not in one.read(), "a cleared screen flickers"
+
+
+def test_watch_follows_the_size_of_the_terminal(farm, screen):
+    for number in range(40):
+        farm.ok("add", f"task {number}")
+        farm.claim(f"agent-{number + 1:03d}")
+    one = watch(screen, columns=100, lines=30)
+    mark = len(one.read())
+    one.resize(60, 12)
+    one.wait_for("q leave", mark)
+    last = frames(one.read())[-1]
+    assert len(last) <= 12 and max(map(len, last)) <= 60 and any("more" in line for line in last)
+
+
+def test_watch_waits_for_a_farm_that_is_not_there_yet(farm, screen):
+    one = watch(screen)
+    up(farm, 1, "sleep 1000")
+    farm.ok("add", "a task")
+    one.wait_for("agent-001 *working")
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_watch_survives_a_restart_of_the_farm_and_damage(farm, screen):
+    farm.ok("add", "a task")
+    up(farm, 1, "sleep 1000")
+    one = watch(screen)
+    one.wait_for("agent-001 *working")
+    farm.ok("down", "--now", timeout=120)
+    one.wait_for("loop: not running")
+    (farm.repo / "farm.env").write_text("nonsense")
+    one.wait_for("expected KEY=VALUE")
+    (farm.repo / "farm.env").unlink()
+    mark = len(one.read())
+    up(farm, 1, "sleep 1000")
+    one.wait_for("agent-001 *working", mark)
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_watch_writes_nothing(farm, screen):
+    farm.ok("add", "a task")
+    farm.claim(A)
+    before = bytes_below(farm.repo, but=())
+    one = watch(screen)
+    one.wait_for("(?s)tasks: claimed 1.*tasks: claimed 1")
+    one.type("q")
+    one.end()
+    assert bytes_below(farm.repo, but=()) == before
+
+
+def test_l_shows_the_log_and_ctrl_c_comes_back(farm, screen):
+    farm.ok("add", "a task")
+    up(farm, 1, "echo here I am; sleep 1000")
+    one = watch(screen)
+    one.wait_for("agent-001 *working")
+    one.type("1l")
+    one.wait_for("here I am")
+    mark = len(one.read())
+    one.type("\x03")
+    one.wait_for("q leave", mark)
+    one.type("q")
+    assert one.end() == 0
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_a_number_attaches_and_detaching_comes_back(farm, screen):
+    farm.ok("add", "a task")
+    up(farm, 1, "echo here I am; sleep 1000")
+    one = watch(screen)
+    one.wait_for("agent-001 *working")
+    one.type("1")
+    one.wait_for("here I am")
+    mark = len(one.read())
+    one.type("\x02d")
+    one.wait_for("q leave", mark)
+    one.type("q")
+    assert one.end() == 0
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_m_merges(farm, screen):
+    farm.ok("add", "a task")
+    farm.submit(A, {"a.txt": "a"})
+    one = watch(screen)
+    one.type("m")
+    one.wait_for("press Enter to go back")
+    one.type("\n")
+    one.wait_for("1/1 tasks")
+    assert farm.task("t-0001")["state"] == "landed"
+
+
+def test_watch_in_a_pipe_prints_what_changes(farm):
+    farm.ok("add", "a task")
+    with farm.start("status", "--watch") as process:
+        assert process.stdout.readline() == "tasks: pending 1\n"
+        process.terminate()
+        assert "\x1b" not in process.stdout.read()
+
+
+@pytest.mark.parametrize(
+    ("landed", "left", "seconds"), [([], 5, None), ([0], 5, None), ([0, 50, 100], 4, 200), ([0, 100], 0, None)]
+)
+def test_the_time_left_is_told_from_the_pace_of_landings(landed, left, seconds):
+    assert toolkit.estimate_left(landed, left, 100) == seconds
+
+
+@pytest.mark.parametrize("width", [10, 30, 80, 200])
+def test_the_bar_fits_and_is_full_when_all_is_over(width):
+    status = {"tasks": {"landed": 3, "failed": 1}, "landed_at": [], "loop": {"alive": True}}
+    line = toolkit.progress_line(status, width, 0)
+    assert line == "[" + "#" * line.count("#") + "] 4/4 tasks" and (len(line) <= width or width < 20)
