@@ -2119,9 +2119,9 @@ def farm_socket(repo: str) -> str:
     return f"farm-{re.sub('[^A-Za-z0-9_-]', '-', os.path.basename(repo))[:30]}-{digest}"
 
 
-def probe_sessions(socket: str) -> dict[str, Session]:
+def probe_sessions(socket: str, timeout: float = 600.0) -> dict[str, Session]:
     """name -> Session of every session on the farm's server; empty when no server runs."""
-    result = run_script("probe-tmux.sh", "-L", socket, allow=(0, 3))
+    result = run_script("probe-tmux.sh", "-L", socket, allow=(0, 3), timeout=timeout)
     sessions = {}
     for name, pane, pid, dead, status, signal, activity, path in (row[:8] for row in read_tsv(result.stdout)):
         exit_status = int(status) if status.isdigit() else None
@@ -3734,22 +3734,58 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}h{minutes % 60:02d}" if minutes < 2880 else f"{minutes // 1440}d"
 
 
-def print_table(rows: list[list], headers: list[str]) -> None:
-    """A table on a terminal, cut to its width; tab-separated in a pipe."""
-    rows = [[one_line(str(cell)) for cell in row] for row in rows]
-    if not sys.stdout.isatty():
-        for row in rows:
-            print("\t".join(row))
-        return
+def one_width(line: str, width: int) -> str:
+    """A line cut to `width` columns of a terminal, with an ellipsis."""
+    if text_width(line) <= width:
+        return line
+    while text_width(line) > width - 1:
+        line = line[:-1]
+    return line + "\u2026"
+
+
+def text_width(text: str) -> int:
+    """Columns of a terminal: wide characters take two, combining ones none."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
+
+
+def terminal_width() -> int:
     import shutil
 
-    width = shutil.get_terminal_size().columns
-    text = import_package("tabulate").tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True)
-    print("\n".join(one_width(line, width) for line in text.split("\n")))
+    return shutil.get_terminal_size().columns
 
 
-def one_width(line: str, width: int) -> str:
-    return line if len(line) <= width else line[:width - 1] + "\u2026"
+def fit_columns(rows: list[list], headers: list[str], spare: tuple, width: int) -> list[int]:
+    """Which columns a table of `width` has room for: those of `spare` go first, in that order. The last one may be cut to 12."""
+    widths = [max(map(text_width, (header, *(row[index] for row in rows)))) for index, header in enumerate(headers)]
+    kept = list(range(len(headers)))
+    for name in spare:
+        if sum(widths[index] + 2 for index in kept[:-1]) + min(widths[kept[-1]], 12) <= width:
+            break
+        kept.remove(headers.index(name))
+    return kept
+
+
+def table_lines(rows: list[list], headers: list[str], spare: tuple, width: int) -> list[str]:
+    """A table cut to `width` (columns named in `spare` go first); width 0: tab-separated, without a head, all columns."""
+    rows = [[re.sub("[\u200e\u200f\u202a-\u202e\u2066-\u2069]", "", one_line(str(cell))) for cell in row] for row in rows]
+    if not width:
+        return ["\t".join(row) for row in rows]
+    tabulate = import_package("tabulate")
+    tabulate.MIN_PADDING = 0  # else a column is two wider than its head
+    kept = fit_columns(rows, headers, spare, width)
+    text = tabulate.tabulate([[row[index] for index in kept] for row in rows], headers=[headers[index] for index in kept],
+                             tablefmt="plain", disable_numparse=True)
+    return [one_width(line, width) for line in text.split("\n")]
+
+
+def print_table(rows: list[list], headers: list[str]) -> None:
+    """A table on a terminal, tab-separated in a pipe."""
+    for line in table_lines(rows, headers, (), terminal_width() if sys.stdout.isatty() else 0):
+        print(line)
 
 
 def derived_state(task: Task, state: State, now: float) -> str:
@@ -3857,46 +3893,194 @@ def agent_record(name: str, session: Session | None, claim: Claim | None, told: 
             "processes": usage.processes if usage else 0, "preset": preset}
 
 
-def agent_records(store: Store, state: State, settings: Settings) -> list[dict]:
+class WorkProbe:
+    """probe-work.sh, begun early and read late. found: agent -> (commits, changed lines), as far as it has come."""
+
+    def __init__(self, store: Store, state: State, settings: Settings):
+        import subprocess
+
+        rows = [[claim.agent, f"farm/{claim.agent}/{claim.task['id']}", worktree_of(store.repo, settings, claim.agent)]
+                for claim in state.claims.values() if claim.task]
+        self.found, self.begun_at, self.seconds, self.rest, self.process = {}, CLOCK.monotonic(), 0.0, b"", None
+        if rows and settings.into:
+            argv = ["bash", os.path.join(SCRIPTS, "probe-work.sh"), "-C", store.repo, "-b", settings.into]
+            self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                            cwd=TOOLKIT, start_new_session=True)
+            lines = "".join("\t".join(map(escape_field, row)) + "\n" for row in rows)
+            try:
+                self.process.stdin.write(os.fsencode(lines))
+                self.process.stdin.close()
+            except BrokenPipeError:
+                pass  # git is missing: nothing is found
+
+    def read(self, limit: float, *, wait: bool) -> dict[str, tuple[int, int]]:
+        """What is known now; wait: what is known when all is, or `limit` seconds after the beginning. Then the rest is ended."""
+        import select
+
+        while self.process:
+            left = self.begun_at + limit - CLOCK.monotonic()
+            if left <= 0:
+                self.end()
+            elif not select.select([self.process.stdout], [], [], left if wait else 0)[0]:
+                if not wait:
+                    break
+            elif data := os.read(self.process.stdout.fileno(), 65536):
+                *lines, self.rest = (self.rest + data).split(b"\n")
+                self.found.update((name, (int(commits), int(changed))) for name, commits, changed in
+                                  (line.decode().split("\t") for line in lines))
+            else:
+                self.end()
+        return self.found
+
+    def end(self) -> None:
+        """End what still runs of it, by its process group."""
+        import signal
+
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        self.process.stdout.close()
+        self.process.wait()
+        self.process, self.seconds = None, CLOCK.monotonic() - self.begun_at
+
+
+class Sight:
+    """What a status needs beside files, from tmux, psutil and git.
+
+    share: of a core, that each of them may take of a process which looks again and again; 0 looks once.
+    """
+
+    WORK_SECONDS, SLOW_WORK_SECONDS, TMUX_SECONDS = 0.15, 20.0, 3.0
+
+    def __init__(self, share: float = 0.0):
+        self.share, self.kept, self.work, self.error = share, {}, None, None
+
+    def look(self, name: str, function):
+        """What `function` says, or what it said a while ago."""
+        value, due = self.kept.get(name, (None, -math.inf))
+        if CLOCK.monotonic() < due:
+            return value
+        before, used = CLOCK.monotonic(), sum(os.times()[:4])
+        value = function()
+        cost = max(sum(os.times()[:4]) - used, CLOCK.monotonic() - before)
+        self.kept[name] = value, CLOCK.monotonic() + (cost / self.share if self.share else -1)
+        return value
+
+    def find_sessions(self, repo: str) -> dict[str, Session]:
+        """probe_sessions; where that is not to be had, `error` says why, and none is found: a status is an answer all the same."""
+        try:
+            self.error = None
+            return self.look("sessions", lambda: probe_sessions(farm_socket(repo), self.TMUX_SECONDS))
+        except FarmError as error:
+            self.error = error
+            return {}
+
+    def begin_work(self, *place) -> None:
+        """Begin to count commits and lines, if it is time."""
+        if self.work is None or not self.work.process and self.share and \
+                CLOCK.monotonic() > self.work.begun_at + self.work.seconds * (1 + (os.cpu_count() or 1) / self.share):
+            found = self.work.found if self.work else {}
+            self.work = WorkProbe(*place)
+            self.work.found = found
+
+    def find_work(self) -> dict[str, tuple[int, int]]:
+        return self.work.read(self.SLOW_WORK_SECONDS, wait=False) if self.share else self.work.read(self.WORK_SECONDS, wait=True)
+
+
+def measure_sessions(sessions: dict[str, Session]) -> dict[str, Usage]:
+    """name -> Usage of each session that lives."""
+    live = {name: session.pid for name, session in sessions.items() if not session.dead}
+    children = process_children() if live else {}
+    return {name: measure(tree_of(pid, children)) for name, pid in live.items()}
+
+
+def agent_records(store: Store, state: State, settings: Settings, sight: Sight) -> list[dict]:
     """Every agent that has a session, a claim or a place in the farm."""
-    sessions = probe_sessions(farm_socket(store.repo))
+    sight.begin_work(store, state, settings)
     told = store.read_agents()
+    sessions = sight.find_sessions(store.repo)
+    usages = sight.look("usages", lambda: measure_sessions(sessions))
     is_up = (store.read_json(FARM_FILE) or {}).get("mode") in ("running", "stopping", "paused")
     names = {*state.claims, *sessions, *(agent_names(settings.n) if is_up else ())} - {CONTROL}
-    children = process_children() if sessions else {}
     presets = dict(zip(agent_names(settings.n), share_agents(settings), strict=False))
-    records = []
+    records, costs, work = [], collections.Counter(), sight.find_work()
+    for line in sight.look("usage.jsonl", lambda: read_spending(store)):
+        costs[line["agent"], line["task"]] += line["cost_usd"]
     for name in sorted(names):
-        session = sessions.get(name)
-        usage = measure(tree_of(session.pid, children)) if session and not session.dead else None
         preset = presets.get(name, "") if presets.get(name, "") in PRESETS else ""
-        records.append(agent_record(name, session, state.claims.get(name), told.get(name, {}), usage, store, settings, preset))
+        claim, (commits, lines) = state.claims.get(name), work.get(name, (None, None))
+        record = agent_record(name, sessions.get(name), claim, told.get(name, {}), usages.get(name), store, settings, preset)
+        record.update(title=claim.task.get("title", "") if claim else "", commits=commits, changed_lines=lines,
+                      cost_usd=round(costs[name, record["task"]], 4))
+        records.append(record)
     return records
 
 
-def farm_status(store: Store, settings: Settings) -> dict:
+def farm_status(store: Store, settings: Settings, sight: Sight | None = None) -> dict:
     """What `status --json` prints. Damage is listed under `problems`; the rest is shown as far as it can be read."""
-    problems = []
+    problems, agents, activity, farm, sight = [], [], {}, {}, sight or Sight()
     try:
         state = store.snapshot()
     except DamagedState:
         state, problems = partial_state(store), [f"{store.path(name)}: {why}" for name, why in find_damaged(store).items()]
     try:
-        agents = agent_records(store, state, settings)
-        activity = find_activity(store)
         farm = store.read_json(FARM_FILE) or {}
-    except DamagedState as error:
-        problems = problems or [str(error)]
-        agents, activity, farm = [], {}, {}
-    now = CLOCK.now()
-    records = queue_records(store, state) if not problems else []
+        activity = find_activity(store)
+        agents = agent_records(store, state, settings, sight)
+    except FarmError as error:
+        problems, sight.error = problems or [str(error)], error
+    now, records = CLOCK.now(), []
+    if not problems:
+        records, problems = queue_records(store, state), [str(sight.error)] if sight.error else []
     loop = find_recorded(store.path("loop.lock"))
     task_counts = collections.Counter(derived_state(task, state, now) for task in state.all_tasks())
     status = {"agents": agents, "tasks": dict(task_counts),
               "merge_queue": dict(collections.Counter(record["state"] for record in records)),
               "queue_line": describe_queue(state, records, activity), "loop": {"pid": loop, "alive": loop is not None},
-              "mode": farm.get("mode", ""), "trouble": activity.get("trouble", []), "target": activity.get("target", "")}
-    return {**status, "problems": problems} if problems else status
+              "mode": farm.get("mode", ""), "reason": farm.get("reason", ""), "trouble": activity.get("trouble", []),
+              "target": activity.get("target", ""), "landed_at": sorted(task.landed_at for task in state.landed.values())[-20:]}
+    status["next"] = [{"what": what, "try": hint} for what, hint in next_steps(status, problems, state)]
+    code = sight.error.exit_code if sight.error else DamagedState.exit_code
+    return {**status, "problems": problems, "exit_code": code} if problems else status
+
+
+def agent_number(name: str) -> str:
+    """The short way to name an agent on the command line: 3 for agent-003."""
+    return str(int(name[6:])) if re.fullmatch(r"agent-\d{3}", name) else name
+
+
+# What a person can do about an agent in each state of trouble; the order is that of `status`.
+STEPS_OF = {"waiting": ("waits for a person", "attach {0}"), "stuck": ("is stuck", "attach {0}"),
+            "parked": ("is parked", "logs {0} && ./farm.py up"), "dead": ("ended", "logs {0}"), "failed": ("failed", "logs {0}"),
+            "zombie": ("is a zombie", "logs {0}"), "limited": ("is at its usage limit", "logs {0}")}
+STATE_ORDER = (*STEPS_OF, "starting", "working", "idle", "stopped")
+
+
+def state_rank(record: dict) -> tuple:
+    """Those who need a person first, unknown states last."""
+    state = record["state"]
+    return STATE_ORDER.index(state) if state in STATE_ORDER else len(STATE_ORDER), record["agent"]
+
+
+def next_steps(status: dict, problems: list[str], state: State) -> list[tuple[str, str]]:
+    """(what is the matter, what to type) for each trouble, the most pressing first."""
+    steps = [(problem, "./farm.py doctor") for problem in problems]
+    for record in sorted(status["agents"], key=state_rank):
+        words, command = STEPS_OF.get(record["state"], ("", ""))
+        if words:
+            why = record.get("message") or record["cause"]
+            steps.append((f"{record['agent']} {words}" + (f": {why}" if why else ""),
+                          "./farm.py " + command.format(agent_number(record["agent"]))))
+    if status["trouble"]:
+        steps.append(tuple(status["trouble"]))
+    if status["mode"] == "paused":
+        steps.append((status["reason"] or "the farm is paused: no new work is handed out", "./farm.py resume"))
+    if not status["loop"]["alive"]:
+        stopped = "no loop runs: nothing is started, restarted or merged"
+        steps.append((stopped, "./farm.py up") if status["tasks"] else ("there is no task yet", "./farm.py add 'what to do'"))
+    return steps + [(f"{task.id} failed: {task.reason}", f"./farm.py retry {task.id}")
+                    for task in state.pending.values() if task.state == "failed"]
 
 
 def partial_state(store: Store) -> State:
@@ -3916,26 +4100,47 @@ def partial_state(store: Store) -> State:
     return state
 
 
-def print_status(status: dict) -> None:
-    """Agents in trouble first, then counts, then what a person should type next."""
-    rank = {name: number for number, name in enumerate(("parked", "dead", "zombie", "working", "idle", "stopped"))}
-    rows = []
-    for agent in sorted(status["agents"], key=lambda agent: (rank.get(agent["state"], 9), agent["agent"])):
-        since = duration(CLOCK.now() - epoch(agent["since"])) if agent["since"] else "-"
-        output = duration(CLOCK.now() - epoch(agent["last_output_at"])) if agent["last_output_at"] else "-"
-        rows.append([agent["agent"], agent["state"], since, agent["task"] or "-", f"{agent['cpu_percent']:.0f}%",
-                     f"{agent['rss_bytes'] >> 20}M", output, agent["cause"]])
-    if rows:
-        print_table(rows, ["AGENT", "STATE", "FOR", "TASK", "CPU", "MEM", "OUTPUT", "CAUSE"])
+def ago(at: str) -> str:
+    """How long since a stored time, `-` for none."""
+    return duration(CLOCK.now() - epoch(at)) if at else "-"
+
+
+def agent_row(record: dict) -> list[str]:
+    note = record.get("message") or record["cause"] or record.get("title", "")
+    cost = f"${record['cost_usd']:.2f}" if record.get("cost_usd") else "-"
+    counts = ["-" if record.get(key) is None else record[key] for key in ("changed_lines", "commits")]
+    return [record["agent"], record["state"], ago(record["since"]), record["task"] or "-", *counts,
+            f"{record['cpu_percent']:.0f}%", f"{record['rss_bytes'] >> 20}M", ago(record["last_output_at"]), cost, note]
+
+
+def status_lines(status: dict, room: int = 6) -> list[str]:
+    """What stands below the agents: tasks, merge queue, loop, and what a person should type next, in `room` lines."""
     tasks = " \u00b7 ".join(f"{name} {count}" for name, count in sorted(status["tasks"].items())) or "none"
     loop = f"running (pid {status['loop']['pid']})" if status["loop"]["alive"] else "not running"
-    print(f"tasks: {tasks}\nmerge queue: {one_line(status['queue_line'])}\nloop: {loop}")
-    for line in status.get("problems", []):
-        print(one_line(line))
-    if not status["loop"]["alive"]:
-        print("next: ./farm.py up" if status["tasks"] else "next: ./farm.py add 'what to do', then ./farm.py up")
-    elif any(agent["state"] == "parked" for agent in status["agents"]):
-        print("next: ./farm.py logs AGENT, then ./farm.py up to start parked agents again")
+    mode = f", {status['mode']}" if status["mode"] in ("paused", "stopping") else ""
+    steps = [f"next: {step['try']} # {step['what']}" for step in status["next"]]
+    if len(steps) > room:
+        steps[room - 1:] = [f"next: ./farm.py status --json # {len(steps) - room + 1} more"]
+    return [f"tasks: {tasks}", f"merge queue: {one_line(status['queue_line'])}", f"loop: {loop}{mode}", *map(one_line, steps)]
+
+
+COLUMNS = ["AGENT", "STATE", "FOR", "TASK", "LINES", "COMMITS", "CPU", "MEM", "OUTPUT", "COST", "NOTE"]
+SPARE_COLUMNS = ("NOTE", "COST", "MEM", "CPU", "OUTPUT", "COMMITS", "LINES")
+
+
+def status_text(status: dict, width: int, height: int = 0) -> list[str]:
+    """Agents that need a person first, then counts, then what to type next: lines of `width` (0: tab-separated), at most
+    `height` of them (0: all).
+    """
+    below = [one_width(line, width) if width else line for line in status_lines(status)]
+    rows = [agent_row(record) for record in sorted(status["agents"], key=state_rank)]
+    room = max(2, height - len(below) - 2) if height else len(rows)
+    table = table_lines(rows[:room], COLUMNS, SPARE_COLUMNS, width) if rows else []
+    return table + ([f"... {len(rows) - room} more"] if len(rows) > room else []) + below
+
+
+def print_status(status: dict) -> None:
+    print("\n".join(status_text(status, terminal_width() if sys.stdout.isatty() else 0)))
 
 
 class Progress:
@@ -3962,6 +4167,178 @@ class Progress:
     def close(self) -> None:
         if self.is_terminal and self.last:
             self.stream.write("\n")
+
+
+# ---------------------------------------------------------------------------------------------- watch
+# The status again and again on a screen of its own, with keys. It writes nothing and takes no lock. Files are looked at when they
+# have changed; tmux, processes and git only as often as each of them stays below half a percent of a core.
+
+
+def estimate_left(landed_at: list[float], left: int, now: float) -> float | None:
+    """Seconds until `left` more tasks have landed, at the pace of the last 20; None where there is no pace yet."""
+    recent = sorted(landed_at)[-20:]
+    if not left or len(recent) < 2 or now <= recent[0]:
+        return None
+    return left * (now - recent[0]) / (len(recent) - 1)
+
+
+def progress_line(status: dict, width: int, now: float) -> str:
+    """A bar over all tasks, and how long it will still take."""
+    counts = status["tasks"]
+    total, over = sum(counts.values()), sum(counts.get(name, 0) for name in ("landed", "failed", "canceled"))
+    seconds = estimate_left(list(map(epoch, status["landed_at"])), total - over, now) if status["loop"]["alive"] else None
+    words = f" {over}/{total} tasks" + (f", about {duration(seconds)} left" if seconds else "")
+    room = max(4, min(40, width - len(words) - 2))
+    return "[" + ("#" * (room * over // max(total, 1))).ljust(room, ".") + "]" + words
+
+
+class Terminal:
+    """The screen and the keys of this process: another screen and no echo between `enter` and `leave`."""
+
+    def __init__(self):
+        self.has_keys, self.saved, self.last = sys.stdin.isatty(), None, ""
+
+    def enter(self) -> None:
+        import termios
+        import tty
+
+        if self.has_keys:
+            self.saved = termios.tcgetattr(0)
+            tty.setcbreak(0, termios.TCSANOW)
+        self.write("\x1b[?1049h\x1b[?25l")
+        self.last = ""
+
+    def leave(self) -> None:
+        """The terminal as it was; a terminal that is gone is fine."""
+        import termios
+
+        try:
+            self.write("\x1b[?25h\x1b[?1049l")
+            if self.saved is not None:
+                termios.tcsetattr(0, termios.TCSADRAIN, self.saved)
+        except (OSError, termios.error):
+            pass
+
+    def suspend(self, *_) -> None:
+        """Ctrl-Z: stop like any other program, and go on like one."""
+        import signal
+
+        self.leave()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self.enter()
+
+    def write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def draw(self, lines: list[str]) -> None:
+        """One write a frame, each line cleared behind its end: no flicker, and nothing of the last frame stays."""
+        text = "\x1b[H" + "\x1b[K\n".join(lines) + "\x1b[K\x1b[J"
+        if text != self.last:
+            self.write(text)
+            self.last = text
+
+    def read_key(self, seconds: float) -> str:
+        """What was typed within `seconds`; empty for nothing and for keys that send an escape sequence."""
+        import select
+
+        if not self.has_keys:
+            time.sleep(seconds)
+        elif select.select([0], [], [], seconds)[0]:
+            typed = os.read(0, 64).decode("utf-8", "replace")
+            self.has_keys = bool(typed)  # else the terminal has hung up
+            return "" if typed.startswith("\x1b") else typed
+        return ""
+
+
+class Watch:
+    """`status --watch` on a terminal."""
+
+    LOOK_SECONDS, DRAW_SHARE, TYPE_SECONDS = 2.0, 0.008, 0.8
+    KEYS = "1..9 attach \u00b7 l logs \u00b7 m merge \u00b7 p pause \u00b7 q leave"
+
+    def __init__(self, call: Call, look, should_stop):
+        self.call, self.look, self.should_stop = call, look, should_stop
+        self.terminal, self.sight, self.status, self.trouble = Terminal(), Sight(0.004), {}, ""
+        self.typed, self.typed_at, self.drawn, self.next_at = "", 0.0, (), 0.0
+
+    def run(self) -> int:
+        import signal
+
+        signal.signal(signal.SIGTSTP, self.terminal.suspend)
+        self.terminal.enter()
+        try:
+            while not self.should_stop.is_set():
+                self.refresh()
+                if self.press(self.terminal.read_key(0.25)):
+                    return 0
+        finally:
+            self.terminal.leave()
+        return 128 + self.should_stop.signal
+
+    def refresh(self) -> None:
+        """Draw when something has changed, the terminal has another size, or two seconds are over."""
+        size, now = os.get_terminal_size(1), CLOCK.monotonic()
+        seen = (size, self.typed, self.call.store.signature(), int(now / self.LOOK_SECONDS))
+        if seen == self.drawn or now < self.next_at and seen[:2] == self.drawn[:2]:
+            return
+        used = sum(os.times()[:2])
+        if seen[2:] != self.drawn[2:]:
+            try:
+                self.status, self.trouble = self.look(self.sight), ""
+            except (FarmError, OSError) as error:
+                self.trouble = f"{error}; trying again"
+        self.terminal.draw(self.frame(*size))
+        self.drawn, self.next_at = seen, now + min(2 * self.LOOK_SECONDS, (sum(os.times()[:2]) - used) / self.DRAW_SHARE)
+
+    def frame(self, columns: int, lines: int) -> list[str]:
+        clock = time.strftime("%H:%M:%S", time.localtime(CLOCK.now()))
+        head = one_width(f"{one_line(os.path.basename(self.call.repo))} \u00b7 {clock}", columns)
+        foot = f"attach {self.typed} (l: its log)" if self.typed else self.KEYS if self.terminal.has_keys else "Ctrl-C: leave"
+        if self.trouble:
+            body = ["", one_line(self.trouble)]
+        else:
+            body = [progress_line(self.status, columns, CLOCK.now()), "", *status_text(self.status, columns, max(8, lines - 4))]
+        return [head, *(one_width(line, columns) for line in body)][:lines - 1] + [one_width(foot, columns)]
+
+    def press(self, keys: str) -> bool:
+        """Do what the keys say; True to leave. A number by itself counts after a moment, or at Enter."""
+        for key in keys:
+            if key == "q":
+                return True
+            if key in "0123456789":
+                self.typed, self.typed_at = self.typed + key, CLOCK.monotonic()
+                continue
+            number, self.typed = self.typed, ""
+            if key in "\r\n" and number:
+                self.do("attach", number)
+            elif key == "l":
+                self.do("logs", *([number] if number else ["--all"]), "-f", "-n", "200")
+            elif key == "m":
+                self.do("merge", pause=True)
+            elif key == "p":
+                self.do("resume" if self.status.get("mode") == "paused" else "pause")
+        if self.typed and CLOCK.monotonic() - self.typed_at > self.TYPE_SECONDS:
+            number, self.typed = self.typed, ""
+            self.do("attach", number)
+        return False
+
+    def do(self, *words: str, pause: bool = False) -> None:
+        """Another verb on the terminal as it was; its Ctrl-C brings back here."""
+        import signal
+        import subprocess
+
+        self.terminal.leave()
+        say(f"{' '.join(words)} (Ctrl-C: back)" if words[0] in ("logs", "merge") else " ".join(words))
+        environment = {**os.environ, "FARM_PYTHON": sys.executable}
+        code = subprocess.call([os.path.join(SCRIPTS, "farm"), "--repo", self.call.repo, *words], env=environment)
+        if self.should_stop.signal == signal.SIGINT:
+            self.should_stop.clear()
+        if (code or pause) and self.terminal.has_keys and code not in (130, -signal.SIGINT):
+            say("press Enter to go back")
+            self.terminal.read_key(60)
+        self.terminal.enter()
+        self.drawn = ()
 
 
 # ---------------------------------------------------------------------------------------------- report page
@@ -5336,39 +5713,36 @@ def verb_clean(call: Call) -> int:
     return result.code
 
 
-@verb("status [--json] [--watch]", "agents, tasks, queue, loop", "json watch", "./farm.py status --watch")
+@verb("status [--json] [--watch]", "agents, tasks, queue, loop; --watch: again and again, with keys", "json watch",
+      "./farm.py status --watch")
 def verb_status(call: Call) -> int:
     if call.options.get("watch"):
         return watch_status(call)
     status = look(call)
     print_json(status) if call.options.get("json") else print_status(status)
-    return DamagedState.exit_code if status.get("problems") else 0
+    return status.get("exit_code", 0)
 
 
-def look(call: Call) -> dict:
+def look(call: Call, sight: Sight | None = None) -> dict:
     """`farm_status`, also where the settings that the last `up` left cannot be read."""
     try:
         settings = call.settings()
     except DamagedState:
         settings = load_settings(call.repo)
-    return farm_status(call.store, settings)
+    return farm_status(call.store, settings, sight)
 
 
 def watch_status(call: Call) -> int:
-    """Draw the status over itself every two seconds until Ctrl-C; the farm goes on."""
-    import contextlib
-    import io
-
+    """Until q or a signal; the farm goes on. In a pipe: the status every two seconds, when it has changed."""
     should_stop = stop_on_signals()
+    if sys.stdout.isatty():
+        return Watch(call, functools.partial(look, call), should_stop).run()
+    sight, last = Sight(0.003), []
     while not should_stop.is_set():
-        screen = io.StringIO()
-        screen.isatty = sys.stdout.isatty
-        with contextlib.redirect_stdout(screen):
-            print_status(look(call))
-        # One write a frame, each line cleared behind its end: no flicker, and nothing of the last frame stays.
-        home, line_end, rest = ("\x1b[H", "\x1b[K\n", "\x1b[J") if sys.stdout.isatty() else ("", "\n", "\n")
-        sys.stdout.write(home + screen.getvalue().replace("\n", line_end) + rest)
-        sys.stdout.flush()
+        lines = status_text(look(call, sight), 0)
+        if lines != last:
+            print("\n".join(lines) + "\n", flush=True)
+            last = lines
         should_stop.wait(2)
     return 128 + should_stop.signal
 

@@ -6,7 +6,9 @@ import collections
 import contextlib
 import io
 import os
+import pty
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -17,7 +19,7 @@ import merge_simulator
 import psutil
 import pytest
 from bench_harness import PYTHON, Bench, Cost, Farmed, Row, Samples, all_at_once, bash, check, timed
-from conftest import SCRIPTS, git, wait_until
+from conftest import ROOT, SCRIPTS, git, wait_until
 
 import farm
 
@@ -142,6 +144,8 @@ def idle_rows(bench: Bench) -> Iterator[Row]:
     parts = {"all": [loop, merger], "merger": [merger], "sessions": sessions}
     share = watch(parts, bench.size.idle_seconds)
     memory = loop.memory_info().rss + merger.memory_info().rss
+    with watching(farmed) as process:
+        seen = watch({"status": [process]}, bench.size.idle_seconds)["status"]
     for _ in range(5 * bench.size.rounds):
         samples.add("status", farmed.main("status"))
         samples.add("start", timed(sys.executable, "-c", "pass"))
@@ -153,6 +157,27 @@ def idle_rows(bench: Bench) -> Iterator[Row]:
     status, start = samples.median("status"), samples.median("start")
     over = f"{1000 * (status.seconds - start.seconds):.0f} ms over its interpreter's start"
     yield samples.row(f"status: {count} agents", "status", "start", f"<= {start.seconds + 0.15:.3f} s", over)
+    yield Row(f"status --watch: {count} agents", seen, None, "%", "<= 2 %", "of one core, on a terminal, its children too")
+
+
+@contextlib.contextmanager
+def watching(farmed: Farmed) -> Iterator[psutil.Process]:
+    """`status --watch` on a terminal of its own, whose first frame is drawn."""
+    master, slave = pty.openpty()
+    argv = [sys.executable, "-I", str(ROOT / "farm.py"), "--repo", str(farmed.repo), "status", "--watch"]
+    with subprocess.Popen(argv, stdin=slave, stdout=slave, env={**os.environ, "COLUMNS": "80", "LINES": "50"}) as process:
+        threading.Thread(target=drain, args=(master,), daemon=True).start()
+        time.sleep(3)
+        yield psutil.Process(process.pid)
+        process.terminate()
+    os.close(slave)
+
+
+def drain(descriptor: int) -> None:
+    """Read what comes, until nobody can write any more."""
+    with contextlib.suppress(OSError), open(descriptor, "rb", buffering=0) as terminal:
+        while terminal.read(65536):
+            pass
 
 
 def watch(parts: dict[str, list[psutil.Process]], seconds: float) -> dict[str, float]:

@@ -1,0 +1,470 @@
+"""To see and to steer: status and its live view, attach and the overview, logs, send, pause, estop, notify, completion."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+
+import psutil
+import pytest
+from conftest import ROOT, SCRIPTS, find_processes, git, run, wait_until
+from farm_calls import FARM, UGLY, Caller, bytes_below, copy_repo
+
+sys.path[:0] = [str(ROOT)]
+import farm as toolkit  # noqa: E402  (needs the path above)
+
+A, B, C = "agent-001", "agent-002", "agent-003"
+HEADS = ["AGENT", "STATE", "FOR", "TASK", "LINES", "COMMITS", "CPU", "MEM", "OUTPUT"]
+
+
+def take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+class Screen:
+    """A command on a terminal of its own: what it writes, and keys for it."""
+
+    def __init__(self, argv: list, columns: int = 80, lines: int = 24, **options):
+        self.master, slave = pty.openpty()
+        self.resize(columns, lines)
+        self.before = termios.tcgetattr(slave)
+        self.process = subprocess.Popen([str(word) for word in argv], stdin=slave, stdout=slave, stderr=slave,
+                                        start_new_session=True, preexec_fn=take_terminal, **options)  # noqa: PLW1509  no threads here
+        self.slave, self.text = slave, ""
+        os.set_blocking(self.master, False)
+
+    def resize(self, columns: int, lines: int) -> None:
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def read(self) -> str:
+        """All that it has written by now."""
+        try:
+            while part := os.read(self.master, 65536):
+                self.text += part.decode("utf-8", "replace")
+        except (BlockingIOError, OSError):
+            pass
+        return self.text
+
+    def wait_for(self, pattern: str, after: int = 0, timeout: float = 30) -> re.Match:
+        return wait_until(lambda: re.search(pattern, self.read()[after:]), timeout, f"{pattern!r} on the screen")
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def end(self, timeout: float = 30) -> int:
+        """Its exit code, once it has ended by itself."""
+        wait_until(lambda: self.read() is None or self.process.poll() is not None, timeout, "its end")
+        self.read()
+        return self.process.returncode
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def farm(sandbox, farm_cleanup) -> Caller:
+    """A farm on a new repo of one commit; leftovers are ended without failing the test."""
+    return Caller(copy_repo(sandbox.work / "repo"), os.getpid())
+
+
+@pytest.fixture
+def screen(farm):
+    """A factory of Screens that run a verb of the farm."""
+    opened = []
+
+    def open_screen(*words: str, **options) -> Screen:
+        opened.append(Screen([sys.executable, FARM, "--repo", farm.repo, *words], **options))
+        return opened[-1]
+
+    yield open_screen
+    for one in opened:
+        one.close()
+
+
+def up(farm, count: int, agent: str, *args: str, **options) -> None:
+    farm.ok("up", "-n", str(count), "--agent", agent, "--gate", "true", *args, timeout=120, **options)
+
+
+def agents_of(farm) -> dict:
+    return {agent["agent"]: agent for agent in json.loads(farm("status", "--json").stdout)["agents"]}
+
+
+def wait_for_state(farm, agent: str, state: str) -> dict:
+    return wait_until(lambda: (found := agents_of(farm).get(agent, {})).get("state") == state and found, 40, f"{agent} {state}")
+
+
+def record(agent: str, state: str = "idle", **fields) -> dict:
+    """An agent as `status --json` shows it."""
+    return {"agent": agent, "state": state, "task": "", "pid": 1, "rss_bytes": 0, "cpu_percent": 0.0, "since": "", "worktree": "",
+            "branch": "", "last_output_at": "", "cause": "", "title": "", "commits": None, "changed_lines": None,
+            "cost_usd": 0.0, **fields}
+
+
+def show(capsys, monkeypatch, agents: list, columns: int = 0, **fields) -> list[str]:
+    """The lines that print_status makes of a status; columns: on a terminal so wide."""
+    state = toolkit.State()
+    status = {"agents": agents, "tasks": {"claimed": 1}, "merge_queue": {}, "queue_line": "landed 0", "trouble": [], "mode": "",
+              "reason": "", "loop": {"pid": 7, "alive": True}, **fields}
+    status["next"] = [{"what": what, "try": hint} for what, hint in toolkit.next_steps(status, [], state)]
+    if columns:
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        monkeypatch.setenv("COLUMNS", str(columns))
+    toolkit.print_status(status)
+    return capsys.readouterr().out.splitlines()
+
+
+# ---------------------------------------------------------------------------------------------- status
+
+
+def test_those_who_need_a_person_come_first_and_unknown_states_last(capsys, monkeypatch):
+    states = ["unheard-of", "stopped", "idle", "working", "starting", "limited", "dead", "parked", "stuck", "waiting"]
+    agents = [record(f"agent-{number:03d}", state) for number, state in enumerate(states, 1)]
+    shown = [line.split("\t")[1] for line in show(capsys, monkeypatch, agents) if "\t" in line]
+    assert shown == ["waiting", "stuck", "parked", "dead", "limited", "starting", "working", "idle", "stopped", "unheard-of"]
+
+
+NEXT = {"waiting": "attach 2", "stuck": "attach 2", "parked": "logs 2", "dead": "logs 2"}
+
+
+@pytest.mark.parametrize(("state", "command"), NEXT.items())
+def test_each_trouble_has_the_command_to_type_next(capsys, monkeypatch, state, command):
+    lines = show(capsys, monkeypatch, [record(A), record(B, state, message="May I?")])
+    assert [line for line in lines if line.startswith(f"next: ./farm.py {command}")] and "agent-002" in lines[-1]
+
+
+def test_what_comes_next_is_a_line_that_a_shell_takes(capsys, monkeypatch):
+    line = show(capsys, monkeypatch, [record(B, "waiting", message="it's $(touch x) `y`")])[-1]
+    assert run(["bash", "-n", "-c", line.removeprefix("next: ")]).returncode == 0 and " # agent-002 waits" in line
+
+
+def test_a_long_list_of_troubles_is_cut_and_says_so(capsys, monkeypatch):
+    lines = show(capsys, monkeypatch, [record(f"agent-{number:03d}", "parked") for number in range(1, 31)])
+    assert len([line for line in lines if line.startswith("next:")]) == 6 and lines[-1].endswith("25 more")
+
+
+BUSY = [record(A, "working", task="t-0001", since="2026-03-01T10:00:00Z", last_output_at="2026-03-01T10:00:00Z", commits=12,
+               changed_lines=1234, cost_usd=12.5, rss_bytes=900 << 20, cpu_percent=101.0, title="a title of some length " * 5),
+        record(B, "waiting", task="t-0002", title="\u65e5\u672c\u8a9e\u306e\u984c\u540d" * 9)]
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 81, 100, 132, 200])
+def test_no_line_is_wider_than_the_terminal(capsys, monkeypatch, columns):
+    lines = show(capsys, monkeypatch, BUSY, columns)
+    assert max(map(toolkit.text_width, lines)) <= columns
+
+
+def test_eighty_columns_have_room_for_what_matters(capsys, monkeypatch):
+    head = show(capsys, monkeypatch, BUSY, 80)[0].split()
+    assert head[:9] == HEADS
+
+
+def test_a_wider_terminal_shows_more(capsys, monkeypatch):
+    lines = show(capsys, monkeypatch, BUSY, 132)
+    assert lines[0].split() == [*HEADS, "COST", "NOTE"] and "a title of" in lines[2] and "$12.50" in lines[2]
+
+
+def test_a_narrow_terminal_keeps_agent_state_and_task(capsys, monkeypatch):
+    assert show(capsys, monkeypatch, BUSY, 40)[0].split()[:4] == HEADS[:4]
+
+
+def test_in_a_pipe_every_column_is_there_between_tabs(capsys, monkeypatch):
+    assert [len(line.split("\t")) for line in show(capsys, monkeypatch, BUSY)[:2]] == [11, 11]
+
+
+def test_status_counts_changed_lines_and_commits(farm):
+    farm.ok("add", "a task")
+    agent = "printf 'a\\nb\\n' >x && git add x && git commit -qm x && printf 'c\\n' >>x && sleep 1000"
+    up(farm, 1, agent)
+    wait_until(lambda: (agents_of(farm)[A]["commits"], agents_of(farm)[A]["changed_lines"]) == (1, 3), 40, "1 commit, 3 lines")
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_looking_at_work_takes_no_lock_of_git_and_writes_nothing(farm, monkeypatch):
+    os.utime(farm.repo / "README.md")  # git would write the index anew for this
+    index = (farm.repo / ".git" / "index").read_bytes()
+    rows = f"a\tmain\t{farm.repo}\nb\tnone\t{farm.repo}/none\n"
+    done = run([SCRIPTS / "probe-work.sh", "-C", farm.repo, "-b", "main"], input=rows)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a\t0\t0\n", "")
+    assert (farm.repo / ".git" / "index").read_bytes() == index
+
+
+@pytest.fixture
+def broken_git(sandbox, monkeypatch) -> None:
+    """A git that never answers."""
+    folder = sandbox.root / "slow"
+    folder.mkdir()
+    (folder / "git").write_text("#!/bin/sh\nexec sleep 7654321\n")
+    (folder / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_a_git_that_does_not_answer_leaves_a_dash_and_no_process(farm, broken_git, sandbox):
+    toolkit.Store(str(farm.repo)).ensure_folders()
+    (farm.folder / "farm.json").write_text(json.dumps({"mode": "down", "settings": {"into": "main"}}))
+    farm.ok("add", "a task")
+    farm.claim(A)
+    assert agents_of(farm)[A]["commits"] is None
+    assert [process for process in find_processes(sandbox.token) if "7654321" in process.cmdline()] == []
+
+
+# -- a farm in any state
+
+
+def answers(farm, *args: str, **options) -> str:
+    """What status prints; it may take its time on a busy machine, and must not wait for anybody."""
+    done = farm("status", *args, timeout=60, **options)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def test_status_of_a_repo_without_a_farm_says_how_to_begin(farm):
+    assert "next: ./farm.py add" in answers(farm)
+    assert not farm.folder.exists()
+
+
+def test_status_of_a_farm_that_does_not_run_names_up(farm):
+    farm.ok("add", "a task")
+    assert "next: ./farm.py up" in answers(farm)
+
+
+def test_status_answers_while_another_verb_holds_the_mutex(farm):
+    farm.ok("add", "a task")
+    with open(farm.folder / ".lock", "r+b") as mutex:
+        fcntl.flock(mutex, fcntl.LOCK_EX)
+        assert "pending 1" in answers(farm)
+
+
+def test_status_answers_while_tmux_hangs(farm):
+    up(farm, 1, "sleep 1000")
+    pid = int(run(["tmux", "-L", toolkit.farm_socket(str(farm.repo)), "display-message", "-p", "#{pid}"], check=True).stdout)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        done = farm("status", timeout=60)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert (done.returncode, "probe-tmux.sh took longer" in done.stdout) == (1, True)
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_status_without_tmux_shows_the_tasks_and_exits_6(farm, sandbox):
+    farm.ok("add", "a task")
+    folder = sandbox.root / "few"
+    folder.mkdir()
+    for name in ("bash", "git", "env"):
+        os.symlink(run(["which", name], check=True).stdout.strip(), folder / name)
+    done = farm("status", env={"PATH": str(folder)})
+    assert (done.returncode, "pending 1" in done.stdout, "tmux is missing" in done.stdout) == (6, True, True)
+
+
+@pytest.mark.parametrize("count", [0, 200])
+def test_status_of_any_number_of_agents_is_an_answer(farm, count):
+    store = toolkit.Store(str(farm.repo))
+    store.ensure_folders()
+    owner = toolkit.identify(os.getpid())
+    with store.transaction() as tx:
+        toolkit.TaskQueue(tx).add([toolkit.Task(title=f"task {number}") for number in range(count)], 3)
+    for number in range(count):
+        with store.transaction() as tx:
+            toolkit.TaskQueue(tx).claim(f"agent-{number + 1:03d}", owner)
+    assert len([line for line in answers(farm).splitlines() if "\t" in line]) == count
+
+
+def test_no_control_character_of_an_agent_a_title_or_a_branch_reaches_the_terminal(farm, screen):
+    farm.ok("add", UGLY + " \u202ebackwards", "--prompt", "p")
+    branch = "farm/x/\x9b2J\u202e"
+    git(farm.repo, "branch", branch)
+    claim = farm.claim(A)
+    farm.ok("fail", A, "--fence", claim["fence"], "--why", UGLY, "--no-retry")
+    farm.ok("add", UGLY + "two")
+    farm.claim(B)
+    (farm.folder / "farm.json").write_text(json.dumps({"mode": UGLY, "reason": UGLY, "settings": {"into": branch}}))
+    for words in (["status"], ["tasks"], ["queue"], ["locks"]):
+        one = screen(*words, columns=300)
+        one.end()
+        assert re.findall("[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]|\r(?!\n)", one.read()) == [], words
+
+
+def test_times_are_utc_in_json_and_short_in_the_table(farm):
+    farm.ok("add", "a task")
+    farm.claim(A)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", agents_of(farm)[A]["since"])
+    assert re.fullmatch(r"\d+s", answers(farm).split("\t")[2])
+
+
+# ---------------------------------------------------------------------------------------------- status --watch
+
+ENTER, LEAVE = "\x1b[?1049h", "\x1b[?25h\x1b[?1049l"
+
+
+def watch(screen, **options) -> Screen:
+    """A live status whose first frame is drawn."""
+    one = screen("status", "--watch", **options)
+    one.wait_for("q leave")
+    return one
+
+
+def is_restored(one: Screen) -> bool:
+    return one.read().endswith(LEAVE) and termios.tcgetattr(one.slave) == one.before
+
+
+def frames(text: str) -> list[list[str]]:
+    """The frames that were drawn, each a list of lines without escape codes."""
+    return [re.sub(r"\x1b\[[0-9?]*[A-Za-z]", "", frame).split("\r\n") for frame in text.split("\x1b[H")[1:]]
+
+
+def test_watch_draws_on_another_screen_and_q_leaves_it(farm, screen):
+    farm.ok("add", "a task")
+    one = watch(screen)
+    assert one.read().startswith(ENTER) and termios.tcgetattr(one.slave) != one.before
+    one.type("q")
+    assert (one.end(), is_restored(one)) == (0, True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_watch_restores_the_terminal_on_a_signal(farm, screen, number):
+    one = watch(screen)
+    one.process.send_signal(number)
+    assert (one.end(), is_restored(one)) == (128 + number, True)
+
+
+def test_watch_can_be_suspended_and_goes_on(farm, screen):
+    one = watch(screen)
+    one.process.send_signal(signal.SIGTSTP)
+    wait_until(lambda: psutil.Process(one.process.pid).status() == psutil.STATUS_STOPPED, message="the stop")
+    assert is_restored(one)
+    mark = len(one.read())
+    one.process.send_signal(signal.SIGCONT)
+    one.wait_for("q leave", mark)
+    one.type("q")
+    assert one.end() == 0
+
+
+def test_watch_shows_a_new_task_at_once_and_in_place(farm, screen):
+    farm.ok("add", "a task")
+    one = watch(screen)
+    one.wait_for("0/1 tasks")
+    farm.ok("add", "another")
+    one.wait_for("0/2 tasks")
+    assert "\x1b[2J" not in one.read(), "a cleared screen flickers"
+
+
+def test_watch_follows_the_size_of_the_terminal(farm, screen):
+    for number in range(40):
+        farm.ok("add", f"task {number}")
+        farm.claim(f"agent-{number + 1:03d}")
+    one = watch(screen, columns=100, lines=30)
+    mark = len(one.read())
+    one.resize(60, 12)
+    one.wait_for("q leave", mark)
+    last = frames(one.read())[-1]
+    assert len(last) <= 12 and max(map(len, last)) <= 60 and any("more" in line for line in last)
+
+
+def test_watch_waits_for_a_farm_that_is_not_there_yet(farm, screen):
+    one = watch(screen)
+    up(farm, 1, "sleep 1000")
+    farm.ok("add", "a task")
+    one.wait_for("agent-001 *working")
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_watch_survives_a_restart_of_the_farm_and_damage(farm, screen):
+    farm.ok("add", "a task")
+    up(farm, 1, "sleep 1000")
+    one = watch(screen)
+    one.wait_for("agent-001 *working")
+    farm.ok("down", "--now", timeout=120)
+    one.wait_for("loop: not running")
+    (farm.repo / "farm.env").write_text("nonsense")
+    one.wait_for("expected KEY=VALUE")
+    (farm.repo / "farm.env").unlink()
+    mark = len(one.read())
+    up(farm, 1, "sleep 1000")
+    one.wait_for("agent-001 *working", mark)
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_watch_writes_nothing(farm, screen):
+    farm.ok("add", "a task")
+    farm.claim(A)
+    before = bytes_below(farm.repo, but=())
+    one = watch(screen)
+    one.wait_for("(?s)tasks: claimed 1.*tasks: claimed 1")
+    one.type("q")
+    one.end()
+    assert bytes_below(farm.repo, but=()) == before
+
+
+def test_l_shows_the_log_and_ctrl_c_comes_back(farm, screen):
+    farm.ok("add", "a task")
+    up(farm, 1, "echo here I am; sleep 1000")
+    one = watch(screen)
+    one.wait_for("agent-001 *working")
+    one.type("1l")
+    one.wait_for("here I am")
+    mark = len(one.read())
+    one.type("\x03")
+    one.wait_for("q leave", mark)
+    one.type("q")
+    assert one.end() == 0
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_a_number_attaches_and_detaching_comes_back(farm, screen):
+    farm.ok("add", "a task")
+    up(farm, 1, "echo here I am; sleep 1000")
+    one = watch(screen)
+    one.wait_for("agent-001 *working")
+    one.type("1")
+    one.wait_for("here I am")
+    mark = len(one.read())
+    one.type("\x02d")
+    one.wait_for("q leave", mark)
+    one.type("q")
+    assert one.end() == 0
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_m_merges(farm, screen):
+    farm.ok("add", "a task")
+    farm.submit(A, {"a.txt": "a"})
+    one = watch(screen)
+    one.type("m")
+    one.wait_for("press Enter to go back")
+    one.type("\n")
+    one.wait_for("1/1 tasks")
+    assert farm.task("t-0001")["state"] == "landed"
+
+
+def test_watch_in_a_pipe_prints_what_changes(farm):
+    farm.ok("add", "a task")
+    with farm.start("status", "--watch") as process:
+        assert process.stdout.readline() == "tasks: pending 1\n"
+        process.terminate()
+        assert "\x1b" not in process.stdout.read()
+
+
+@pytest.mark.parametrize(
+    ("landed", "left", "seconds"), [([], 5, None), ([0], 5, None), ([0, 50, 100], 4, 200), ([0, 100], 0, None)]
+)
+def test_the_time_left_is_told_from_the_pace_of_landings(landed, left, seconds):
+    assert toolkit.estimate_left(landed, left, 100) == seconds
+
+
+@pytest.mark.parametrize("width", [10, 30, 80, 200])
+def test_the_bar_fits_and_is_full_when_all_is_over(width):
+    status = {"tasks": {"landed": 3, "failed": 1}, "landed_at": [], "loop": {"alive": True}}
+    line = toolkit.progress_line(status, width, 0)
+    assert line == "[" + "#" * line.count("#") + "] 4/4 tasks" and (len(line) <= width or width < 20)
