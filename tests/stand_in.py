@@ -1,0 +1,466 @@
+#!/usr/bin/env python3
+"""A stand-in for the models behind real coding CLIs, on 127.0.0.1, scripted by the prompt. Standard library only.
+
+    python tests/stand_in.py --port 0 --log requests.jsonl --ttl 600      (the first line printed is its address)
+
+It speaks the Anthropic Messages API (Claude Code), the Responses API (Codex), chat completions (opencode, aider) and the
+Gemini API. It keeps no conversation: each reply is made from the request alone. The script is the last human prompt that holds
+a directive, one a line (blanks, `-`, `*`, `>` before it are ignored, and so is every other line):
+
+    WRITE path::text        the CLI's own tool for writing a file, or a shell line; `\\n` in text is a line's end
+    APPEND path::text       a shell line that appends
+    RUN command             a shell line
+    COMMIT message          git add -A && git commit; comes by itself at the end after a WRITE, unless NOCOMMIT is there
+    READ path, ASK question, TOOL name::{json}   the tools of Claude Code by that name
+    SLEEP seconds           think so long before the next reply
+    ERROR status[::times[::message]]    answer with this HTTP error first, `times` times for this prompt
+    LIMIT seconds           a usage limit that ends so many seconds after its first refusal
+    DROP                    close the connection in the middle of a reply, once
+    SAY text                what the last reply says
+
+A prompt without directives is answered with "OK: <its start>". GET /_stats tells what was asked so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import sys
+import threading
+import time
+import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+WORDS = "WRITE|APPEND|RUN|COMMIT|READ|ASK|TOOL|SLEEP|ERROR|LIMIT|DROP|SAY|NOCOMMIT"
+DIRECTIVE = re.compile(rf"^[\s>*-]*({WORDS})(?:\s+(.*?))?\s*$")
+REMINDER = re.compile(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
+CWD = re.compile(r"(?:Primary working directory|Working directory|cwd)\s*:\s*(\S+)", re.IGNORECASE)
+ERROR_KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 529: "overloaded_error"}
+USAGE = {"input": 1200, "output": 80}
+
+
+# ---------------------------------------------------------------------------------------------- the script of a prompt
+
+
+def parts_of(content) -> list[dict]:
+    """A message's content as a list of blocks; it may be one string."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else [part for part in content or [] if isinstance(part, dict)]
+
+
+def text_of(content) -> str:
+    return REMINDER.sub("", "\n".join(part.get("text") or "" for part in parts_of(content))).strip()
+
+
+def has_directive(text: str) -> bool:
+    return any(DIRECTIVE.match(line) for line in text.splitlines())
+
+
+def find_turn(items: list[tuple[str, str, int]]) -> tuple[str, int]:
+    """(the prompt in force, how many tool results came after it) of [(role, text, tool results)].
+
+    A prompt is in force until a later human text has a directive of its own: a CLI's own reminders have none.
+    """
+    prompt, done = "", 0
+    for role, text, results in items:
+        done += results
+        if role == "user" and text and (not prompt or has_directive(text) or (not results and not has_directive(prompt))):
+            prompt, done = text, 0
+    return prompt, done
+
+
+def number(text: str, default: float = 0.0) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return default
+
+
+def parse_script(prompt: str) -> tuple[list[tuple[str, str, float]], dict]:
+    """([(tool word, argument, seconds to think before)], how the turn ends) of a prompt."""
+    steps, end, think = [], {"say": [], "errors": [], "limit": None, "drop": False}, 0.0
+    words = set()
+    for match in filter(None, map(DIRECTIVE.match, prompt.splitlines())):
+        word, argument = match.group(1), (match.group(2) or "").strip()
+        if word in ("WRITE", "APPEND") and "::" not in argument:
+            continue
+        words.add(word)
+        if word == "SLEEP":
+            think += number(argument)
+        elif word == "ERROR":
+            status, times, message = [*argument.split("::", 2), "", ""][:3]
+            end["errors"].append((int(number(status, 500)), int(number(times, 1)), message or "scripted error"))
+        elif word == "LIMIT":
+            end["limit"] = number(argument, 10)
+        elif word == "DROP":
+            end["drop"] = True
+        elif word == "SAY":
+            end["say"].append(argument)
+        elif word != "NOCOMMIT":
+            steps.append((word, argument, think))
+            think = 0.0
+    if words & {"WRITE", "APPEND"} and not words & {"COMMIT", "NOCOMMIT"}:
+        steps.append(("COMMIT", first_line(prompt), 0.0))
+    end["think"] = think
+    return steps, end
+
+
+def first_line(prompt: str) -> str:
+    lines = re.sub(r"<(\w+)>.*?</\1>", "", prompt, flags=re.DOTALL).strip().splitlines()
+    return (lines or ["work"])[0].strip('#" ')[:50] or "work"
+
+
+def shell_line(word: str, argument: str) -> str:
+    path, _, text = argument.partition("::")
+    path, text = shlex.quote(path.strip()), shlex.quote(text.replace("\\n", "\n"))
+    return {
+        "WRITE": f'mkdir -p "$(dirname {path})" && printf %s {text} >{path}',
+        "APPEND": f"printf '%s\\n' {text} >>{path}",
+        "COMMIT": f"git add -A && git commit -q -m {shlex.quote(argument or 'work')} && git log --oneline -1",
+        "READ": f"cat {path}",
+    }.get(word, argument)
+
+
+class Model:
+    """Makes replies. Its only memory: how often a prompt's errors were given, and when its usage limit began."""
+
+    def __init__(self) -> None:
+        self.lock, self.given, self.limits = threading.Lock(), {}, {}
+
+    def refusal(self, end: dict, key: str) -> tuple[int, str, float] | None:
+        """(HTTP status, message, unix time of the reset or 0) when this request is to be refused."""
+        with self.lock:
+            for index, (status, times, message) in enumerate(end["errors"]):
+                count = self.given.get((key, index), 0)
+                if count < times:
+                    self.given[key, index] = count + 1
+                    return status, message, 0
+            if end["limit"] is not None:
+                until = self.limits.setdefault(key, int(time.time() + end["limit"]))
+                if time.time() < until:
+                    return 429, "This request would exceed your account's rate limit. Please try again later.", until
+        return None
+
+    def drops(self, end: dict, key: str) -> bool:
+        with self.lock:
+            first = end["drop"] and not self.given.get((key, "drop"))
+            self.given[key, "drop"] = 1
+            return first
+
+    def reply(self, items: list[tuple[str, str, int]], session: str) -> dict:
+        """What to do next: {refusal, word, argument, text, drop}; without a word it is the turn's last text."""
+        prompt, done = find_turn(items)
+        steps, end = parse_script(prompt)
+        key = session + "\n".join(filter(DIRECTIVE.match, prompt.splitlines()))
+        refusal = self.refusal(end, key)
+        if refusal:
+            return {"refusal": refusal, "word": "", "argument": "", "text": "", "drop": False, "prompt": prompt}
+        word, argument, think = steps[done] if done < len(steps) else ("", "", end["think"])
+        time.sleep(min(think, 300))
+        text = "\n".join(end["say"]) or (f"Done: {len(steps)} step(s)." if steps else "OK: " + prompt[:80])
+        return {"refusal": None, "word": word, "argument": argument, "text": text, "drop": self.drops(end, key), "prompt": prompt}
+
+
+# ---------------------------------------------------------------------------------------------- one protocol after the other
+
+
+def find_cwd(body: dict) -> str:
+    """The CLI names its working directory in the system prompt or in its first messages."""
+    texts = [text_of(body.get("system"))] + [part.get("text") or "" for message in (body.get("messages") or [])[:3] for part in parts_of(message.get("content"))]
+    found = next(filter(None, map(CWD.search, texts)), None)
+    return found.group(1).rstrip(".,;`'\"") if found and found.group(1).startswith("/") else ""
+
+
+def fill(schema: dict):
+    """The smallest value that a JSON schema accepts: well enough for a CLI's side calls (titles)."""
+    kind = schema.get("type")
+    kind = kind[0] if isinstance(kind, list) else kind
+    if kind == "object" or "properties" in schema:
+        return {key: fill(value) for key, value in (schema.get("properties") or {}).items()}
+    if schema.get("enum"):
+        return schema["enum"][0]
+    return {"array": [], "boolean": False, "integer": 0, "number": 0, "null": None}.get(kind, "A session")
+
+
+def claude_tool(reply: dict, tools: set[str], cwd: str) -> dict:
+    """The tool_use block of Claude Code for one directive."""
+    word, argument = reply["word"], reply["argument"]
+    path, _, text = argument.partition("::")
+    absolute = os.path.join(cwd, path.strip())
+    name, given = "Bash", {"command": shell_line(word, argument), "description": f"{word.lower()} step"}
+    if word == "WRITE" and "Write" in tools:
+        name, given = "Write", {"file_path": absolute, "content": text.replace("\\n", "\n")}
+    elif word == "READ":
+        name, given = "Read", {"file_path": absolute}
+    elif word == "TOOL":
+        name, given = path.strip(), json.loads(text or "{}")
+    elif word == "ASK":
+        options = [{"label": label, "description": f"take the {label.lower()}"} for label in ("First", "Second")]
+        name, given = "AskUserQuestion", {"questions": [{"question": argument or "Which one?", "header": "Choice", "multiSelect": False, "options": options}]}
+    return {"type": "tool_use", "id": "toolu_" + uuid.uuid4().hex[:24], "name": name, "input": given}
+
+
+def claude_items(body: dict) -> list[tuple[str, str, int]]:
+    items = []
+    for message in body.get("messages") or []:
+        results = sum(part.get("type") == "tool_result" for part in parts_of(message.get("content")))
+        texts = [part for part in parts_of(message.get("content")) if part.get("type") == "text"]
+        items.append((message.get("role", ""), text_of(texts), results))
+    return items
+
+
+def result_items(messages: list[dict], text_key: str, is_result) -> list[tuple[str, str, int]]:
+    return [(message.get("role") or "", text_of(message.get(text_key)), int(is_result(message))) for message in messages]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request: read it, ask the model, answer in the caller's protocol."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_args) -> None:
+        """The server writes its own log."""
+
+    def send_json(self, status: int, value, headers: dict | None = None) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        for name, text in {"content-type": "application/json", "content-length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, text)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def send_events(self, events: list, *, named: bool, drop: bool = False) -> None:
+        """Server-sent events; with `drop` the connection is closed after half of them."""
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        for event in events[: len(events) // 2] if drop else events:
+            head = f"event: {event['type']}\n" if named else ""
+            self.wfile.write(f"{head}data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode())
+            self.wfile.flush()
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        self.server.note(self.command, path)
+        if path == "/_stats":
+            return self.send_json(200, self.server.stats())
+        if path.endswith("/models"):
+            models = [{"type": "model", "object": "model", "id": name, "display_name": name} for name in ("claude-sonnet-4-5", "fake")]
+            return self.send_json(200, {"object": "list", "data": models, "models": [], "has_more": False})
+        return self.send_json(200 if path == "/" else 404, {"ok": path == "/"})
+
+    def do_POST(self) -> None:
+        path = self.path.split("?")[0]
+        raw = self.rfile.read(int(self.headers.get("content-length") or 0))
+        try:
+            body = json.loads(raw or b"{}")
+        except ValueError:
+            body = {}
+        routes = {"/v1/messages": self.answer_claude, "/v1/responses": self.answer_codex, "/v1/chat/completions": self.answer_chat}
+        answer = routes.get(path) or (self.answer_gemini if "enerateContent" in path else None)
+        if path.endswith("/count_tokens"):
+            return self.send_json(200, {"input_tokens": max(1, len(raw) // 4)})
+        if answer is None:
+            self.server.note("POST", path)
+            return self.send_json(404, {"error": {"message": "no such path"}})
+        try:
+            return answer(body)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+
+    def ask(self, items: list[tuple[str, str, int]], session: str, **fields) -> dict:
+        """The model's reply, noted in the log with the prompts that it could see."""
+        known = self.headers.get("authorization") or self.headers.get("x-api-key") or self.headers.get("x-goog-api-key") or ""
+        if "invalid" in known:
+            reply = {"refusal": (401, "invalid x-api-key", 0), "word": "", "argument": "", "text": "", "drop": False, "prompt": ""}
+        else:
+            reply = self.server.model.reply(items, session)
+        prompts = [text[:60] for role, text, _ in items if role == "user" and text]
+        self.server.note("POST", self.path.split("?")[0], session=session, messages=len(items), prompts=prompts[-6:],
+                         status=reply["refusal"][0] if reply["refusal"] else 200, word=reply["word"], argument=reply["argument"][:60], **fields)
+        return reply
+
+    # -- Claude Code
+
+    def answer_claude(self, body: dict) -> None:
+        tools = {tool.get("name") for tool in body.get("tools") or []}
+        schema = (body.get("output_config") or {}).get("format") or body.get("output_format") or {}
+        session = self.headers.get("x-claude-code-session-id") or ""
+        if schema.get("type") == "json_schema" or not tools:
+            text = json.dumps(fill(schema.get("schema") or {})) if schema else "A session"
+            self.server.note("POST", "/v1/messages", session=session, side=True)
+            return self.send_claude(body, [{"type": "text", "text": text}], "end_turn")
+        reply = self.ask(claude_items(body), session, model=body.get("model"))
+        if reply["refusal"]:
+            return self.refuse_claude(*reply["refusal"])
+        content = [{"type": "text", "text": reply["text"]}]
+        if reply["word"]:
+            content = [{"type": "text", "text": f"Step: {reply['word'].lower()}"}, claude_tool(reply, tools, find_cwd(body))]
+        return self.send_claude(body, content, "tool_use" if reply["word"] else "end_turn", drop=reply["drop"])
+
+    def refuse_claude(self, status: int, message: str, reset: float) -> None:
+        headers = {"retry-after": "1"} if status in (429, 529) else {}
+        if reset:
+            unified = {"status": "rejected", "reset": int(reset), "representative-claim": "five_hour", "5h-status": "rejected", "5h-reset": int(reset),
+                       "5h-utilization": "1.0", "fallback": "unavailable", "overage-status": "rejected", "overage-disabled-reason": "org_level_disabled"}
+            headers = {"retry-after": str(max(1, int(reset - time.time()))), "x-should-retry": "false",
+                       **{f"anthropic-ratelimit-unified-{key}": str(value) for key, value in unified.items()}}
+        self.send_json(status, {"type": "error", "error": {"type": ERROR_KINDS.get(status, "api_error"), "message": message}}, headers)
+
+    def send_claude(self, body: dict, content: list[dict], stop_reason: str, *, drop: bool = False) -> None:
+        usage = {"input_tokens": USAGE["input"], "output_tokens": USAGE["output"], "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
+        message = {"id": "msg_" + uuid.uuid4().hex[:24], "type": "message", "role": "assistant", "model": body.get("model") or "fake",
+                   "content": content, "stop_reason": stop_reason, "stop_sequence": None, "usage": usage}
+        if not body.get("stream"):
+            return self.send_json(200, message)
+        events = [{"type": "message_start", "message": dict(message, content=[], stop_reason=None, usage=dict(usage, output_tokens=1))}]
+        for index, block in enumerate(content):
+            empty = {"type": "text", "text": ""} if block["type"] == "text" else dict(block, input={})
+            delta = {"type": "text_delta", "text": block["text"]} if block["type"] == "text" else {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
+            events += [{"type": "content_block_start", "index": index, "content_block": empty}, {"type": "content_block_delta", "index": index, "delta": delta},
+                       {"type": "content_block_stop", "index": index}]
+        events += [{"type": "message_delta", "delta": {"stop_reason": stop_reason, "stop_sequence": None}, "usage": {"output_tokens": USAGE["output"]}}, {"type": "message_stop"}]
+        return self.send_events(events, named=True, drop=drop)
+
+    # -- Codex
+
+    def answer_codex(self, body: dict) -> None:
+        items = [(item.get("role") or "", text_of(item.get("content")) if item.get("type", "message") == "message" else "",
+                  int(str(item.get("type")).endswith("call_output"))) for item in body.get("input") or []]
+        tools = {tool.get("name") or tool.get("type") for tool in body.get("tools") or []}
+        reply = self.ask(items, str(body.get("prompt_cache_key") or ""), model=body.get("model"))
+        if reply["refusal"]:
+            return self.refuse_openai(*reply["refusal"])
+        item = {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "content": [{"type": "output_text", "text": reply["text"], "annotations": []}]}
+        if reply["word"]:
+            line = shell_line(reply["word"], reply["argument"])
+            name = next((name for name in ("exec_command", "shell_command", "shell") if name in tools), "exec_command")
+            given = {"exec_command": {"cmd": line}, "shell_command": {"command": line}, "shell": {"command": ["bash", "-lc", line]}}[name]
+            item = {"type": "function_call", "id": "fc_" + uuid.uuid4().hex, "call_id": "call_" + uuid.uuid4().hex, "name": name, "arguments": json.dumps(given), "status": "completed"}
+        usage = {"input_tokens": USAGE["input"], "output_tokens": USAGE["output"], "total_tokens": USAGE["input"] + USAGE["output"],
+                 "input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
+        response = {"id": "resp_" + uuid.uuid4().hex, "object": "response", "model": body.get("model"), "status": "completed", "output": [item], "usage": usage}
+        return self.send_events([{"type": "response.created", "response": dict(response, status="in_progress", output=[], usage=None)},
+                                 {"type": "response.output_item.added", "output_index": 0, "item": item},
+                                 {"type": "response.output_item.done", "output_index": 0, "item": item},
+                                 {"type": "response.completed", "response": response}], named=True, drop=reply["drop"])
+
+    def refuse_openai(self, status: int, message: str, reset: float) -> None:
+        error = {"message": message, "type": "invalid_request_error" if status < 429 else "server_error", "code": None}
+        if reset:
+            error = {"message": "The usage limit has been reached", "type": "usage_limit_reached", "plan_type": "plus", "resets_at": int(reset), "resets_in_seconds": max(1, int(reset - time.time()))}
+        self.send_json(status, {"error": error})
+
+    # -- opencode, aider
+
+    def answer_chat(self, body: dict) -> None:
+        tools = {tool["function"]["name"] for tool in body.get("tools") or []}
+        items = result_items(body.get("messages") or [], "content", lambda message: message.get("role") == "tool")
+        reply = self.ask(items, "", model=body.get("model"), tools=len(tools))
+        if reply["refusal"]:
+            return self.refuse_openai(*reply["refusal"])
+        text, calls = reply["text"], None
+        if reply["word"] and tools:
+            name = next((name for name in ("bash", "shell", "run_shell_command") if name in tools), "bash")
+            given = {"command": shell_line(reply["word"], reply["argument"]), "description": "step"}
+            calls = [{"index": 0, "id": "call_" + uuid.uuid4().hex[:20], "type": "function", "function": {"name": name, "arguments": json.dumps(given)}}]
+        elif not tools:
+            text = "\n".join(f"{path.strip()}\n```\n{content}\n```" for path, content in written_files(reply["prompt"])) or "A session"
+        message = {"role": "assistant", "content": None, "tool_calls": calls} if calls else {"role": "assistant", "content": text}
+        usage = {"prompt_tokens": USAGE["input"], "completion_tokens": USAGE["output"], "total_tokens": sum(USAGE.values())}
+        base = {"id": "chat-" + uuid.uuid4().hex, "created": int(time.time()), "model": body.get("model")}
+        finish = "tool_calls" if calls else "stop"
+        if not body.get("stream"):
+            return self.send_json(200, dict(base, object="chat.completion", choices=[{"index": 0, "message": message, "finish_reason": finish}], usage=usage))
+        chunk = dict(base, object="chat.completion.chunk")
+        return self.send_events([dict(chunk, choices=[{"index": 0, "delta": message, "finish_reason": None}]),
+                                 dict(chunk, choices=[{"index": 0, "delta": {}, "finish_reason": finish}], usage=usage), "[DONE]"], named=False, drop=reply["drop"])
+
+    # -- Gemini CLI
+
+    def answer_gemini(self, body: dict) -> None:
+        items = [(content.get("role") or "user", text_of(content.get("parts")), sum("functionResponse" in part for part in content.get("parts") or []))
+                 for content in body.get("contents") or []]
+        tools = {item["name"] for tool in body.get("tools") or [] for item in tool.get("functionDeclarations") or []}
+        reply = self.ask(items, "", tools=len(tools))
+        if reply["refusal"]:
+            return self.refuse_gemini(*reply["refusal"])
+        part = {"text": reply["text"]}
+        if (body.get("generationConfig") or {}).get("responseMimeType") == "application/json":
+            part = {"text": json.dumps({"reasoning": "x", "model_choice": "flash", "next_speaker": "user", "complexity_reasoning": "x", "complexity_score": 1})}
+        elif reply["word"] and tools:
+            part = {"functionCall": {"name": "run_shell_command", "args": {"command": shell_line(reply["word"], reply["argument"]), "description": "step"}}}
+        response = {"candidates": [{"content": {"role": "model", "parts": [part]}, "finishReason": "STOP", "index": 0}], "modelVersion": "fake",
+                    "usageMetadata": {"promptTokenCount": USAGE["input"], "candidatesTokenCount": USAGE["output"], "totalTokenCount": sum(USAGE.values())}}
+        return self.send_events([response], named=False) if "stream" in self.path else self.send_json(200, response)
+
+    def refuse_gemini(self, status: int, message: str, reset: float) -> None:
+        names = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE"}
+        error = {"code": status, "message": message, "status": names.get(status, "INTERNAL")}
+        if reset:
+            seconds = max(1, int(reset - time.time()))
+            error["message"] = f"You exceeded your current quota, please check your plan and billing details. Please retry in {seconds}s."
+            error["details"] = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{seconds}s"}]
+        self.send_json(status, {"error": error})
+
+
+def written_files(prompt: str) -> list[tuple[str, str]]:
+    files = [argument.partition("::") for word, argument, _ in parse_script(prompt)[0] if word == "WRITE"]
+    return [(path, text.replace("\\n", "\n")) for path, _, text in files]
+
+
+# ---------------------------------------------------------------------------------------------- the server
+
+
+class StandIn(ThreadingHTTPServer):
+    """Listens on 127.0.0.1 only; `log` is a path for one JSON line a request, or None."""
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, port: int = 0, log: str | None = None) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.model, self.lock, self.counts = Model(), threading.Lock(), {}
+        self.log = open(log, "a", buffering=1, encoding="utf-8") if log else None  # noqa: SIM115  open as long as the server is
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exc_info()[1], (ConnectionError, ValueError, OSError)):
+            super().handle_error(request, client_address)
+
+    def note(self, method: str, path: str, **fields) -> None:
+        with self.lock:
+            self.counts[f"{method} {path}"] = self.counts.get(f"{method} {path}", 0) + 1
+            if self.log:
+                self.log.write(json.dumps({"at": round(time.time(), 3), "method": method, "path": path, **fields}) + "\n")
+
+    def stats(self) -> dict:
+        with self.lock:
+            return {"requests": sum(self.counts.values()), "by_path": dict(self.counts)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--port", type=int, default=0, help="0: any free one")
+    parser.add_argument("--log", help="a file for one JSON line a request")
+    parser.add_argument("--ttl", type=float, default=3600, help="seconds until it ends by itself")
+    options = parser.parse_args()
+    server = StandIn(options.port, options.log)
+    timer = threading.Timer(options.ttl, server.shutdown)
+    timer.daemon = True
+    timer.start()
+    print(server.url, flush=True)
+    server.serve_forever()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
