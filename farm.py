@@ -1255,6 +1255,10 @@ GIVE_BACK_EVENTS = {"fail": "attempt-failed", "release": "released", "died": "ow
 RESUME_SECONDS = 120.0  # for so long an interrupted task is kept for the agent that knows its context
 
 
+def with_conversation(task: Task, agent: str, conversation: str) -> Task:
+    return task._replace(conversation={"agent": agent, "id": conversation}) if conversation else task
+
+
 def kept_conversation(task: Task, now: float) -> dict:
     """The task's conversation, kept for its agent for a while; empty when there is none."""
     return {**task.conversation, "until": utc(now + RESUME_SECONDS)} if task.conversation.get("id") else {}
@@ -1376,23 +1380,23 @@ class TaskQueue:
         return self.tx.move(task, "ready", "submitted")
 
     def fail(self, agent: str, fence: str, why: str, *, retry: bool = True, start: str = "", rescue: str = "",
-             resume: bool = False) -> Task:
+             resume: bool = False, conversation: str = "") -> Task:
         """End an attempt without result; the task waits for a while, or is failed when its attempts are used up.
 
-        resume: the next attempt goes on in the same conversation.
+        resume: the next attempt goes on in the same conversation, whose id the CLI may have told only now.
         """
         task = self.get_claimed(agent, fence, "fail")
         if task is None:
             return self.state.get_task(fence.rpartition(".")[0])
-        task = task._replace(rescue=rescue or task.rescue)
+        task = with_conversation(task._replace(rescue=rescue or task.rescue), agent, conversation)
         return self.give_back(task, why, "fail", retry=retry, start=start, resume=resume)
 
-    def release(self, agent: str, fence: str, rescue: str = "") -> Task:
+    def release(self, agent: str, fence: str, rescue: str = "", conversation: str = "") -> Task:
         """Give a task back unharmed: no attempt is counted; the next one goes on from its branch."""
         task = self.get_claimed(agent, fence, "release")
         if task is None:
             return self.state.get_task(fence.rpartition(".")[0])
-        task = task._replace(rescue=rescue or task.rescue)
+        task = with_conversation(task._replace(rescue=rescue or task.rescue), agent, conversation)
         return self.give_back(task, task.reason, "release", counts=False, start=f"farm/{agent}/{task.id}", resume=True)
 
     def give_back(self, task: Task, reason: str, ended_by: str, *, counts: bool = True, retry: bool = True,
@@ -1607,21 +1611,34 @@ CLAUDE_PERMISSIONS = {"ask": "--permission-mode default", "edits": "--permission
                       "all": "--dangerously-skip-permissions"}
 CLAUDE_TRANSCRIPT = "projects/*/{conversation}.jsonl"
 
-# start, resume: run by bash in the worktree. Headless CLIs print JSON lines, which are kept for the reader by tee_output.
+TURN_FILE, ENDING_FILE, COST_FILE = "turn.json", "ending.json", "cost.json"
+TURN_STATES = {"UserPromptSubmit": "working", "PostToolUse": "working", "PermissionRequest": "waiting", "Notification": "waiting",
+               "PostToolUseFailure": "working", "Stop": "over", "StopFailure": "over"}
+MAILBOX = "$FARM_REPO/coordination/mailbox/$FARM_AGENT_NAME"
+CODEX_ROOTS = ",".join(f'\\"{root}\\"' for root in (
+    "$FARM_GIT_DIR", "$FARM_GIT/objects", "$FARM_GIT/refs/heads", "$FARM_GIT/logs", MAILBOX))
+CODEX_PERMISSIONS = {"ask": "--sandbox read-only", "all": "--dangerously-bypass-approvals-and-sandbox",
+                     "edits": f'--sandbox workspace-write -c "sandbox_workspace_write.writable_roots=[{CODEX_ROOTS}]"'}
+GEMINI = 'gemini -o json --skip-trust {permissions} --prompt="$FARM_PROMPT" </dev/null 2>&1'
+GEMINI_PERMISSIONS = {"ask": "--approval-mode default", "edits": "--approval-mode auto_edit", "all": "--approval-mode yolo"}
+
+# start, resume: run by bash in the worktree; what a headless CLI prints is kept for its reader. transcript: the file of a
+# conversation whose id the farm chooses; the other CLIs tell theirs.
 PRESETS = {
     "claude": Preset(f'exec claude --session-id "$FARM_CONVERSATION" {CLAUDE}',
                      f'exec claude --resume "$FARM_CONVERSATION" {CLAUDE}',
-                     CLAUDE_PERMISSIONS, "claude-transcript", CLAUDE_TRANSCRIPT, 2.0, "2.1.330"),
+                     CLAUDE_PERMISSIONS, "claude-transcript", CLAUDE_TRANSCRIPT, 1.0, "2.1.330"),
     "claude-print": Preset(f'{CLAUDE_PRINT} --session-id "$FARM_CONVERSATION" {CLAUDE} </dev/null',
                            f'{CLAUDE_PRINT} --resume "$FARM_CONVERSATION" {CLAUDE} </dev/null',
                            CLAUDE_PERMISSIONS, "claude", CLAUDE_TRANSCRIPT, 1.0, "2.1.330"),
-    "codex": Preset('codex exec --json {permissions} -- "$FARM_PROMPT" </dev/null', "",
-                    {"ask": "--sandbox read-only", "edits": "--sandbox workspace-write",
-                     "all": "--dangerously-bypass-approvals-and-sandbox"}, "codex", "", 1.0, "0.169.0"),
-    "gemini": Preset('gemini -o json {permissions} -p "$FARM_PROMPT" </dev/null', "",
-                     {"ask": "--approval-mode default", "edits": "--approval-mode auto_edit", "all": "--approval-mode yolo"},
-                     "gemini", "", 1.0, "0.61.0"),
-    "opencode": Preset('opencode run --format json -- "$FARM_PROMPT" </dev/null', "", {}, "opencode", "", 1.0, "1.18.33"),
+    "codex": Preset('codex exec --json {permissions} -- "$FARM_PROMPT" </dev/null',
+                    'codex exec {permissions} resume --json "$FARM_CONVERSATION" "$FARM_PROMPT" </dev/null',
+                    CODEX_PERMISSIONS, "codex", "", 1.0, "0.169.0"),
+    "gemini": Preset(GEMINI, GEMINI.replace("--skip", '--resume "$FARM_CONVERSATION" --skip'),
+                     GEMINI_PERMISSIONS, "gemini", "", 1.0, "0.61.0"),
+    "opencode": Preset('opencode run --format json {permissions} -- "$FARM_PROMPT" </dev/null',
+                       'opencode run --format json {permissions} --session "$FARM_CONVERSATION" -- "$FARM_PROMPT" </dev/null',
+                       {"all": "--auto"}, "opencode", "", 1.0, "1.18.33"),
     "aider": Preset('aider --yes-always --no-check-update --no-pretty --message-file "$FARM_PROMPT_FILE" </dev/null', "", {}, "",
                     "", 1.0, ""),
 }
@@ -1718,28 +1735,28 @@ def find_blockers(repo: str, settings: Settings) -> list[tuple[str, str]]:
     return blockers
 
 
-def cli_settings(gate: str) -> dict:
+def cli_settings(settings: Settings) -> dict:
     """What `claude --settings` gets: the hooks that tell the farm, and the commands that it may run unasked.
 
     No file of the user's is changed. A hook must never exit 2, which would block the agent. PostToolUse matters only to an agent
-    that waited for a person, and costs a grep otherwise.
+    that waited for a person, and costs a grep otherwise. Where there is a budget, the status line tells the cost.
     """
     def hook(command: str) -> list:
         return [{"hooks": [{"type": "command", "command": command, "timeout": 20}]}]
 
-    turn = '"$FARM_REPO/coordination/mailbox/$FARM_AGENT_NAME/turn.json"'
+    turn = f'"{MAILBOX}/{TURN_FILE}"'
     hooks = {event: hook("farm hook || true") for event in TURN_STATES}
     for event in ("PostToolUse", "PostToolUseFailure"):
         hooks[event] = hook(f"! grep -qs '\"waiting\"' {turn} || farm hook || true")
-    return {"hooks": hooks, "permissions": {"allow": ALLOWED + ([f"Bash({gate})"] if gate else [])},
+    data = {"hooks": hooks, "permissions": {"allow": ALLOWED + ([f"Bash({settings.gate})"] if settings.gate else [])},
             "skipDangerousModePermissionPrompt": True}  # asked for by FARM_PERMISSIONS=all, and by nothing else
+    if settings.budget or settings.task_budget:
+        data["statusLine"] = {"type": "command", "command": f'cat >"{MAILBOX}/{COST_FILE}"'}
+    return data
 
 
 # -- turns: what a CLI's hooks have told of the attempt it is at
 
-TURN_FILE, ENDING_FILE = "turn.json", "ending.json"
-TURN_STATES = {"UserPromptSubmit": "working", "PostToolUse": "working", "PermissionRequest": "waiting", "Notification": "waiting",
-               "PostToolUseFailure": "working", "Stop": "over", "StopFailure": "over"}
 SENT_BACK = """\
 Your task {task} is not submitted yet. If the work is done, commit it, then run  farm submit {agent} --fence {fence}
 If it cannot be done:  farm fail {agent} --fence {fence} --why "the reason in a sentence"
@@ -1805,7 +1822,7 @@ def end_attempt(store: Store, agent: str, fence: str, cause: str, message: str) 
 
 # -- what a CLI has printed, or written down: its use of tokens, and its error
 
-Spent = collections.namedtuple("Spent", "tokens_in tokens_out cost_usd error denied", defaults=(0, 0, 0.0, "", ""))
+Spent = collections.namedtuple("Spent", "tokens_in tokens_out cost_usd error denied conversation", defaults=(0, 0, 0.0, "", "", ""))
 
 
 def read_json_lines(path: str):
@@ -1875,44 +1892,45 @@ def read_claude(path: str) -> Spent:
 
 
 def read_codex(path: str) -> Spent:
-    """`codex exec --json`: turn.completed carries the usage, turn.failed and error the message."""
-    tokens_in = tokens_out = 0
-    error = ""
+    """`codex exec --json`: turn.completed carries the thread's usage so far, turn.failed and error the message."""
+    usage, error, thread = None, "", ""
     for item in read_json_lines(path):
+        thread = str(item.get("thread_id") or thread)
         if item.get("type") == "turn.completed":
-            tokens_in += count(item.get("usage"), "input_tokens")
-            tokens_out += count(item.get("usage"), "output_tokens")
-            error = ""
+            usage, error = item.get("usage"), ""
         elif item.get("type") in ("turn.failed", "error"):
             inner = item.get("error")
             error = str(inner.get("message") if isinstance(inner, dict) else item.get("message") or inner)
-    return Spent(tokens_in, tokens_out, error=error)
+    return Spent(count(usage, "input_tokens"), count(usage, "output_tokens"), error=error, conversation=thread)
 
 
 def read_gemini(path: str) -> Spent:
-    """`gemini -o json`: one document with stats.models.NAME.tokens, or with error."""
-    tokens_in = tokens_out = 0
-    error = ""
-    for item in read_json_lines(path):
-        models = (item.get("stats") or {}).get("models") or {}
-        tokens_in += sum(count(model.get("tokens"), "prompt") for model in models.values())
-        tokens_out += sum(count(model.get("tokens"), "candidates", "thoughts") for model in models.values())
-        error = str((item.get("error") or {}).get("message", ""))
-    return Spent(tokens_in, tokens_out, error=error)
+    """`gemini -o json`: one document with stats.models.NAME.tokens; or, behind stack traces, one with error."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = "\n" + file.read()
+        told = json.JSONDecoder().raw_decode(text, text.rindex("\n{") + 1)[0]
+        models, error = (told.get("stats") or {}).get("models") or {}, told.get("error") or {}
+        tokens = [model.get("tokens") for model in models.values()]
+        tokens_out = sum(count(one, "candidates", "thoughts") for one in tokens)
+        return Spent(sum(count(one, "prompt") for one in tokens), tokens_out, error=str(error.get("message", "")),
+                     conversation=str(told.get("session_id") or ""))
+    except (OSError, ValueError, AttributeError):  # it was ended before it could tell
+        return Spent()
 
 
 def read_opencode(path: str) -> Spent:
     """`opencode run --format json`: a step_finish part for each step with its tokens and cost; error events."""
-    total, error = Spent(), ""
+    total, error, session = Spent(), "", ""
     for item in read_json_lines(path):
-        part = item.get("part") or {}
+        part, session = item.get("part") or {}, str(item.get("sessionID") or session)
         if item.get("type") == "step_finish":
             tokens = part.get("tokens")
             total = Spent(total.tokens_in + count(tokens, "input"), total.tokens_out + count(tokens, "output"),
                           total.cost_usd + dollars_of(part.get("cost")))
         elif item.get("type") == "error":
             error = dump_line(item.get("error"))[:300]
-    return total._replace(error=error)
+    return total._replace(error=error, conversation=session)
 
 
 READERS = {"claude-transcript": read_claude_transcript, "claude": read_claude, "codex": read_codex, "gemini": read_gemini,
@@ -1926,6 +1944,12 @@ def find_transcript(preset: Preset, conversation: str) -> str:
     folder = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(os.path.expanduser("~"), ".claude")
     pattern = os.path.join(glob.escape(folder), preset.transcript.format(conversation=conversation)) if preset.transcript else ""
     return next(iter(glob.glob(pattern)), "") if pattern and conversation else ""
+
+
+def can_resume(preset: Preset, claim: Claim) -> bool:
+    """Whether the claim's conversation has begun, so that the CLI goes on in it."""
+    conversation = claim.task.get("conversation", {}).get("id", "")
+    return bool(preset.resume and conversation and (not preset.transcript or find_transcript(preset, conversation)))
 
 
 def read_spent(store: Store, agent: str, preset_name: str, conversation: str) -> Spent:
@@ -1944,14 +1968,14 @@ LIMITS_FILE = "limits.json"
 USAGE_FILE = "usage.jsonl"
 PAUSE_SECONDS, PAUSE_SECONDS_MAX = 30.0, 900.0
 TROUBLES = (  # the first that matches a CLI's error; StopFailure's own words (authentication_failed, rate_limit, ...) among them
-    ("not logged in", r"not logged in|run /login|invalid api key|api key not valid|authentication|oauth|account_on_hold|"
-                      r"verification_required|cloud_credential|unauthori[sz]ed|\b401\b"),
-    ("no credit", r"billing|credit balance|payment|\b402\b"),
+    ("not logged in", r"not logged in|run /login|invalid api key|api key not valid|authentication|\bauth\b|oauth|account_on_hold|"
+                      r"verification_required|cloud_credential|unauthori[sz]ed|_API_KEY\b|missing environment variable|\b401\b"),
     ("context used up", r"prompt is too long|context (window|length|limit)|maximum context"),
     ("usage limit", r"rate.?limit|limit reached|\blimit\b.*\bresets?\b|hit your .*limit|usage limit|out of (extra )?usage|quota|"
                     r"too many requests|\b429\b"),
+    ("no credit", r"billing|credit balance|payment|\b402\b"),
     ("API failure", r"overloaded|api error|server.?error|bad gateway|unavailable|\b5\d\d\b|connection|network|econn|"
-                    r"stream (closed|disconnected|error)|timed? ?out|^unknown\b"),
+                    r"stream (closed|disconnected|error)|timed? ?out|high demand|^unknown\b"),
 )
 NO_FAULT = ("not logged in", "no credit", "usage limit", "API failure")  # of the attempt: released, not counted
 # move: submit, fail, resume (fail, and the conversation goes on), release
@@ -2093,6 +2117,16 @@ def read_spending(store: Store) -> list[dict]:
         if all(isinstance(line.get(key), kind) for key, kind in kinds.items()) and isinstance(line.get("cost_usd"), (int, float)):
             lines[line.get("conversation") or line["fence"]] = line
     return list(lines.values())
+
+
+def cost_of_task(lines: list[dict], task_id: str) -> float:
+    return sum_spending([line for line in lines if line["task"] == task_id])["cost_usd"]
+
+
+def describe_overrun(task: Task, settings: Settings, cost_usd: float) -> str:
+    """Empty while a task is within its budget, or has none."""
+    budget = task.budget_usd or settings.task_budget
+    return f"its budget of ${budget:.2f} is used up (${cost_usd:.2f})" if budget and cost_usd >= budget else ""
 
 
 def sum_spending(lines: list[dict]) -> dict:
@@ -3288,7 +3322,6 @@ class Farm:
         self.names = agent_names(settings.n)
         self.launches = dict(zip(self.names, launches, strict=False))
         self.turns: dict[str, dict] = {}
-        self.spending: list[dict] = []
         self.looks: dict[str, tuple[float, float]] = {}  # agent -> (epoch seconds, CPU seconds of its tree then)
         self.worktrees: dict[str, list] = {}
         self.sessions: dict[str, Session] = {}
@@ -3328,11 +3361,12 @@ class Farm:
 
     def spawn_alike(self, launch: Launch, rows: list[list[str]]) -> list[list[str]]:
         folder = worktrees_folder(self.repo, self.settings)
+        is_sandboxed = self.settings.sandboxed or "workspace-write" in launch.start
         environment = {"FARM_REPO": self.repo, "FARM_HOME": TOOLKIT, "FARM_PYTHON": sys.executable, "FARM_AGENT": launch.start,
                        "FARM_AGENT_RESUME": launch.resume, "FARM_PRESET": launch.preset, "FARM_TARGET": self.target,
                        "FARM_CLI_SETTINGS": self.store.path(CLI_SETTINGS_FILE), "FARM_WORKTREES": folder,
                        "FARM_AGENT_HOME": os.path.expanduser(self.settings.agent_home), "FARM_PORTS": str(port_base(folder)),
-                       "FARM_AS_TOLD": "1", "FARM_SANDBOXED": "1" if self.settings.sandboxed else ""}
+                       "FARM_AS_TOLD": "1", "FARM_SANDBOXED": "1" if is_sandboxed else ""}
         pairs = [word for key, value in environment.items() for word in ("-e", f"{key}={value}")]
         result = run_script("spawn-tmux.sh", "-C", self.repo, "-L", self.socket, "-l", self.store.path("logs"), *pairs,
                             "-c", SESSION_COMMAND, stdin="".join("\t".join(map(escape_field, row)) + "\n" for row in rows),
@@ -3369,7 +3403,7 @@ class Farm:
             data = {"schema": SCHEMA, "mode": mode, "reason": reason, "settings": kept}
             tx.store.write_durably(FARM_FILE, (dump_line(data) + "\n").encode("utf-8"))
             if mode == "running":
-                text = dump_line(cli_settings(self.settings.gate)) + "\n"
+                text = dump_line(cli_settings(self.settings)) + "\n"
                 tx.store.write_durably(CLI_SETTINGS_FILE, text.encode("utf-8"))
                 if not os.environ.get("FARM_AS_TOLD"):
                     forget_limits(tx)
@@ -3461,18 +3495,19 @@ class Farm:
 
     def watch_agents(self, now: float) -> None:
         """What agents at work have told or used up: who waits for a person, whose time or money is over, who stands still."""
-        self.spending = read_spending(self.store)
         busy = [claim for claim in self.state.claims.values() if claim.task and claim.agent in self.names]
+        spending = read_spending(self.store)
+        live = {claim.agent: self.live_cost(claim) for claim in busy}
         for name in set(self.agents) - {claim.agent for claim in busy}:
             self.agents[name].pop("still_since", None)
         for claim in busy:
             self.note_turns(claim)
             self.note_stillness(claim, now)
-            over = self.find_excess(claim, now)
+            over = self.find_excess(claim, cost_of_task(spending, claim.task["id"]) + live[claim.agent], now)
             if over and not read_mail(self.store, claim.agent, ENDING_FILE, claim.fence):
                 say(f"{claim.agent}: {over[1]}")
                 end_attempt(self.store, claim.agent, claim.fence, *over)
-        self.watch_budget()
+        self.watch_budget(sum_spending(spending)["cost_usd"] + sum(live.values()))
 
     def note_stillness(self, claim: Claim, now: float) -> None:
         """`still_since`: an agent at work whose output and whole process tree have stood still for STILL_SECONDS.
@@ -3506,22 +3541,24 @@ class Farm:
             self.store.append_event("agent-waits" if waits[1] else "agent-goes-on", None, agent=name,
                                     why=turn.get("message", ""), id=claim.task["id"])
 
-    def find_excess(self, claim: Claim, now: float) -> tuple[str, str] | None:
-        """(cause, words) when a claim is over its time limit or its budget."""
+    def find_excess(self, claim: Claim, cost_usd: float, now: float) -> tuple[str, str] | None:
+        """(cause, words) when a claim is over its time limit or its task over its budget."""
         task = claim.get_task()
-        limit, budget = task.time_limit_seconds or self.settings.task_seconds, task.budget_usd or self.settings.task_budget
+        limit = task.time_limit_seconds or self.settings.task_seconds
         if limit and now - epoch(claim.claimed_at) > limit:
             return "time limit", f"its time limit of {duration(limit)} is over"
-        if budget and (cost := self.cost_of(task.id)) >= budget:
-            return "budget", f"its budget of ${budget:.2f} is used up (${cost:.2f})"
-        return None
+        why = describe_overrun(task, self.settings, cost_usd)
+        return ("budget", why) if why else None
 
-    def cost_of(self, task_id: str) -> float:
-        return sum_spending([line for line in self.spending if line["task"] == task_id])["cost_usd"]
+    def live_cost(self, claim: Claim) -> float:
+        """Dollars of the conversation at work, as its CLI's status line told last; 0 when it does not tell."""
+        told = next(read_json_lines(self.store.path("mailbox", claim.agent, COST_FILE)), {})
+        cost = told.get("cost") if told.get("session_id") == claim.task.get("conversation", {}).get("id") else {}
+        return dollars_of(cost.get("total_cost_usd")) if isinstance(cost, dict) else 0.0
 
-    def watch_budget(self) -> None:
-        """Pause the farm when all of it has cost as much as it may."""
-        budget, cost = self.settings.budget, sum_spending(self.spending)["cost_usd"]
+    def watch_budget(self, cost: float) -> None:
+        """Pause the farm when all of it has cost as much as it may (dollars)."""
+        budget = self.settings.budget
         if budget and cost >= budget and (self.store.read_json(FARM_FILE) or {}).get("mode") == "running":
             say(f"the farm pauses: its budget of ${budget:.2f} is used up (${cost:.2f})")
             self.remember("paused", f"its budget of ${budget:.2f} is used up")
@@ -5201,7 +5238,7 @@ def verb_claim(call: Call) -> int:
                 raise
         wait_for_change(call.store, before, deadline)
     preset = PRESETS.get(os.environ.get("FARM_PRESET", ""))
-    resumes = bool(preset and preset.resume and find_transcript(preset, claim.task.get("conversation", {}).get("id", "")))
+    resumes = preset is not None and can_resume(preset, claim)
     try:
         prompt = write_prompt(call.store, claim, settings, resumes=resumes)
     except OSError as error:
@@ -5241,7 +5278,7 @@ def claim_once(call: Call, agent: str, owner: Owner, watch: LeaseWatch, settings
     limit = find_limit(call.store, preset, CLOCK.now())
     if limit:
         raise NotFound(f"no new work is handed out: {limit}", "./farm.py status")
-    rescues, conversation = None, new_conversation() if preset and PRESETS[preset].resume else ""
+    rescues, conversation = None, new_conversation() if preset and PRESETS[preset].transcript else ""
     while True:
         with call.store.transaction() as tx:
             if rescues is not None or not LockRegistry(tx).has_dead_owner():
@@ -5289,16 +5326,17 @@ def verb_renew(call: Call) -> int:
     return 0
 
 
-@verb("release AGENT --fence F", "give a task back; no attempt is counted", "fence= rescue=",
+@verb("release AGENT --fence F", "give a task back; no attempt is counted", "fence= rescue= conversation=",
       "farm release agent-001 --fence t-0001.2")
 def verb_release(call: Call) -> int:
     with call.store.transaction() as tx:
-        TaskQueue(tx).release(call.agent(), fence_of(call), call.options.get("rescue", ""))
+        TaskQueue(tx).release(call.agent(), fence_of(call), call.options.get("rescue", ""),
+                              call.options.get("conversation", ""))
     return 0
 
 
 @verb("fail AGENT --fence F --why TEXT [--no-retry]", "end an attempt without a result",
-      "fence= why= no-retry rescue= start= resume", "farm fail agent-001 --fence t-0001.2 --why 'the API is gone'")
+      "fence= why= no-retry rescue= start= resume conversation=", "farm fail agent-001 --fence t-0001.2 --why 'the API is gone'")
 def verb_fail(call: Call) -> int:
     why = one_line(call.options.get("why", ""), 500)
     if not why:
@@ -5306,7 +5344,7 @@ def verb_fail(call: Call) -> int:
     with call.store.transaction() as tx:
         TaskQueue(tx).fail(call.agent(), fence_of(call), why, retry=not call.options.get("no_retry"),
                            rescue=call.options.get("rescue", ""), start=call.options.get("start", ""),
-                           resume=bool(call.options.get("resume")))
+                           resume=bool(call.options.get("resume")), conversation=call.options.get("conversation", ""))
     return 0
 
 
@@ -5345,27 +5383,35 @@ def verb_hook(call: Call) -> int:
     return 0
 
 
-@verb("judge AGENT --fence F --code N", "what becomes of an attempt that has ended: move, cause, why; finish-task.sh calls it",
+@verb("judge AGENT --fence F --code N", "what becomes of an attempt that has ended, for finish-task.sh: move, cause, conversation, why",
       "fence= code=#", "farm judge agent-001 --fence t-0001.2 --code 0 <log")
 def verb_judge(call: Call) -> int:
     agent, fence, preset = call.agent(), fence_of(call), os.environ.get("FARM_PRESET", "")
-    conversation = os.environ.get("FARM_CONVERSATION", "")
-    spent = read_spent(call.store, agent, preset, conversation)
+    spent = read_spent(call.store, agent, preset, os.environ.get("FARM_CONVERSATION", ""))
     tail = one_line(sys.stdin.buffer.read()[-300:].decode("utf-8", "replace"), 300)
     outcome = judge_end(call.options.get("code", 0), read_mail(call.store, agent, TURN_FILE, fence),
                         read_mail(call.store, agent, ENDING_FILE, fence), spent, tail)
     if preset:
-        line = {"task": fence.rpartition(".")[0], "agent": agent, "fence": fence, "preset": preset,
-                "attempt": int(os.environ.get("FARM_ATTEMPT") or 0)}
-        if PRESETS[preset].reader == "claude-transcript":
-            line["conversation"] = conversation
-        note_spent(call.store, line, spent)
+        note_attempt(call.store, agent, fence, preset, spent)
         with call.store.transaction() as tx:
             until = note_limit(tx, preset, outcome, CLOCK.now())
+            task = tx.state.find_task(fence.rpartition(".")[0])
         if outcome.move == "release":
             say(f"{preset}: {outcome.cause}{' until ' + until if until else ''}: {one_line(outcome.why, 200)}")
-    print("\t".join(map(one_line, outcome)))
+        over = task and describe_overrun(task, call.settings(), cost_of_task(read_spending(call.store), task.id))
+        outcome = Outcome("fail", "budget", over) if over and outcome.move != "submit" else outcome
+    conversation = spent.conversation if is_name(spent.conversation) else ""
+    print("\t".join((outcome.move, outcome.cause, conversation or "-", one_line(outcome.why))))
     return 0
+
+
+def note_attempt(store: Store, agent: str, fence: str, preset: str, spent: Spent) -> None:
+    """An attempt's line in usage.jsonl, from the environment that run-agent.sh has set for it."""
+    line = {"task": fence.rpartition(".")[0], "agent": agent, "fence": fence, "preset": preset,
+            "attempt": int(os.environ.get("FARM_ATTEMPT") or 0)}
+    if PRESETS[preset].reader in ("claude-transcript", "codex"):
+        line["conversation"] = os.environ.get("FARM_CONVERSATION") or spent.conversation
+    note_spent(store, line, spent)
 
 
 MAILBOX_VERBS = ("submit", "fail", "release", "renew", "lock", "unlock")

@@ -20,13 +20,15 @@ save_rest() {
   printf '%s' "${saved%%$'\t'*}"
 }
 
-give_up() { # WHY [START] [OPTION]
-  farm fail "$FARM_AGENT_NAME" --fence "$FARM_FENCE" --why "$1" --rescue "$(save_rest)" --start "${2:-}" ${3:+"$3"} 2>/dev/null || true
+give_up() { # WHY [START] [OPTION]...
+  local why=$1 start=${2:-}
+  shift $(($# > 2 ? 2 : $#))
+  farm fail "$FARM_AGENT_NAME" --fence "$FARM_FENCE" --why "$why" --rescue "$(save_rest)" --start "$start" "$@" 2>/dev/null || true
 }
 
 # The move for CODE when nobody can judge (coordination/ is damaged, say).
 judge_by_code() {
-  case $1 in 0) printf 'submit\tdone\t\n' ;; *) printf 'fail\tcrashed\tthe agent ended with exit code %s\n' "$1" ;; esac
+  case $1 in 0) printf 'submit\tdone\t-\t\n' ;; *) printf 'fail\tcrashed\t-\tthe agent ended with exit code %s\n' "$1" ;; esac
 }
 
 commit_rest() {
@@ -48,17 +50,19 @@ submit() {
 }
 
 main() {
-  local code=${1:-} words move cause why
+  local code=${1:-} words move cause conversation why
   case $code in
     '' | -h) sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; [ -n "$code" ] || exit 2; exit 0 ;;
   esac
   words=$(log_tail | farm judge "$FARM_AGENT_NAME" --fence "$FARM_FENCE" --code "$code") || words=$(judge_by_code "$code")
-  IFS=$'\t' read -r move cause why <<<"$words"
+  IFS=$'\t' read -r move cause conversation why <<<"$words"
+  conversation=${conversation#-}
   case $move:$cause in
     submit:*)
       if words=$(commit_rest 2>&1); then submit "$why"; else give_up "what it left could not be committed: $words"; fi ;;
-    release:*) farm release "$FARM_AGENT_NAME" --fence "$FARM_FENCE" --rescue "$(save_rest)" 2>/dev/null || true ;;
-    resume:*) give_up "$why" "$FARM_BRANCH" --resume ;;
+    release:*) farm release "$FARM_AGENT_NAME" --fence "$FARM_FENCE" --rescue "$(save_rest)" \
+      --conversation "$conversation" 2>/dev/null || true ;;
+    resume:*) give_up "$why" "$FARM_BRANCH" --resume --conversation "$conversation" ;;
     fail:budget) give_up "$why" "$FARM_BRANCH" --no-retry ;;
     fail:crashed | fail:failed) give_up "$why" ;;
     *) give_up "$why" "$FARM_BRANCH" ;;

@@ -79,7 +79,8 @@ run_task() {
   export FARM_OUTPUT=$mailbox/output
   if [ -n "${FARM_PRESET:-}" ]; then
     FARM_PROMPT=$(read_prompt)
-    export FARM_PROMPT
+    FARM_GIT_DIR=$(git -C "$FARM_WORKTREE" rev-parse --absolute-git-dir)
+    export FARM_PROMPT FARM_GIT_DIR FARM_GIT=${FARM_GIT_DIR%/worktrees/*}
     : >"$FARM_OUTPUT"
   fi
   rm -f "$mailbox/pid"

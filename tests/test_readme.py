@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -40,6 +41,8 @@ def toolkit(make_repo, sandbox, monkeypatch):
         if not app.exists():
             shutil.copytree(make_repo("other", files=APP), app)
     (sandbox.home / "tasks.md").write_text("- [ ] far away\n")
+    trusted = {str(path): {"hasTrustDialogAccepted": True} for path in (copy, copy.parent / "app", sandbox.home / "app")}
+    (sandbox.home / ".claude.json").write_text(json.dumps({"hasCompletedOnboarding": True, "projects": trusted}))
     for name, text in STAND_INS.items():
         path = sandbox.root / "bin" / name
         path.parent.mkdir(exist_ok=True)
