@@ -2717,7 +2717,21 @@ class MergeQueue:
     def evidence_of(self, ids: tuple) -> Evidence:
         """Evidence for the target plus exactly these entries in this order. A chain that was never built has none."""
         step = self.known_step(ids)
-        return self.verdicts.evidence(step.tree) if step else Evidence(0, 0)
+        return self.verdicts.evidence(self.next_to_gate(step)[1]) if step else Evidence(0, 0)
+
+    def line_of(self, step: Step) -> list[tuple[str, str]]:
+        """(commit, tree) of what must be green before the target may be at `step`: its own commit, and with `strict` also the
+        ones that rebase puts before it, for they come on the target's first-parent line as well.
+        """
+        before = step.detail.split() if self.settings.strict and step.status == "ok" else ()
+        return [*(tuple(pair.split(":")) for pair in before), (step.commit, step.tree)]
+
+    def next_to_gate(self, step: Step) -> tuple[str, str]:
+        """The first commit of its line that was never green, and its tree; the last one when all were. One gate after the other
+        judges a line: its first red settles it, and all green is green.
+        """
+        line = self.line_of(step)
+        return next((place for place in line if not self.verdicts.evidence(place[1]).greens), line[-1])
 
     def known_step(self, ids: tuple) -> Step | None:
         """The last step of a chain that was built already; remembered for a tick, since the planner asks for every prefix."""
@@ -2788,7 +2802,7 @@ class MergeQueue:
     def is_current(self, gate: Gate) -> bool:
         """Whether the gate's tree is still that of its entries on the target as it is now."""
         step = None if gate.is_diagnosis else self.known_step(gate.ids)
-        return step is not None and step.tree == gate.tree
+        return step is not None and any(tree == gate.tree for _, tree in self.line_of(step))
 
     def follow(self, step: Plan, queue: tuple) -> bool:
         """Do what the plan says: land, else return the guilty, else start gates."""
@@ -2870,14 +2884,15 @@ class MergeQueue:
         """Put a tree under test in a free slot: that of `ids` on the target, or a returned entry's own."""
         slot = next(number for number in range(1, self.slots + 1) if number not in {gate.slot for gate in self.gates})
         folder = self.slot_folder(slot)
-        run_script("gate-slot.sh", "prepare", "-C", self.store.repo, folder, step.commit)
-        gate = Gate(slot, ids, step.commit, step.tree, diagnosis)
-        log = self.store.path(self.verdicts.name_of(step.tree, "log"))
+        commit, tree = self.next_to_gate(step)
+        run_script("gate-slot.sh", "prepare", "-C", self.store.repo, folder, commit)
+        gate = Gate(slot, ids, commit, tree, diagnosis)
+        log = self.store.path(self.verdicts.name_of(tree, "log"))
         gate.start(folder, self.settings, log, self.wake)
         self.gates.append(gate)
         self.front += [task_id for task_id in ids if task_id not in self.front]
         self.counts["diagnoses" if gate.is_diagnosis else "gates"] += 1
-        self.store.append_event("gate-started", None, ids=list(ids), tree=step.tree, slot=slot)
+        self.store.append_event("gate-started", None, ids=list(ids), tree=tree, slot=slot)
 
     def reap_gates(self) -> bool:
         """Judge the gates that are over."""
@@ -2939,7 +2954,7 @@ class MergeQueue:
                   "entries": [[step.id, step.commit] for step in steps]}
         self.store.write_durably(INTENT_FILE, (json.dumps(intent) + "\n").encode("utf-8"))
         has_moved = self.finish_landing(intent)
-        self.just_landed = steps[-1] if has_moved and steps[-1].id not in self.store.snapshot().ready else None
+        self.just_landed = steps[-1]._replace(status="-") if has_moved and steps[-1].id not in self.store.snapshot().ready else None
         return has_moved
 
     def finish_landing(self, intent: dict) -> bool:
@@ -2984,15 +2999,17 @@ class MergeQueue:
     def return_red(self, task_id: str, queue: tuple) -> bool:
         """Send back the entry whose step turned a green tree red, twice."""
         task, ids = self.tasks[task_id], queue[:queue.index(task_id) + 1]
-        step = self.step_of(ids)
-        gate = self.settings.gate
-        how = (f"to reproduce: git worktree add --detach ../try-{task_id} {step.commit[:12]} && cd ../try-{task_id} && "
+        step, gate = self.step_of(ids), self.settings.gate
+        commit, tree = self.next_to_gate(step)
+        how = (f"to reproduce: git worktree add --detach ../try-{task_id} {commit[:12]} && cd ../try-{task_id} && "
                f"bash -c {shell_word(gate)}")
-        note = self.notes.get(step.tree)
+        note = self.notes.get(tree)
         if note is None:
-            self.diagnoses.append(task)
             self.counts["red"] += 1
-        return self.return_work(task, note or f"the gate fails with it: {gate}", how + "\n\n" + self.verdicts.tail(step.tree))
+            if tree == step.tree:  # a lone run looks at the last commit, and says nothing of those before it
+                self.diagnoses.append(task)
+        what = "with it" if tree == step.tree else "at one of its commits before the last, and each must pass by itself (strict)"
+        return self.return_work(task, note or f"the gate fails {what}: {gate}", how + "\n\n" + self.verdicts.tail(tree))
 
     def return_work(self, task: Task, reason: str, detail: str, *, goes_on: bool = True) -> bool:
         """Pin the commits, keep the detail in returns/, and give the task back; True, for something has moved.

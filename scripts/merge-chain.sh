@@ -3,11 +3,11 @@
 # Merge entries one on top of the other; no ref, index or checkout is touched, and the same input gives the same shas.
 # Reads: id<TAB>commit<TAB>epoch<TAB>agent<TAB>title, the first to land first (fields escaped: \\ \t \n \r).
 # Prints: base<TAB>-<TAB>sha<TAB>tree, then one line an entry: id<TAB>status<TAB>commit<TAB>tree<TAB>detail
-#   ok: the chain's commit and tree after it    landed: it is in the base    empty: it changes nothing
-#   conflict: with the base itself; detail: paths (a blank in one is \x20)    missing: no such commit
-#   held: merges with the base but not with the chain; detail: the entry it is behind    unrelated: no common ancestor
-# Environment: FARM_CONFLICTS=DIR gets ID.txt with the messages and hunks of a conflict; FARM_MERGE=worktree merges by
-#   merge-scratch.sh, as git < 2.38 must.
+#   ok: the chain's commit and tree after it; detail: sha:tree of each commit that rebase puts before that one
+#   landed: it is in the base    empty: it changes nothing    missing: no such commit    unrelated: no common ancestor
+#   conflict: with the base itself; detail: paths (a blank in one is \x20)
+#   held: merges with the base but not with the chain; detail: the entry it is behind
+# Environment: FARM_CONFLICTS=DIR gets ID.txt, a conflict's messages and hunks; FARM_MERGE=worktree: as git < 2.38 must merge
 # Beside it: pinned-git.sh, and for some of this merge-scratch.sh, read-conflict.sh, replay-commits.sh.
 # Exit: 0 ok, 1 git failed, 2 usage or no repo, 3 no such branch
 set -euo pipefail
@@ -77,7 +77,7 @@ commit_entry() {
   case $style in
     merge) tip=$join ;;
     squash) tip=$(git commit-tree "$tree" -p "$tip" -m "${5:-$1}" -m "$trailers") ;;
-    rebase) tip=$("$here/replay-commits.sh" "$tip" "$2" "$tree" "${5:-$1}" "$trailers" "${merge[@]}") ;;
+    rebase) detail=$("$here/replay-commits.sh" "$tip" "$2" "$tree" "${5:-$1}" "$trailers" "${merge[@]}") tip=${detail%% *} ;;
   esac
   tip_tree=$tree
 }
@@ -93,7 +93,7 @@ merge_entries() {
     sha=${shas[n]} n=$((n + 1)) status=missing detail='' tree=-
     case $sha:$fresh in :*) ;; *:*"$sha"*) status=ok && classify "$id" "$sha" ;; *) status=landed ;; esac
     case $status in
-      ok) commit_entry "$id" "$sha" "$epoch" "$agent" "$title"; printf '%s\tok\t%s\t%s\t\n' "$id" "$tip" "$tree" ;;
+      ok) commit_entry "$id" "$sha" "$epoch" "$agent" "$title"; printf '%s\tok\t%s\t%s\t%s\n' "$id" "$tip" "$tree" "${detail#"$tip"}" ;;
       landed) printf '%s\tlanded\t%s\t%s\t\n' "$id" "$base" "$base_tree" ;;
       *) printf '%s\t%s\t-\t-\t%s\n' "$id" "$status" "$detail" ;;
     esac

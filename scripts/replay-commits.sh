@@ -4,7 +4,7 @@
 # that is there already, TRAILERS on the last. Where these do not add up to TREE, the merge of TIP and COMMIT, one commit
 # TITLE holds it all. MERGE... prints what `git merge-tree --write-tree -z --name-only` would for two more arguments.
 # Called by merge-chain.sh, which sets the identity and the dates.
-# Prints: the new commit
+# Prints: the last new commit, then sha:tree of each one before it, from the first on, space separated
 # Exit: 0 ok, 1 git failed, 2 usage
 set -euo pipefail
 
@@ -39,7 +39,7 @@ commit_step() {
 }
 
 main() {
-  local tip=${1-} i last line commits=() trees=() merge=() add=()
+  local tip=${1-} i last line before='' commits=() trees=() merge=() add=()
   case ${1-} in -h) usage; exit 0 ;; esac
   [ $# -ge 6 ] || { printf 'farm: too few arguments\n  try: replay-commits.sh -h\n' >&2; exit 2; }
   merge=("${@:6}")
@@ -47,8 +47,12 @@ main() {
     exec git commit-tree "$3" -p "$1" -m "$4" -m "$5"
   fi
   last=$((${#commits[@]} - 1))
-  for ((i = 0; i < last; i++)); do tip=$(commit_step "${commits[i]}" "$tip" "${trees[i]}"); done
+  for ((i = 0; i < last; i++)); do
+    tip=$(commit_step "${commits[i]}" "$tip" "${trees[i]}")
+    before="$before $tip:${trees[i]}"
+  done
   while IFS= read -r line; do add[${#add[@]}]=--trailer=$line; done <<<"$5"
-  commit_step "${commits[last]}" "$tip" "${trees[last]}" "${add[@]}"
+  tip=$(commit_step "${commits[last]}" "$tip" "${trees[last]}" "${add[@]}")
+  printf '%s%s\n' "$tip" "$before"
 }
 main "$@"

@@ -849,6 +849,48 @@ def test_strict_gates_every_commit_of_the_targets_first_parent_line(queue: Queue
     assert len(trees) == 4 and set(trees) <= queue.green_trees()
 
 
+def ready_in_steps(queue: Queue, *steps: Files) -> str:
+    """An entry of a commit for each of `steps`; its id."""
+    task_id = queue.ok("add", f"{len(steps)} steps")
+    commit = git(queue.repo, "rev-parse", "main")
+    for files in steps:
+        queue.make_branches({task_id: files}, commit)
+        commit = git(queue.repo, "rev-parse", branch_of(task_id))
+    queue.submit_task(task_id)
+    return task_id
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_strict_gates_every_commit_that_rebase_puts_on_the_line(queue: Queue, slots: int) -> None:
+    before = git(queue.repo, "rev-parse", "main")
+    for name in ("a", "b"):
+        ready_in_steps(queue, *(new_file(f"{name}{number}") for number in range(3)))
+    queue.merge(GREEN, "--strict", "--style", "rebase", slots=slots)
+    trees = git(queue.repo, "log", "--first-parent", "--format=%T", f"{before}..main").split()
+    assert (len(trees), set(trees) - queue.green_trees()) == (6, set())
+
+
+def test_strict_returns_work_that_rebase_would_put_on_the_line_with_a_red_commit(queue: Queue) -> None:
+    before = git(queue.repo, "rev-parse", "main")
+    good, bad, last = (
+        ready_in_steps(queue, new_file("a"), new_file("b")),
+        ready_in_steps(queue, new_file("c"), new_file("x", "BAD\n"), new_file("x", "mended\n")),
+        ready_in_steps(queue, new_file("d"), new_file("e")),
+    )
+    queue.merge(GREEN, "--strict", "--style", "rebase", slots=2, code=5)
+    trees = git(queue.repo, "log", "--first-parent", "--format=%T", f"{before}..main").split()
+    assert (queue.landed(), len(trees), set(trees) - queue.green_trees()) == ([good, last], 4, set())
+    assert "one of its commits before the last" in queue.reason(bad)
+    line = re.search(r"^to reproduce: (.*)", queue.returned_text(bad), re.MULTILINE)
+    assert run(["bash", "-c", line[1]], cwd=queue.repo).returncode == 1
+
+
+def test_rebase_without_strict_gates_the_end_of_an_entry_only(queue: Queue) -> None:
+    task_id = ready_in_steps(queue, new_file("x", "BAD\n"), new_file("x", "mended\n"))
+    queue.merge(GREEN, "--style", "rebase")
+    assert (queue.landed(), len(queue.gated())) == ([task_id], 1)
+
+
 def test_merging_in_a_scratch_worktree_lands_the_same_commits(queue: Queue) -> None:
     queue.ready_all([new_file("a"), edited_line(2, "a"), edited_line(18, "b"), new_file("bad", "BAD\n")])
     twin = Queue(queue.repo.with_name("twin"), queue.outside)
