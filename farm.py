@@ -232,7 +232,7 @@ def printable(text: str) -> str:
     """`text` without escape sequences and control characters, newlines and tabs kept."""
     if text.isprintable():
         return text
-    text = re.sub(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[PX^_][^\x1b]*\x1b\\|[@-Z\\^_=>])", "", text)
+    text = re.sub(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[PX^_][^\x1b]*\x1b\\|[ -/]*[0-~])", "", text)
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "", text)
 
 
@@ -4123,7 +4123,7 @@ def next_steps(status: dict, problems: list[str], state: State) -> list[tuple[st
     for record in sorted(status["agents"], key=state_rank):
         words, command = STEPS_OF.get(record["state"], ("", ""))
         if words:
-            why = record.get("message") or record["cause"]
+            why = record["cause"]
             steps.append((f"{record['agent']} {words}" + (f": {why}" if why else ""),
                           "./farm.py " + command.format(agent_number(record["agent"]))))
     if status["trouble"]:
@@ -4160,7 +4160,7 @@ def ago(at: str) -> str:
 
 
 def agent_row(record: dict) -> list[str]:
-    note = record.get("message") or record["cause"] or record.get("title", "")
+    note = record["cause"] or record.get("title", "")
     cost = f"${record['cost_usd']:.2f}" if record.get("cost_usd") else "-"
     counts = ["-" if record.get(key) is None else record[key] for key in ("changed_lines", "commits")]
     return [record["agent"], record["state"], ago(record["since"]), record["task"] or "-", *counts,
@@ -4221,6 +4221,76 @@ class Progress:
     def close(self) -> None:
         if self.is_terminal and self.last:
             self.stream.write("\n")
+
+
+class LogReader:
+    """What an agent's sessions have printed, from the oldest file on (NAME.log.9 ... NAME.log.1, NAME.log), through rotations.
+
+    The pane's pipe renames a log that has grown (spawn-tmux.sh); nothing is copied, so a file is known by its inode.
+    """
+
+    UNFINISHED = r"(?:\x1b(?:\[[0-?]*[ -/]*|[]PX^_][^\x07\x1b]{0,4096}\x1b?|[ -/]*)?|\r)\Z"
+
+    def __init__(self, path: str):
+        import codecs
+
+        self.path, self.held, self.files = path, "", []
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.open_newer(set())
+
+    def open_newer(self, known: set) -> None:
+        """Open what is not known by its inode. Newest first: a file that is renamed meanwhile is met twice, and not never."""
+        found = []
+        for name in [self.path, *(f"{self.path}.{number}" for number in range(1, 10))]:
+            try:
+                descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                continue
+            inode = os.fstat(descriptor).st_ino
+            if inode in known:
+                os.close(descriptor)
+                break  # whatever is older was read before
+            known.add(inode)
+            found.append(open(descriptor, "rb", buffering=0))
+        self.files += found[::-1]
+
+    def skip_to_last(self, size: int) -> None:
+        """Begin `size` bytes before the end."""
+        for file in reversed(self.files):
+            here = os.fstat(file.fileno()).st_size
+            file.seek(max(0, here - max(0, size)))
+            size -= here
+
+    def read(self) -> bytes:
+        """The next piece; empty when nothing more is there yet."""
+        while self.files:
+            file = self.files[0]
+            status = os.fstat(file.fileno())
+            if status.st_size < file.tell():  # somebody has emptied it
+                file.seek(0)
+            if data := file.read(65536):
+                return data
+            if len(self.files) == 1:
+                self.open_newer({status.st_ino})
+                if len(self.files) == 1:
+                    break
+                if data := file.read(65536):  # written between the last look and the renaming
+                    return data
+            self.files.pop(0).close()
+        return b""
+
+    def clean(self, data: bytes) -> str:
+        """`data` as printable text; an escape sequence that is cut off at its end is kept for the next piece."""
+        text = self.held + self.decoder.decode(data)
+        cut = re.search(self.UNFINISHED, text)
+        self.held, text = (text[cut.start():], text[:cut.start()]) if cut else ("", text)
+        return printable(text.replace("\r\n", "\n").replace("\r", "\n"))
+
+    def last_lines(self, count: int) -> str:
+        """The last `count` lines of what is there."""
+        self.skip_to_last(4096 * count)
+        lines = collections.deque("".join(map(self.clean, iter(self.read, b""))).splitlines(keepends=True), maxlen=count)
+        return "".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------- watch
@@ -5821,20 +5891,56 @@ def find_bash() -> str:
     return shutil.which("bash") or "/bin/bash"
 
 
-@verb("logs AGENT [-f]", "what an agent printed, through all its sessions", "f|follow", "./farm.py logs 3 -f")
+@verb("logs AGENT [-f] [-n LINES] [--raw] | logs --all [-f]", "what an agent printed, through all its sessions; of all: with names",
+      "f|follow n|lines=# raw all", "./farm.py logs 3 -f")
 def verb_logs(call: Call) -> int:
+    if call.options.get("all"):
+        return show_all_logs(call)
     path = call.store.path("logs", call.agent() + ".log")
     if not os.path.exists(path):
         raise NotFound(f"{call.agent()} has no log yet", "./farm.py status")
-    with open(path, encoding="utf-8", errors="replace") as file:
-        while True:
-            text = file.read(65536)
-            sys.stdout.write(printable(text.replace("\r\n", "\n")))
-            sys.stdout.flush()
-            if not text and not call.options.get("follow"):
-                return 0
-            if not text:
-                time.sleep(0.2)
+    reader, raw = LogReader(path), call.options.get("raw")
+    if call.options.get("lines") is not None and not raw:
+        sys.stdout.write(reader.last_lines(call.options["lines"]))
+    while True:
+        data = reader.read()
+        sys.stdout.buffer.write(data) if raw else sys.stdout.write(reader.clean(data))
+        sys.stdout.flush()
+        if not data and not call.options.get("follow"):
+            return 0
+        if not data:
+            time.sleep(0.2)
+
+
+def show_all_logs(call: Call) -> int:
+    """Every agent's log, each line behind its agent's name: the last 10 lines of each, or all with `-n` or without -f; -f goes on
+    in the order in which lines appear.
+    """
+    follow, readers, begun = call.options.get("follow"), {}, {}
+    lines = call.options.get("lines", 10 if follow else None)
+    while True:
+        for name in find_logs(call.store):
+            text = ""
+            if name not in readers:
+                readers[name] = LogReader(call.store.path("logs", name + ".log"))
+                text = readers[name].last_lines(lines) if lines is not None else ""
+            text = begun.pop(name, "") + text + "".join(map(readers[name].clean, iter(readers[name].read, b"")))
+            whole, newline, begun[name] = text.rpartition("\n") if follow else (text.removesuffix("\n"), "\n" * bool(text), "")
+            sys.stdout.write("".join(f"{name} | {line}\n" for line in (whole + newline).split("\n")[:-1]))
+        sys.stdout.flush()
+        if not follow:
+            return 0
+        time.sleep(0.2)
+
+
+def find_logs(store: Store) -> list[str]:
+    """The agents that have a log."""
+    try:
+        names = sorted(os.listdir(store.path("logs")))
+    except FileNotFoundError:
+        return []
+    others = ("loop", "merger", "notify", CONTROL)
+    return [name[:-4] for name in names if name.endswith(".log") and name[:-4] not in others]
 
 
 @verb("send AGENT TEXT", "type a text into an agent's session, and see that it was taken", "",

@@ -29,9 +29,16 @@ quote() { # TEXT -> sets quoted: one word for tmux's parser, whatever the text i
 
 quote_format() { quote "${1//\#/##}"; } # where tmux would expand #{...}
 
+# What a pane's pipe runs: append to $f until the end; at 16 to 32 MiB rename it to $f.1, that to $f.2 ... $f.9. dd takes
+# from the pipe no more than it writes, so that no byte is lost in between.
+# shellcheck disable=SC2016  # the pipe's own shell expands it
+keep_log='export LC_ALL=C; while :; do case $(dd bs=16384 count=1024 2>&1 >>"$f") in 0+0*) exit ;; esac
+  [ "$(wc -c <"$f")" -gt 16777216 ] || continue
+  i=9; while [ $i -gt 1 ]; do j=$((i - 1)); [ ! -e "$f.$j" ] || mv -f "$f.$j" "$f.$i"; i=$j; done; mv -f "$f" "$f.1"; done'
+
 quote_pipe() { # FILE -> sets quoted: a tmux word that appends to FILE; tmux expands % and #, then a shell reads it
   local word=${1//\'/\'\\\'\'}
-  quote_format "exec cat >>'${word//%/%%}'"
+  quote_format "f='${word//%/%%}'; $keep_log"
 }
 
 list_panes() { tmux -u -L "$socket" "$@" list-panes -a -F '#{session_name} #{pane_id} #{pane_pid} #{pane_dead} #{@farm_path}'; }

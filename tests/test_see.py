@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+from pathlib import Path
 
 import psutil
 import pytest
@@ -468,3 +469,88 @@ def test_the_bar_fits_and_is_full_when_all_is_over(width):
     status = {"tasks": {"landed": 3, "failed": 1}, "landed_at": [], "loop": {"alive": True}}
     line = toolkit.progress_line(status, width, 0)
     assert line == "[" + "#" * line.count("#") + "] 4/4 tasks" and (len(line) <= width or width < 20)
+
+
+# ---------------------------------------------------------------------------------------------- logs
+
+
+@pytest.fixture
+def logs(farm) -> Path:
+    """The folder of logs, with one of agent 1 and one of agent 2."""
+    folder = farm.folder / "logs"
+    folder.mkdir(parents=True)
+    (folder / f"{A}.log").write_bytes(b"one\r\ntwo\r\n")
+    (folder / f"{B}.log").write_bytes(b"\x1b[31mred\x1b[0m\r\nhalf a line")
+    return folder
+
+
+def test_logs_are_the_whole_history_through_rotations(farm, logs):
+    (logs / f"{A}.log.1").write_text("zero\n")
+    (logs / f"{A}.log.2").write_text("minus one\n")
+    assert farm.ok("logs", "1") == "minus one\nzero\none\ntwo"
+
+
+def test_logs_can_be_cut_to_the_last_lines(farm, logs):
+    (logs / f"{A}.log.1").write_text("zero\n" * 5000)
+    assert farm.ok("logs", "1", "-n", "3") == "zero\none\ntwo"
+
+
+def test_logs_are_stripped_of_escape_codes_unless_raw(farm, logs):
+    text = b"a\x1b[1;31mb\x1b]0;title\x07c\x1b(Bd\x1b7e\x1bPq#0\x1b\\f\x9b1mg\x07\x1b[?25l\r\nbar 1\rbar 2\n"
+    (logs / f"{A}.log").write_bytes(text)
+    assert farm.ok("logs", "1") == "abcdef1mg\nbar 1\nbar 2".replace("1mg", "\ufffd1mg")
+    raw = subprocess.run(farm.argv("logs", "1", "--raw"), capture_output=True, check=True)
+    assert raw.stdout == text
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_an_escape_code_that_is_cut_in_two_is_stripped_all_the_same(logs, size):
+    reader = toolkit.LogReader(str(logs / f"{A}.log"))
+    text = "a\x1b[1;31mb\x1b]0;title\x07c\x1b(Bd\x1b7e\x1bPq#0\x1b\\f\u65e5\x1b[?25l\r\ng".encode()
+    pieces = [text[start:start + size] for start in range(0, len(text), size)]
+    assert "".join(map(reader.clean, pieces)) == "abcdef\u65e5\ng"
+
+
+def test_logs_follow_through_a_rotation(farm, logs):
+    path = logs / f"{A}.log"
+    with farm.start("logs", "1", "-f") as process:
+        assert [process.stdout.readline() for _ in range(2)] == ["one\n", "two\n"]
+        path.rename(logs / f"{A}.log.1")
+        with open(logs / f"{A}.log.1", "ab") as old:
+            old.write(b"three\r\n")
+        path.write_bytes(b"four\r\n")
+        assert [process.stdout.readline() for _ in range(2)] == ["three\n", "four\n"]
+        process.terminate()
+
+
+def test_logs_of_all_name_the_agent_on_each_line(farm, logs):
+    (logs / "merger.log").write_text("not an agent's\n")
+    assert farm.ok("logs", "--all").splitlines() == [f"{A} | one", f"{A} | two", f"{B} | red", f"{B} | half a line"]
+
+
+def test_logs_of_all_follow_in_the_order_in_which_lines_appear(farm, logs):
+    with farm.start("logs", "--all", "-f") as process:
+        assert [process.stdout.readline() for _ in range(3)] == [f"{A} | one\n", f"{A} | two\n", f"{B} | red\n"]
+        for name, text, shown in ((B, " and more\n", "half a line and more"), (A, "three\n", "three"), (C, "new\n", "new")):
+            with open(logs / f"{name}.log", "a") as log:
+                log.write(text)
+            assert process.stdout.readline() == f"{name} | {shown}\n"
+        process.terminate()
+
+
+def test_a_log_is_rotated_without_losing_a_byte(farm):
+    farm.ok("add", "a task")
+    count = 6_000_000
+    up(farm, 1, f"seq {count}; sleep 1000")
+    path = farm.folder / "logs" / f"{A}.log"
+
+    def numbers() -> list[int]:
+        found = sorted(path.parent.glob(path.name + "*"), key=lambda path: path.name, reverse=True)
+        return [int(line) for one in found for line in one.read_bytes().split(b"\r\n") if line.isdigit()]
+
+    wait_until(lambda: path.exists() and str(count).encode() + b"\r\n" in path.read_bytes()[-100:], 120, "the last line")
+    assert path.with_name(path.name + ".1").exists() and path.stat().st_size < 33 << 20
+    assert numbers() == list(range(1, count + 1))
+    last = farm.ok("logs", "1", "-n", "2").splitlines()
+    assert last == [str(count - 1), str(count)]
+    farm.ok("down", "--now", timeout=120)
