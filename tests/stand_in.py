@@ -14,10 +14,12 @@ a directive, one a line (blanks, `-`, `*`, `>` before it are ignored, and so is 
     READ path, ASK question, TOOL name::{json}   the tools of Claude Code by that name
     SLEEP seconds           think so long before the next reply
     ERROR status[::times[::message]]    answer with this HTTP error first, `times` times for this prompt
-    LIMIT seconds           a usage limit that ends so many seconds after its first refusal
+    LIMIT seconds           a usage limit that ends so many seconds after its first refusal; `LIMIT minute`: when this minute does
+    SUBMIT, FAIL            the last `farm submit ...`, `farm fail ...` that the conversation was told to run, exactly as it says
     DROP                    close the connection in the middle of a reply, once
     SAY text                what the last reply says
 
+`FIRST` before a directive: only where the prompt says attempt 1; `AGAIN`: only in a later one.
 A prompt without directives is answered with "OK: <its start>". GET /_stats tells what was asked so far.
 """
 
@@ -34,8 +36,10 @@ import time
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-WORDS = "WRITE|APPEND|RUN|COMMIT|READ|ASK|TOOL|SLEEP|ERROR|LIMIT|DROP|SAY|NOCOMMIT"
-DIRECTIVE = re.compile(rf"^[\s>*-]*({WORDS})(?:\s+(.*?))?\s*$")
+WORDS = "WRITE|APPEND|RUN|COMMIT|READ|ASK|TOOL|SLEEP|ERROR|LIMIT|DROP|SAY|NOCOMMIT|SUBMIT|FAIL"
+DIRECTIVE = re.compile(rf"^[\s>*\"-]*(?:(FIRST|AGAIN)\s+)?({WORDS})(?:\s+(.*?))?\"?\s*$")
+ATTEMPT = re.compile(r"\battempt (\d+)\b")
+TOLD = re.compile(r"farm (submit|fail) \S+ --fence [\w.-]*\w(?: --why \"[^\"]*\")?")
 REMINDER = re.compile(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
 CWD = re.compile(r"(?:Primary working directory|Working directory|cwd)\s*:\s*(\S+)", re.IGNORECASE)
 ERROR_KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 529: "overloaded_error"}
@@ -82,8 +86,12 @@ def parse_script(prompt: str) -> tuple[list[tuple[str, str, float]], dict]:
     """([(tool word, argument, seconds to think before)], how the turn ends) of a prompt."""
     steps, end, think = [], {"say": [], "errors": [], "limit": None, "drop": False}, 0.0
     words = set()
+    attempt = ATTEMPT.search(prompt)
+    skipped = "AGAIN" if attempt is None or attempt[1] == "1" else "FIRST"
     for match in filter(None, map(DIRECTIVE.match, prompt.splitlines())):
-        word, argument = match.group(1), (match.group(2) or "").strip()
+        word, argument = match[2], (match[3] or "").strip()
+        if match[1] == skipped:
+            continue
         if word in ("WRITE", "APPEND") and "::" not in argument:
             continue
         words.add(word)
@@ -93,7 +101,7 @@ def parse_script(prompt: str) -> tuple[list[tuple[str, str, float]], dict]:
             status, times, message = [*argument.split("::", 2), "", ""][:3]
             end["errors"].append((int(number(status, 500)), int(number(times, 1)), message or "scripted error"))
         elif word == "LIMIT":
-            end["limit"] = number(argument, 10)
+            end["limit"] = argument
         elif word == "DROP":
             end["drop"] = True
         elif word == "SAY":
@@ -102,7 +110,8 @@ def parse_script(prompt: str) -> tuple[list[tuple[str, str, float]], dict]:
             steps.append((word, argument, think))
             think = 0.0
     if words & {"WRITE", "APPEND"} and not words & {"COMMIT", "NOCOMMIT"}:
-        steps.append(("COMMIT", first_line(prompt), 0.0))
+        at = next((index for index, step in enumerate(steps) if step[0] in ("SUBMIT", "FAIL")), len(steps))
+        steps.insert(at, ("COMMIT", first_line(prompt), 0.0))
     end["think"] = think
     return steps, end
 
@@ -138,7 +147,8 @@ class Model:
                     self.given[key, index] = count + 1
                     return status, message, 0
             if end["limit"] is not None:
-                until = self.limits.setdefault(key, int(time.time() + end["limit"]))
+                now = time.time()
+                until = self.limits.setdefault(key, int(now // 60 * 60 + 60 if end["limit"] == "minute" else now + number(end["limit"], 10)))
                 if time.time() < until:
                     return 429, "This request would exceed your account's rate limit. Please try again later.", until
         return None
@@ -159,6 +169,9 @@ class Model:
             return {"refusal": refusal, "word": "", "argument": "", "text": "", "drop": False, "prompt": prompt}
         word, argument, think = steps[done] if done < len(steps) else ("", "", end["think"])
         time.sleep(min(think, 300))
+        if word in ("SUBMIT", "FAIL"):
+            told = [match[0] for _, text, _ in items for match in TOLD.finditer(text) if match[1] == word.lower()]
+            word, argument = "RUN", told[-1] if told else f"farm {word.lower()} was never told"
         text = "\n".join(end["say"]) or (f"Done: {len(steps)} step(s)." if steps else "OK: " + prompt[:80])
         return {"refusal": None, "word": word, "argument": argument, "text": text, "drop": self.drops(end, key), "prompt": prompt}
 
