@@ -1482,7 +1482,8 @@ def parse_json_item(item, where: str) -> Task:
         item = {"title": item}
     if not isinstance(item, dict) or not isinstance(item.get("title"), str) or not item["title"].strip():
         raise UsageError(f"{where}: a task needs a title; nothing was added")
-    fields = {key: item[key] for key in ("id", "title", "prompt", "priority", "after", "paths", "max_attempts") if key in item}
+    own = ("id", "title", "prompt", "priority", "after", "paths", "max_attempts", "time_limit_seconds", "budget_usd")
+    fields = {key: item[key] for key in own if key in item}
     fields.setdefault("prompt", item.get("body") or "")
     if "number" in item:
         fields["source"] = f"issue {item['number']}"
@@ -2044,7 +2045,7 @@ def read_clock(text: str, now: float) -> float | None:
     try:
         zone = zoneinfo.ZoneInfo(zone_name) if zone_name else None
         here = datetime.datetime.fromtimestamp(now, zone)
-        hour = int(hour) % 12 + 12 * (half.lower() == "pm") if half else int(hour)
+        hour = (int(hour) % 12 if int(hour) <= 12 else 24) + 12 * (half.lower() == "pm") if half else int(hour)
         at = here.replace(hour=hour, minute=int(minute or 0), second=0, microsecond=0)
         if month:
             at = at.replace(year=int(year or at.year), month=MONTHS.index(month.lower()) + 1, day=int(day))
@@ -5470,7 +5471,7 @@ def verb_hook(call: Call) -> int:
     return 0
 
 
-@verb("judge AGENT --fence F --code N", "what becomes of an attempt that has ended, for finish-task.sh: move, cause, conversation, why",
+@verb("judge AGENT --fence F --code N", "what becomes of an attempt that has ended (finish-task.sh asks)",
       "fence= code=#", "farm judge agent-001 --fence t-0001.2 --code 0 <log")
 def verb_judge(call: Call) -> int:
     agent, fence, preset = call.agent(), fence_of(call), os.environ.get("FARM_PRESET", "")
