@@ -807,8 +807,12 @@ def test_submit_pins_the_head(farm):
 
 GIT_THAT_WAITS = """\
 #!/bin/sh
-case "$*" in *update-ref*) : >'%s/reached'; until [ -e '%s/go' ]; do sleep 0.02; done ;; esac
-exec '%s' "$@"
+here='%s'
+case "$*" in *update-ref*) ;; *) exec '%s' "$@" ;; esac
+: >"$here/reached"
+until [ -e "$here/go" ]; do sleep 0.02; done
+'%s' "$@"
+: >"$here/done"
 """
 
 
@@ -816,7 +820,7 @@ exec '%s' "$@"
 def test_a_late_agents_pin_does_not_come_after_that_of_the_next_claims_submission(farm, sandbox, when):
     folder = sandbox.work / "bin"
     folder.mkdir()
-    (folder / "git").write_text(GIT_THAT_WAITS % (folder, folder, shutil.which("git")))
+    (folder / "git").write_text(GIT_THAT_WAITS % (folder, shutil.which("git"), shutil.which("git")))
     (folder / "git").chmod(0o755)
     farm.ok("add", "a")
     first, second = (make_commit(farm.repo, {"a.txt": text}) for text in ("first", "second"))
@@ -832,6 +836,7 @@ def test_a_late_agents_pin_does_not_come_after_that_of_the_next_claims_submissio
         other.wait(1.5)  # it must wait for the late one's git; where it does not, this is ample time for it
     (folder / "go").touch()
     late_code, code = (process.wait(30) for process in (late, other))
+    wait_until((folder / "done").exists)
     assert (late_code, code) == (4 if when == "it lives" else -signal.SIGKILL, 0)
     assert [git(farm.repo, "rev-parse", "refs/farm/ready/t-0001"), farm.json("queue")[0]["commit"]] == [second, second]
 
