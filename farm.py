@@ -3239,12 +3239,16 @@ def session_of(pid: int) -> int:
 
 
 def wait_for_landing(new: str) -> None:
-    """Until no script and no git that lands `new` runs any more. Raises FarmError after a minute."""
+    """Until no script and no git that lands `new` runs any more. Raises FarmError after a minute.
+
+    A landing outlives its merger, so that none is cut in half. Between git's writing of the files and its moving of the ref no
+    lock is there that a recovery could see: it would put the old files back, under the new ref.
+    """
     psutil = import_package("psutil")
     deadline = CLOCK.monotonic() + 60
 
-    def is_landing(words: list) -> bool:
-        return new in words and any(word.endswith((".sh", "git")) for word in words)
+    def is_landing(words: list) -> bool:  # and no `git show NEW` in a person's pager
+        return new in words and any(word.endswith(".sh") or word in ("merge", "update-ref") for word in words)
 
     while any(is_landing(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])):
         if CLOCK.monotonic() > deadline:
