@@ -3240,12 +3240,16 @@ def session_of(pid: int) -> int:
 
 
 def wait_for_landing(new: str) -> None:
-    """Until no script and no git that lands `new` runs any more. Raises FarmError after a minute."""
+    """Until no script and no git that lands `new` runs any more. Raises FarmError after a minute.
+
+    A landing outlives its merger, so that none is cut in half. Between git's writing of the files and its moving of the ref no
+    lock is there that a recovery could see: it would put the old files back, under the new ref.
+    """
     psutil = import_package("psutil")
     deadline = CLOCK.monotonic() + 60
 
-    def is_landing(words: list) -> bool:
-        return new in words and any(word.endswith((".sh", "git")) for word in words)
+    def is_landing(words: list) -> bool:  # and no `git show NEW` in a person's pager
+        return new in words and any(word.endswith(".sh") or word in ("merge", "update-ref") for word in words)
 
     while any(is_landing(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])):
         if CLOCK.monotonic() > deadline:
@@ -5440,6 +5444,29 @@ def verb_fail(call: Call) -> int:
       "farm submit agent-001 --fence t-0001.2")
 def verb_submit(call: Call) -> int:
     agent, fence = call.agent(), fence_of(call)
+    guard = hold_pin(call.store, fence.rpartition(".")[0])
+    try:
+        return pin_and_submit(call, agent, fence)
+    finally:
+        os.close(guard)
+
+
+def hold_pin(store: Store, task_id: str) -> int:
+    """A lock file's descriptor, under which a task's pin is moved: from the look at the fence to the end of the move.
+
+    A late agent's pin could else come after that of the next claim's accepted submission. Not the mutex: git takes its time.
+    The git that moves the pin inherits it, so it is held as long as that one lives. One file for many tasks, so that they
+    stay few.
+    """
+    os.makedirs(store.path("merge_queue"), exist_ok=True)
+    guard = os.open(store.path("merge_queue", f".pin-{sum(task_id.encode()) % 16}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    os.set_inheritable(guard, True)
+    fcntl.flock(guard, fcntl.LOCK_EX)
+    return guard
+
+
+def pin_and_submit(call: Call, agent: str, fence: str) -> int:
+    """The move itself, under `hold_pin`: git first, so that the queue never names a commit that could be lost."""
     task_id = fence.rpartition(".")[0]
     branch = call.options.get("branch") or f"farm/{agent}/{task_id}"
     claim = call.store.read_claim(os.path.join(LOCK_FOLDER, agent + ".lock"))

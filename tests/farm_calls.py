@@ -140,6 +140,7 @@ def bytes_below(folder: Path, *, but: Sequence[str] = (".lock", "merger.lock")) 
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_file() and not path.is_symlink() and name not in but:
+        is_mutex = name in but or path.name.startswith(".pin-")
+        if path.is_file() and not path.is_symlink() and not is_mutex:
             found[name] = path.read_bytes()
     return found

@@ -149,6 +149,13 @@ def waiting_git(queue: Queue) -> Path:
     return folder
 
 
+def wait_for_either(victim: Victim, path: Path, seconds: float) -> None:
+    """Until the file is there, the merger has ended, or the time is over."""
+    end = time.monotonic() + seconds
+    while victim.process.poll() is None and not path.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 def merge_up_to(queue: Queue, waiting_git: Path, moment: str) -> Victim:
     """A merger whose landing stands still at that moment."""
     (waiting_git / moment).touch()
@@ -164,6 +171,36 @@ def test_a_merger_killed_while_its_landing_lives_on_lands_once(queue: Queue, wai
     second = Victim(queue, careful(queue))
     wait_until(lambda: str(second.process.pid) in (queue.folder / "merger.lock").read_text(), 30, "the second merger to begin")
     (waiting_git / moment).unlink()
+    assert second.process.wait(60) == 0
+    assert find_violations(queue, {task_id: "landed"}) == []
+
+
+GIT_BETWEEN_FILES_AND_REF = """\
+#!/bin/sh
+# A fast-forward as git makes it, index and files first, and a stop before the ref; whoever puts files back waits for its end.
+here='%s' git='%s'
+case " $* " in
+  *" merge --ff-only "*)
+    for new; do :; done
+    old=$("$git" -C "$2" rev-parse HEAD)
+    "$git" -C "$2" read-tree -m -u "$old" "$new"
+    : >"$here/reached"
+    while [ -e "$here/before" ]; do sleep 0.02; done
+    "$git" -C "$2" update-ref -m "farm: land" refs/heads/main "$new" "$old"
+    : >"$here/landed" ;;
+  *" restore -S -W "*) "$git" "$@"; : >"$here/restored"; until [ -e "$here/landed" ]; do sleep 0.02; done ;;
+  *) exec "$git" "$@" ;;
+esac
+"""
+
+
+def test_a_merger_leaves_the_files_of_a_landing_alone_that_a_killed_one_has_begun(queue: Queue, waiting_git: Path) -> None:
+    task_id, folder = queue.ready({"README.md": "new text\n"}), waiting_git
+    (folder / "git").write_text(GIT_BETWEEN_FILES_AND_REF % (folder, shutil.which("git")))
+    merge_up_to(queue, folder, "before").kill("group")
+    second = Victim(queue, careful(queue), PATH=f"{folder}:{os.environ['PATH']}")
+    wait_for_either(second, folder / "restored", 3)  # it must wait; where it does not, it puts files back in that time
+    (folder / "before").unlink()
     assert second.process.wait(60) == 0
     assert find_violations(queue, {task_id: "landed"}) == []
 

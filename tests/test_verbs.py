@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -800,6 +803,42 @@ def test_submit_pins_the_head(farm):
     farm.ok("add", "a")
     farm.submit(A, {"a.txt": "a"})
     assert git(farm.repo, "rev-parse", "refs/farm/ready/t-0001") == farm.json("queue")[0]["commit"]
+
+
+GIT_THAT_WAITS = """\
+#!/bin/sh
+here='%s'
+case "$*" in *update-ref*) ;; *) exec '%s' "$@" ;; esac
+: >"$here/reached"
+until [ -e "$here/go" ]; do sleep 0.02; done
+'%s' "$@"
+: >"$here/done"
+"""
+
+
+@pytest.mark.parametrize("when", ["it lives", "it was killed"])
+def test_a_late_agents_pin_does_not_come_after_that_of_the_next_claims_submission(farm, sandbox, when):
+    folder = sandbox.work / "bin"
+    folder.mkdir()
+    (folder / "git").write_text(GIT_THAT_WAITS % (folder, shutil.which("git"), shutil.which("git")))
+    (folder / "git").chmod(0o755)
+    farm.ok("add", "a")
+    first, second = (make_commit(farm.repo, {"a.txt": text}) for text in ("first", "second"))
+    with living_process() as owner:
+        fence = json.loads(farm.ok("claim", A, "--owner-pid", str(owner.pid)))["fence"]
+    slow = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    late = farm.start("submit", A, "--fence", fence, "--commit", first, env=slow)
+    wait_until((folder / "reached").exists)
+    if when == "it was killed":  # the git that it had started goes on
+        late.kill()
+    other = farm.start("submit", B, "--fence", farm.claim(B, "--wait", "20")["fence"], "--commit", second)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        other.wait(1.5)  # it must wait for the late one's git; where it does not, this is ample time for it
+    (folder / "go").touch()
+    late_code, code = (process.wait(30) for process in (late, other))
+    wait_until((folder / "done").exists)
+    assert (late_code, code) == (4 if when == "it lives" else -signal.SIGKILL, 0)
+    assert [git(farm.repo, "rev-parse", "refs/farm/ready/t-0001"), farm.json("queue")[0]["commit"]] == [second, second]
 
 
 @pytest.mark.parametrize("flag", ["--branch=nothing", "--commit=--help", "--branch=", "--commit=HEAD:README.md"])
