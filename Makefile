@@ -31,7 +31,7 @@ quote   = '$(subst ','\'',$(value $(1)))'
 option  = $(if $(value $(2)),$(1) $(call quote,$(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test-setup demo farm add status watch attach logs merge stop clean doctor test lint bench chaos install-into
+.PHONY: help setup test-setup demo farm add status watch attach overview logs merge pause resume stop estop clean report doctor test lint bench chaos install-into
 
 ##@ Use
 help: ## print this help
@@ -49,18 +49,28 @@ add: setup ## add the tasks of a file: make add TASKS=tasks.md
 	@$(FARM) add -f $(call quote,TASKS)
 status: setup ## agents, tasks, merge queue, loop
 	@$(FARM) status
-watch: setup ## the same, again and again, until Ctrl-C
+watch: setup ## the same, again and again, with keys; q leaves
 	@$(FARM) status --watch
 attach: setup ## go into an agent's session: make attach A=3 (leave with Ctrl-b d)
 	@$(FARM) attach $(call quote,A)
+overview: setup ## look at all agents at once, tiled (leave with Ctrl-b d)
+	@$(FARM) attach --all
 logs: setup ## what an agent printed: make logs A=3
 	@$(FARM) logs $(call quote,A)
 merge: setup ## land what is ready, once
 	@$(FARM) merge $(call option,--into,BASE) $(call option,--gate,GATE)
+pause: setup ## hand out no new work
+	@$(FARM) pause
+resume: setup ## hand out work again
+	@$(FARM) resume
 stop: setup ## let agents finish, stop everything, keep all work
 	@$(FARM) down
+estop: setup ## stop everything this second, keep all work
+	@$(FARM) estop
 clean: setup ## remove the worktrees and branches that are safe to remove
 	@$(FARM) clean
+report: setup ## write the page of all that happened, and print its path
+	@$(FARM) report
 doctor: setup ## what is missing or damaged, and the command that mends it
 	@$(FARM) doctor
 

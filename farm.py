@@ -120,6 +120,7 @@ SETTINGS = {
     "grace_seconds": Setting(float, 30.0, "how long `down` lets agents finish"),
     "sandboxed": Setting(bool, False, "agents make their moves through their mailbox, for sandboxes that may not write elsewhere"),
     "min_free_mib": Setting(int, 512, "no new agent starts and no gate runs below this much free disk or memory"),
+    "notify": Setting(str, "", "a command that gets what a person should know, as JSON on stdin"),
     "worktrees": Setting(str, "", "folder of the worktrees (default: ../<repo>-farm)"),
 }
 
@@ -3354,6 +3355,7 @@ class Farm:
         self.merger_ends: list[float] = []
         self.probed_at = 0.0
         self.blocked = ""
+        self.note, self.noted_at, self.notices = "", -math.inf, []
 
     # -- start
 
@@ -3443,6 +3445,7 @@ class Farm:
         self.admit(now)
         self.tend_merger(now)
         self.save()
+        self.tell()
 
     def probe(self) -> None:
         """What sessions there are. tmux sees a pane close before it hears how: then it is asked again, five times."""
@@ -3587,6 +3590,8 @@ class Farm:
 
     def admit(self, now: float) -> None:
         """Ring as many idle agents as there are tasks to claim, those that an interrupted task is kept for first."""
+        if (self.store.read_json(FARM_FILE) or {}).get("mode") == "paused":
+            return
         busy = {claim.agent for claim in self.state.claims.values() if claim.task}
         kept = {task.conversation.get("agent") for task in self.state.pending.values()}
         idle = [name for name in self.names if name not in busy and not self.agents[name].get("down")
@@ -3681,7 +3686,105 @@ class Farm:
         with open(self.store.path("logs", "loop.log"), "a", encoding="utf-8") as log:
             log.write(utc(CLOCK.now()) + "\n" + traceback.format_exc())
 
+    # -- notify
+
+    def tell(self) -> None:
+        """What a person should know and was not told yet: once each, remembered in told.json over restarts of the loop."""
+        try:
+            news, told = self.find_news(), (self.store.read_json(TOLD_FILE) or {}).get("told", [])
+            told = told if is_texts(told) else []
+            for key, event in news.items():
+                if key not in told:
+                    self.notify({"at": utc(CLOCK.now()), "repo": self.repo, **event})
+            if set(news) != set(told):
+                self.store.write_durably(TOLD_FILE, (dump_line({"schema": SCHEMA, "told": list(news)}) + "\n").encode("utf-8"))
+            self.tell_tmux()
+        except (OSError, FarmError) as error:
+            say(f"nobody could be told what happened: {error}")
+
+    def find_news(self) -> dict[str, dict]:
+        """key -> event of all that is so now and calls for a person."""
+        news = {key: event for claim in self.state.claims.values() for key, event in self.find_waiting(claim)}
+        for task in self.state.pending.values():
+            if task.state == "failed":
+                news[f"failed {task.id}.{task.rev}"] = {"event": "failed", "agent": task.agent, "task": task.id,
+                                                        "title": task.title, "message": task.reason,
+                                                        "try": f"./farm.py retry {task.id}"}
+        trouble = find_activity(self.store).get("trouble")
+        if trouble:
+            news[f"blocked {trouble[0]}"] = {"event": "blocked", "message": trouble[0], "try": trouble[1]}
+        counts = collections.Counter(task.state for task in self.state.all_tasks())
+        if counts and self.is_drained():
+            words = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+            news["drained"] = {"event": "drained", "message": words, "tasks": dict(counts), "try": "./farm.py report"}
+        return news
+
+    def find_waiting(self, claim: Claim) -> list[tuple[str, dict]]:
+        """The (key, event) of an agent that waits for a person; none for others."""
+        name, task, launch = claim.agent, claim.get_task(), self.launches.get(claim.agent)
+        told, turn, session = self.agents.get(name, {}), self.turns.get(name, {}), self.sessions.get(name)
+        if not task or not launch or session_state(session, told, None, claim, turn, launch.preset) != "waiting":
+            return []
+        since, message = explain_state("waiting", None, told, claim, turn)
+        return [(f"waiting {claim.fence} {since}", {"event": "waiting", "agent": name, "task": task.id, "title": task.title,
+                                                    "message": message, "try": f"./farm.py attach {agent_number(name)}"})]
+
+    def notify(self, event: dict) -> None:
+        """Say it, write the report when all is done, and run the user's command in the background."""
+        import threading
+
+        what = " ".join(filter(None, (event["event"], event.get("agent"), event.get("task"))))
+        say(f"{what}: {one_line(event['message'], 200)}")
+        if event["event"] == "drained":
+            write_report(self.store, self.store.path("report.html"))
+        if self.settings.notify:
+            thread = threading.Thread(target=run_notice, args=(self.settings.notify, event, self.store), daemon=True)
+            self.notices = [*(notice for notice in self.notices if notice.is_alive()), thread]
+            thread.start()
+
+    def finish_telling(self, seconds: float) -> None:
+        """Wait for commands that are being told something."""
+        deadline = CLOCK.monotonic() + seconds
+        for notice in self.notices:
+            notice.join(max(0.0, deadline - CLOCK.monotonic()))
+
+    def tell_tmux(self) -> None:
+        """The farm's counts on the status line of its own tmux server, when they have changed; every five seconds at the most."""
+        note = describe_counts(self.state, {name: self.turns.get(name, {}).get("state") == "waiting" for name in self.names})
+        if note != self.note and CLOCK.monotonic() - self.noted_at >= 5 and any(self.sessions):
+            self.note, self.noted_at = note, CLOCK.monotonic()
+            run_script("note-tmux.sh", "-L", self.socket, note, allow=(0, 1, 3), timeout=10)
+
     # -- stop
+
+    def set_mode(self, mode: str, reason: str = "") -> None:
+        """Pause, or go on: agents at work and the merge queue are left alone, new work is handed out or not. Raises Refused."""
+        with self.store.transaction() as tx:
+            farm = self.store.read_json(FARM_FILE) or {}
+            if farm.get("mode") not in ("running", "paused"):
+                raise Refused("the farm is not running", "./farm.py up")
+            if mode == "running":
+                forget_limits(tx)
+            data = {**farm, "mode": mode, "reason": reason}
+            tx.store.write_durably(FARM_FILE, (dump_line(data) + "\n").encode("utf-8"))
+            tx.store.append_event("paused" if mode == "paused" else "resumed", None, why=reason)
+
+    def estop(self) -> list[str]:
+        """Everything stops this second, by a signal that nobody can catch; then all work is kept and all claims are freed."""
+        psutil = import_package("psutil")
+        names, deadline = {*self.everyone(), CONTROL}, CLOCK.monotonic() + 5
+        roots = [session.pid for session in probe_sessions(self.socket).values() if not session.dead]
+        roots += filter(None, (find_recorded(self.store.path(name)) for name in ("loop.lock", "merger.lock")))
+        children = process_children()
+        doomed = [process for pid in roots for process in tree_of(pid, children)]
+        while doomed and CLOCK.monotonic() < deadline:  # again: what is being killed may just have forked
+            for process in doomed:
+                try:
+                    process.kill()
+                except psutil.Error:
+                    continue
+            doomed = [process for process, name in find_by_environment(FARM_REPO=self.repo) if name in names]
+        return self.down(0)
 
     def down(self, grace_seconds: float, hurry=lambda: False) -> list[str]:
         """Let agents finish, then end exactly what is the farm's, keep all work, free all claims. Returns rescue refs."""
@@ -3747,6 +3850,41 @@ class Farm:
                 if claim.agent in self.names and find_liveness(Owner.from_json(claim.owner)) is False:
                     LockRegistry(tx).give_up(claim, rescues.get(claim.agent, ""))
         return kept
+
+
+TOLD_FILE = "told.json"
+NOTICE_SECONDS = 60.0
+
+
+def run_notice(command: str, event: dict, store: Store) -> None:
+    """Run FARM_NOTIFY with `event` on its stdin; its output and how it ended go to logs/notify.log. Never raises."""
+    import signal
+    import subprocess
+
+    environment = {**os.environ, "FARM_REPO": store.repo, "FARM_AGENT_NAME": CONTROL}  # so that `down` ends it too
+    try:
+        with open(store.path("logs", "notify.log"), "ab") as log:
+            process = subprocess.Popen(["bash", "-c", command], stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=store.repo,
+                                       env=environment, start_new_session=True)
+            try:
+                process.communicate((dump_line(event) + "\n").encode("utf-8"), timeout=NOTICE_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            log.write(f"{utc(CLOCK.now())} {event['event']}: exit code {process.returncode}\n".encode())
+    except OSError as error:
+        say(f"FARM_NOTIFY: {error}")
+
+
+def describe_counts(state: State, waits: dict[str, bool]) -> str:
+    """The farm in one short line. waits: agent -> whether it waits for a person."""
+    at_work = [claim.agent for claim in state.claims.values() if claim.task and claim.agent in waits]
+    waiting = sum(waits[name] for name in at_work)
+    over = len(state.landed)
+    parts = [f"{waiting} wait for you"] * bool(waiting) + [f"{len(at_work) - waiting} work", f"{len(waits) - len(at_work)} idle",
+             f"{len(state.ready)} to merge", f"{over}/{len(state.all_tasks())} landed"]
+    failed = sum(task.state == "failed" for task in state.pending.values())
+    return " \u00b7 ".join(parts + [f"{failed} failed"] * bool(failed))
 
 
 def is_stranded(task: Task, state: State) -> bool:
@@ -4134,7 +4272,9 @@ def next_steps(status: dict, problems: list[str], state: State) -> list[tuple[st
     if status["trouble"]:
         steps.append(tuple(status["trouble"]))
     if status["mode"] == "paused":
-        steps.append((status["reason"] or "the farm is paused: no new work is handed out", "./farm.py resume"))
+        is_spent = "budget" in status["reason"]
+        steps.append((status["reason"] or "the farm is paused: no new work is handed out",
+                      "./farm.py up" if is_spent else "./farm.py resume"))
     if not status["loop"]["alive"]:
         stopped = "no loop runs: nothing is started, restarted or merged"
         steps.append((stopped, "./farm.py up") if status["tasks"] else ("there is no task yet", "./farm.py add 'what to do'"))
@@ -4947,6 +5087,16 @@ def report_page(store: Store) -> tuple[str, list[str]]:
         page += ["<h2>Tasks</h2>\n", say_tasks(history, state, url)]
     return "".join(page) + f"</main><script>{PAGE_SCRIPT}</script></body></html>\n", problems
 
+
+def write_report(store: Store, path: str) -> list[str]:
+    """Write the page in one step; returns what is damaged."""
+    page, problems = report_page(store)
+    temp = f"{path}.{os.getpid()}.tmp"
+    with open(temp, "w", encoding="utf-8") as file:
+        file.write(page)
+    os.replace(temp, path)
+    return problems
+
 # ---------------------------------------------------------------------------------------------- doctor
 
 # A finding is (what is wrong, what to type, exit code); code 0 is a warning.
@@ -5362,7 +5512,8 @@ def claim_once(call: Call, agent: str, owner: Owner, watch: LeaseWatch, settings
     """Free what dead owners hold, then claim. Raises NotFound when there is nothing, or the farm takes no new work."""
     farm = call.store.read_json(FARM_FILE) or {}
     if farm.get("mode") in ("stopping", "paused"):
-        raise NotFound(f"the farm is {farm['mode']}; nothing is handed out", "./farm.py up")
+        raise NotFound(f"the farm is {farm['mode']}; nothing is handed out",
+                       "./farm.py resume" if farm["mode"] == "paused" else "./farm.py up")
     short = find_shortage(call.repo, settings.min_free_mib) if farm.get("mode") == "running" else ""
     if short:
         raise NotFound(f"no new work is handed out: {short}", "free some, or lower FARM_MIN_FREE_MIB")
@@ -5823,7 +5974,11 @@ def verb_run(call: Call) -> int:
 
     farm = open_farm(call)
     guard = hold_long(call.store.path("loop.lock"), "a loop")
-    farm.remember("running")
+    before = call.store.read_json(FARM_FILE) or {}
+    if os.environ.get("FARM_AS_TOLD") and before.get("mode") == "paused":  # a loop that was killed goes on as it was told
+        farm.remember("paused", before.get("reason", ""))
+    else:
+        farm.remember("running")
     should_stop, progress = stop_on_signals(), Progress(sys.stdout)
     until_drained = bool(call.options.get("until_drained"))
     try:
@@ -5831,6 +5986,7 @@ def verb_run(call: Call) -> int:
                  on_tick=lambda farm: progress.show(farm.state) if until_drained else None)
     finally:
         progress.close()
+    farm.finish_telling(0 if should_stop.is_set() else NOTICE_SECONDS)
     if should_stop.is_set() and should_stop.signal != signal.SIGINT:
         return 128 + should_stop.signal
     if should_stop.is_set():
@@ -5846,14 +6002,8 @@ def verb_run(call: Call) -> int:
 
 @verb("down [--now]", "stop the sessions: agents may finish first, all work is kept", "now n|n=#", "./farm.py down")
 def verb_down(call: Call) -> int:
-    settings = call.settings()
-    farm_file = call.store.read_json(FARM_FILE)
-    if farm_file is None:
-        raise NotFound("no farm was started here", "./farm.py up")
-    farm = Farm(call.store, settings, [], settings.into)
-    kept = farm.down(0 if call.options.get("now") else settings.grace_seconds)
-    for ref in kept:
-        say(f"unsaved work is kept: {ref}")
+    farm = started_farm(call)
+    say_kept(farm.down(0 if call.options.get("now") else farm.settings.grace_seconds))
     return 0
 
 
@@ -5908,9 +6058,12 @@ def watch_status(call: Call) -> int:
     return 128 + should_stop.signal
 
 
-@verb("attach AGENT", "go into an agent's session", "", "./farm.py attach 3")
+@verb("attach AGENT | attach --all", "go into an agent's session; --all: an overview of all, to look at", "all",
+      "./farm.py attach 3")
 def verb_attach(call: Call) -> int:
-    os.execv(find_bash(), ["bash", os.path.join(SCRIPTS, "attach-tmux.sh"), "-L", farm_socket(call.repo), call.agent()])
+    socket = farm_socket(call.repo)
+    name = run_script("overview-tmux.sh", "-L", socket).stdout.strip() if call.options.get("all") else call.agent()
+    os.execv(find_bash(), ["bash", os.path.join(SCRIPTS, "attach-tmux.sh"), "-L", socket, name])
 
 
 def find_bash() -> str:
@@ -5971,14 +6124,69 @@ def find_logs(store: Store) -> list[str]:
     return [name[:-4] for name in names if name.endswith(".log") and name[:-4] not in others]
 
 
-@verb("send AGENT TEXT", "type a text into an agent's session, and see that it was taken", "",
-      "./farm.py send 3 'please also add a test'")
+@verb("send AGENT TEXT | send --all TEXT", "type a text into a session, and see that it was taken; --all: to all who are at work",
+      "all", "./farm.py send 3 'please also add a test'")
 def verb_send(call: Call) -> int:
-    text = " ".join(call.args[1:])
+    text = " ".join(call.args if call.options.get("all") else call.args[1:])
     if not text:
         raise UsageError("send needs a text", "./farm.py send AGENT TEXT")
+    if call.options.get("all"):
+        return send_to_all(call, text)
     run_script("send-tmux.sh", "-L", farm_socket(call.repo), call.agent(), stdin=text)
     return 0
+
+
+def send_to_all(call: Call, text: str) -> int:
+    """To every agent that holds a task: one that is idle has no program that would read it."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    socket = farm_socket(call.repo)
+    live = {name for name, session in probe_sessions(socket).items() if not session.dead}
+    names = sorted(claim.agent for claim in call.store.snapshot().claims.values() if claim.task and claim.agent in live)
+    if not names:
+        raise NotFound("no agent is at work", "./farm.py status")
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda name: run_script("send-tmux.sh", "-L", socket, name, stdin=text, allow=range(256)), names))
+    print_table([[name, "taken" if not result.code else str(script_error("send-tmux.sh", result))]
+                 for name, result in zip(names, results, strict=True)], ["AGENT", "TEXT"])
+    return Refused.exit_code if any(result.code for result in results) else 0
+
+
+def started_farm(call: Call) -> Farm:
+    """The farm that the last `up` started, to steer it. Raises NotFound."""
+    settings = call.settings()
+    if call.store.read_json(FARM_FILE) is None:
+        raise NotFound("no farm was started here", "./farm.py up")
+    return Farm(call.store, settings, [], settings.into)
+
+
+@verb("pause [--why TEXT]", "hand out no new work; agents finish what they hold, and the merge queue goes on", "why=",
+      "./farm.py pause --why 'release at noon'")
+def verb_pause(call: Call) -> int:
+    started_farm(call).set_mode("paused", one_line(call.options.get("why", ""), 200))
+    return 0
+
+
+@verb("resume", "hand out work again", "", "./farm.py resume")
+def verb_resume(call: Call) -> int:
+    started_farm(call).set_mode("running")
+    return 0
+
+
+@verb("estop", "stop everything this second: nobody finishes anything, all work is kept, all claims are freed", "",
+      "./farm.py estop")
+def verb_estop(call: Call) -> int:
+    import signal
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it may be typed in one of the sessions that it ends
+    say_kept(started_farm(call).estop())
+    say("everything has stopped; ./farm.py up goes on from here")
+    return 0
+
+
+def say_kept(refs: list[str]) -> None:
+    for ref in refs:
+        say(f"unsaved work is kept: {ref}")
 
 
 @verb("rescue list | show REF | restore REF [--into DIR]", "unsaved work that was kept", "into=", "./farm.py rescue list")
@@ -6013,15 +6221,10 @@ def verb_doctor(call: Call) -> int:
 def verb_report(call: Call) -> int:
     path = call.options.get("output") or call.store.path("report.html")
     if not call.options.get("output") and not os.path.isdir(call.store.folder):
-        with call.store.transaction():
-            pass  # makes what is missing below coordination/
-    page, problems = report_page(call.store)
+        call.store.ensure_folders()
+    problems = write_report(call.store, path)
     for problem in problems:
         say(problem)
-    temp = f"{path}.{os.getpid()}.tmp"
-    with open(temp, "w", encoding="utf-8") as file:
-        file.write(page)
-    os.replace(temp, path)
     print(path)
     return DamagedState.exit_code if problems else 0
 

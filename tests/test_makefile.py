@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT, SCRIPTS, git, run
 from farm_calls import bytes_below
 
-TARGETS = "help setup demo farm add status watch attach logs merge stop clean doctor test lint bench install-into"
+TARGETS = ("help setup demo farm add status watch attach overview logs merge pause resume stop estop clean report doctor test lint "
+           "bench install-into")
 VARIABLES = "N BASE AGENT GATE TASKS REPO A"
 TOP_LEVEL = {"Makefile", "farm.py", "scripts", "coordination", "tests", "README.md"}
 ODD_TEXTS = {
@@ -172,7 +173,10 @@ def test_no_farm_starts_when_its_tasks_cannot_be_added(make):
     assert " up " not in make.log.read_text()
 
 
-@pytest.mark.parametrize("target", ["status", "attach", "logs", "merge", "stop", "clean", "doctor"])
+VERBS = "status attach logs merge pause resume stop estop clean report doctor"
+
+
+@pytest.mark.parametrize("target", VERBS.split())
 def test_each_target_calls_its_verb(make, target):
     assert make.calls(target)[-1][2] == {"stop": "down"}.get(target, target)
 

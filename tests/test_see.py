@@ -554,3 +554,261 @@ def test_a_log_is_rotated_without_losing_a_byte(farm):
     last = farm.ok("logs", "1", "-n", "2").splitlines()
     assert last == [str(count - 1), str(count)]
     farm.ok("down", "--now", timeout=120)
+
+
+# ---------------------------------------------------------------------------------------------- attach, overview, status line
+
+
+@pytest.fixture
+def tmux(farm):
+    """tmux on the farm's own server: what it prints."""
+    socket = toolkit.farm_socket(str(farm.repo))
+    return lambda *words: run(["tmux", "-L", socket, *words]).stdout.strip()
+
+
+@pytest.fixture
+def three(farm):
+    """A farm with three agents at work."""
+    for number in range(3):
+        farm.ok("add", f"task {number}")
+    up(farm, 3, "echo here is $FARM_AGENT_NAME; while read -r line; do echo \"got $line\"; done")
+    wait_until(lambda: [agent["state"] for agent in agents_of(farm).values()] == ["working"] * 3, 40, "three at work")
+    yield farm
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_attach_shows_the_agent_and_takes_keys(three, screen):
+    one = screen("attach", "2")
+    one.wait_for("here is agent-002")
+    one.type("hello\r")
+    one.wait_for("got hello")
+    one.type("\x02d")
+    assert one.end() == 0
+
+
+def test_attach_from_another_tmux_goes_there_and_comes_back(three, tmux, sandbox):
+    mine = ["tmux", "-L", "mine", "-f", "/dev/null"]
+    one = Screen([*mine, "new-session", "-s", "it's mine"], columns=100)
+    wait_until(lambda: "mine" in run([*mine, "list-clients", "-F", "#{client_session}"]).stdout, message="my session")
+    one.type(f"{sys.executable} {FARM} --repo {three.repo} attach 2\r")
+    one.wait_for("here is agent-002")
+    assert "agent-002" in tmux("list-clients", "-F", "#{client_session}"), "it is nested"
+    assert run([*mine, "list-clients"]).stdout == ""
+    one.type("\x02d")
+    wait_until(lambda: "mine" in run([*mine, "list-clients", "-F", "#{client_session}"]).stdout, message="the way back")
+    run([*mine, "kill-server"])
+    one.end()
+    one.close()
+
+
+def test_attach_from_the_farms_own_server_switches(three, screen, tmux):
+    one = screen("attach", "1")
+    one.wait_for("here is agent-001")
+    tmux("split-window", "-t", "=agent-001:", f"{sys.executable} {FARM} --repo {three.repo} attach 3; sleep 100")
+    one.wait_for("here is agent-003")
+    assert tmux("list-clients", "-F", "#{client_session}").split() == ["agent-003"]
+
+
+def test_the_overview_shows_all_agents_and_only_looks(three, screen, tmux):
+    before = tmux("list-panes", "-a", "-F", "#{session_name} #{pane_id} #{window_width}x#{window_height}")
+    one = screen("attach", "--all", columns=200, lines=50)
+    for name in (A, B, C):
+        one.wait_for(f"here is {name}")
+    one.type("nobody gets this\r")
+    listed = tmux("list-panes", "-a", "-F", "#{session_name} #{pane_id} #{window_width}x#{window_height}").splitlines()
+    assert [line for line in listed if not line.startswith("overview")] == before.splitlines(), "an agent's pane has moved"
+    assert len([line for line in listed if line.startswith("overview")]) == 3
+    assert sorted(agents_of(three)) == [A, B, C]
+    one.type("\x02d")
+    assert one.end() == 0
+    wait_until(lambda: "overview" not in tmux("list-sessions"), message="the end of an overview that nobody looks at")
+    assert "nobody gets this" not in three.ok("logs", "--all")
+
+
+def test_an_agents_window_follows_the_terminal_after_an_overview(three, screen, tmux):
+    run(["bash", SCRIPTS / "overview-tmux.sh", "-L", toolkit.farm_socket(str(three.repo))], check=True)
+    one = screen("attach", "1", columns=91, lines=33)
+    one.wait_for("here is agent-001")
+    wait_until(lambda: tmux("display-message", "-p", "-t", "=agent-001:", "#{window_width}") == "91", message="its width")
+
+
+def test_down_ends_a_farm_with_an_overview_whole(three, screen):
+    one = screen("attach", "--all")
+    one.wait_for("here is agent-001")
+    three.ok("down", "--now", timeout=120)
+    one.end()
+    assert agents_of(three) == {}
+
+
+def test_the_overview_of_a_farm_that_does_not_run_says_so(farm):
+    assert "./farm.py up" in farm.refused(3, "attach", "--all")
+
+
+def test_the_status_line_has_the_farms_counts(three, tmux, screen):
+    wait_until(lambda: "3 work" in tmux("show-options", "-gv", "@farm_note"), 40, "the counts")
+    one = screen("attach", "1", columns=150)
+    one.wait_for("3 work . 0 idle . 0 to merge . 0/3 landed")
+
+
+def test_a_note_changes_the_farms_own_server_only(three, sandbox):
+    run(["tmux", "-L", "other", "-f", "/dev/null", "new-session", "-d", "sleep 100"], check=True)
+    before = run(["tmux", "-L", "other", "show-options", "-g"]).stdout
+    script = SCRIPTS / "note-tmux.sh"
+    assert run([script, "-L", toolkit.farm_socket(str(three.repo)), "#(touch no) text"]).returncode == 0
+    assert run(["tmux", "-L", "other", "show-options", "-g"]).stdout == before
+    run(["tmux", "-L", "other", "kill-server"])
+    assert run([script, "-L", "nowhere", "text"]).returncode == 3
+
+
+# ---------------------------------------------------------------------------------------------- send, pause, resume, estop
+
+
+def test_send_to_all_reaches_everybody_at_work(three):
+    assert three.ok("send", "--all", "be", "quick").splitlines() == [f"{name}\ttaken" for name in (A, B, C)]
+    wait_until(lambda: three.ok("logs", "--all").count("got be quick") == 3, message="three answers")
+
+
+def test_send_to_all_where_nobody_works_exits_3(farm):
+    farm.refused(3, "send", "--all", "text")
+    farm.refused(2, "send", "--all")
+
+
+def test_a_paused_farm_hands_out_nothing_and_lets_agents_finish(farm):
+    up(farm, 1, "until [ -e $FARM_REPO/go ]; do sleep 0.05; done; echo x > $FARM_TASK")
+    farm.ok("add", "one"), farm.ok("add", "two")
+    wait_for_state(farm, A, "working")
+    farm.ok("pause", "--why", "lunch")
+    assert json.loads(farm("status", "--json").stdout)["mode"] == "paused"
+    assert "lunch" in farm("status").stdout and "next: ./farm.py resume" in farm("status").stdout
+    (farm.repo / "go").touch()
+    wait_until(lambda: farm.task("t-0001")["state"] == "landed", 60, "the landing of what was held")
+    assert "resume" in farm.refused(3, "claim", "agent-009", "--owner-pid", str(os.getpid()))
+    assert farm.task("t-0002")["state"] == "pending"
+    farm.ok("resume")
+    wait_until(lambda: farm.task("t-0002")["state"] == "landed", 60, "the landing of what had to wait")
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_a_pause_outlives_a_killed_loop(farm):
+    up(farm, 1, "true")
+    wait_until(lambda: json.loads(farm("status", "--json").stdout)["loop"]["alive"], message="the loop")
+    farm.ok("pause")
+    loop = json.loads(farm("status", "--json").stdout)["loop"]["pid"]
+    os.kill(loop, signal.SIGKILL)
+    status = wait_until(lambda: (found := json.loads(farm("status", "--json").stdout))["loop"]["pid"] not in (None, loop) and found,
+                        40, "a new loop")
+    assert status["mode"] == "paused"
+    farm.ok("down", "--now", timeout=120)
+
+
+@pytest.mark.parametrize("verb", ["pause", "resume", "estop"])
+def test_steering_a_farm_that_was_never_started_says_so(farm, verb):
+    assert "./farm.py up" in farm.refused(3, verb)
+
+
+def test_a_farm_that_is_down_cannot_be_paused(farm):
+    up(farm, 1, "true")
+    farm.ok("down", "--now", timeout=120)
+    farm.refused(4, "pause")
+    farm.refused(4, "resume")
+
+
+STUBBORN = """trap '' TERM HUP INT; echo precious > new.txt; echo changed >> README.md
+(trap '' TERM HUP INT; while :; do date > ticking; sleep 0.1; done) & while :; do sleep 1; done"""
+
+
+def test_estop_stops_what_ignores_every_signal_and_loses_nothing(farm, sandbox):
+    for number in range(3):
+        farm.ok("add", f"task {number}")
+    up(farm, 3, STUBBORN)
+    worktrees = farm.repo.parent / "repo-farm"
+    wait_until(lambda: len(list(worktrees.glob("*/ticking"))) == 3, 40, "three stubborn agents")
+    farm.ok("estop", timeout=120)
+    assert [p.cmdline() for p in find_processes(sandbox.token)] == []
+    status = json.loads(farm("status", "--json").stdout)
+    assert (status["mode"], status["tasks"], status["agents"]) == ("down", {"pending": 3}, [])
+    assert [task["attempts"] for task in farm.json("tasks")] == [0, 0, 0]
+    refs = git(farm.repo, "for-each-ref", "--format=%(refname)", "refs/farm/rescue").splitlines()
+    assert [git(farm.repo, "show", f"{ref}:new.txt") for ref in refs] == ["precious"] * 3
+    up(farm, 3, "true")
+    wait_until(lambda: json.loads(farm("status", "--json").stdout)["loop"]["alive"], message="the farm again")
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_estop_leaves_a_shell_alone_that_only_names_the_repo(farm):
+    up(farm, 1, "sleep 1000")
+    with subprocess.Popen(["sleep", "1000"], env={**os.environ, "FARM_REPO": str(farm.repo)}) as mine:
+        farm.ok("estop", timeout=120)
+        assert mine.poll() is None
+        mine.kill()
+
+
+# ---------------------------------------------------------------------------------------------- notify
+
+TELL = 'cat >> "$FARM_REPO/../told"'
+
+
+def told(farm) -> list[dict]:
+    path = farm.repo.parent / "told"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_drained_farm_tells_so_once_and_leaves_its_report(farm):
+    farm.ok("add", "one")
+    farm("run", "-n", "1", "--agent", "echo x > x", "--gate", "true", "--until-drained", env={"FARM_NOTIFY": TELL}, timeout=120)
+    assert [event["event"] for event in told(farm)] == ["drained"]
+    assert {"at", "repo", "tasks", "message", "try"} <= set(told(farm)[0]) and told(farm)[0]["tasks"] == {"landed": 1}
+    assert "1 of 1 task landed" in (farm.folder / "report.html").read_text()
+
+
+def test_each_event_is_told_once_through_restarts_of_the_loop(farm):
+    farm.ok("add", "one", "--max-attempts", "1")
+    up(farm, 1, "exit 1", env={"FARM_NOTIFY": TELL})
+    wait_until(lambda: {event["event"] for event in told(farm)} == {"failed", "drained"}, 60, "what happened")
+    for _ in range(2):
+        pid = wait_until(lambda: json.loads(farm("status", "--json").stdout)["loop"]["pid"], 40, "a loop")
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: json.loads(farm("status", "--json").stdout)["loop"]["pid"] not in (None, pid), 40, "the next")
+    farm.ok("add", "two", "--max-attempts", "1")
+    wait_until(lambda: len(told(farm)) >= 4, 60, "what happened next")
+    assert sorted((event["event"], event.get("task")) for event in told(farm)) == [
+        ("drained", None), ("drained", None), ("failed", "t-0001"), ("failed", "t-0002")]
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_a_red_target_is_told(farm):
+    farm.ok("add", "one")
+    farm.ok("up", "-n", "1", "--agent", "echo x > x", "--gate", "false", timeout=120, env={"FARM_NOTIFY": TELL})
+    wait_until(lambda: [event["event"] for event in told(farm)] == ["blocked"], 60, "that the target is red")
+    assert "main" in told(farm)[0]["message"]
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_an_agent_that_waits_for_a_person_is_told(farm):
+    farm.ok("add", "one")
+    hook = """printf '{"hook_event_name":"PermissionRequest","tool_name":"Bash","tool_input":{"command":"rm x"}}' | farm hook"""
+    up(farm, 1, f"{hook}; sleep 1000", env={"FARM_NOTIFY": TELL})
+    event = wait_until(lambda: told(farm), 60, "that somebody waits")[0]
+    assert (event["event"], event["agent"], event["task"], event["try"]) == ("waiting", A, "t-0001", "./farm.py attach 1")
+    assert "rm x" in event["message"]
+    assert "next: ./farm.py attach 1 # agent-001 waits for a person: Bash rm x" in farm("status").stdout
+    farm.ok("down", "--now", timeout=120)
+
+
+@pytest.mark.parametrize("command", ["exit 3", "cat >/dev/null; sleep 1000", "nonsense-command", "exec 0<&-"])
+def test_a_command_that_fails_or_hangs_does_not_stop_the_loop(farm, command):
+    farm.ok("add", "one")
+    up(farm, 1, "echo x > x", env={"FARM_NOTIFY": command})
+    wait_until(lambda: farm.task("t-0001")["state"] == "landed", 60, "the landing")
+    farm.ok("add", "two")
+    wait_until((farm.folder / "report.html").exists, 60, "the report")
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_a_command_that_hangs_is_ended(farm, monkeypatch, sandbox):
+    monkeypatch.setattr(toolkit, "NOTICE_SECONDS", 0.2)
+    store = toolkit.Store(str(farm.repo))
+    store.ensure_folders()
+    toolkit.run_notice("sleep 1000 & sleep 1000", {"event": "drained"}, store)
+    assert find_processes(sandbox.token) == []
+    assert "drained: exit code -9" in (farm.folder / "logs" / "notify.log").read_text()
