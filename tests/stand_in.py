@@ -14,7 +14,8 @@ a directive, one a line (blanks, `-`, `*`, `>` before it are ignored, and so is 
     READ path, ASK question, TOOL name::{json}   the tools of Claude Code by that name
     SLEEP seconds           think so long before the next reply
     ERROR status[::times[::message]]    answer with this HTTP error first, `times` times for this prompt
-    LIMIT seconds           a usage limit that ends so many seconds after its first refusal; `LIMIT minute`: when this minute does
+    LIMIT seconds           a usage limit for everybody that ends after so many seconds; `LIMIT minute`: when this minute does
+    GATHER count            wait until so many conversations have come to this directive, 60 seconds at most
     SUBMIT, FAIL            the last `farm submit ...`, `farm fail ...` that the conversation was told to run, exactly as it says
     DROP                    close the connection in the middle of a reply, once
     SAY text                what the last reply says
@@ -36,13 +37,19 @@ import time
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-WORDS = "WRITE|APPEND|RUN|COMMIT|READ|ASK|TOOL|SLEEP|ERROR|LIMIT|DROP|SAY|NOCOMMIT|SUBMIT|FAIL"
+WORDS = "WRITE|APPEND|RUN|COMMIT|READ|ASK|TOOL|SLEEP|ERROR|LIMIT|DROP|SAY|NOCOMMIT|SUBMIT|FAIL|GATHER"
 DIRECTIVE = re.compile(rf"^[\s>*\"-]*(?:(FIRST|AGAIN)\s+)?({WORDS})(?:\s+(.*?))?\"?\s*$")
 ATTEMPT = re.compile(r"\battempt (\d+)\b")
 TOLD = re.compile(r"farm (submit|fail) \S+ --fence [\w.-]*\w(?: --why \"[^\"]*\")?")
 REMINDER = re.compile(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
 CWD = re.compile(r"(?:Primary working directory|Working directory|cwd)\s*:\s*(\S+)", re.IGNORECASE)
-ERROR_KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 529: "overloaded_error"}
+ERROR_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    529: "overloaded_error",
+}
 USAGE = {"input": 1200, "output": 80}
 
 
@@ -51,7 +58,11 @@ USAGE = {"input": 1200, "output": 80}
 
 def parts_of(content) -> list[dict]:
     """A message's content as a list of blocks; it may be one string."""
-    return [{"type": "text", "text": content}] if isinstance(content, str) else [part for part in content or [] if isinstance(part, dict)]
+    return (
+        [{"type": "text", "text": content}]
+        if isinstance(content, str)
+        else [part for part in content or [] if isinstance(part, dict)]
+    )
 
 
 def text_of(content) -> str:
@@ -133,10 +144,12 @@ def shell_line(word: str, argument: str) -> str:
 
 
 class Model:
-    """Makes replies. Its only memory: how often a prompt's errors were given, and when its usage limit began."""
+    """Makes replies. Its only memory: how often a prompt's errors were given, and when its usage limit ends."""
 
     def __init__(self) -> None:
-        self.lock, self.given, self.limits = threading.Lock(), {}, {}
+        self.lock, self.given = threading.Lock(), {}
+        self.limited, self.limited_until = set(), 0.0
+        self.gathered, self.gathering = set(), threading.Condition()
 
     def refusal(self, end: dict, key: str) -> tuple[int, str, float] | None:
         """(HTTP status, message, unix time of the reset or 0) when this request is to be refused."""
@@ -146,12 +159,24 @@ class Model:
                 if count < times:
                     self.given[key, index] = count + 1
                     return status, message, 0
-            if end["limit"] is not None:
-                now = time.time()
-                until = self.limits.setdefault(key, int(now // 60 * 60 + 60 if end["limit"] == "minute" else now + number(end["limit"], 10)))
-                if time.time() < until:
-                    return 429, "This request would exceed your account's rate limit. Please try again later.", until
+            self.begin_limit(end["limit"], key)
+            if time.time() < self.limited_until:
+                return 429, "This request would exceed your account's rate limit. Please try again later.", self.limited_until
         return None
+
+    def begin_limit(self, limit: str | None, key: str) -> None:
+        if limit is None or key in self.limited:
+            return
+        self.limited.add(key)
+        now = time.time()
+        self.limited_until = now // 60 * 60 + 60 if limit == "minute" else int(now + number(limit, 10))
+
+    def gather(self, count: int, key: str) -> None:
+        """Wait until `count` conversations have come here."""
+        with self.gathering:
+            self.gathered.add(key)
+            self.gathering.notify_all()
+            self.gathering.wait_for(lambda: len(self.gathered) >= count, timeout=60)
 
     def drops(self, end: dict, key: str) -> bool:
         with self.lock:
@@ -168,6 +193,9 @@ class Model:
         if refusal:
             return {"refusal": refusal, "word": "", "argument": "", "text": "", "drop": False, "prompt": prompt}
         word, argument, think = steps[done] if done < len(steps) else ("", "", end["think"])
+        if word == "GATHER":
+            self.gather(int(number(argument, 1)), key)
+            word, argument = "RUN", "true"
         time.sleep(min(think, 300))
         if word in ("SUBMIT", "FAIL"):
             told = [match[0] for _, text, _ in items for match in TOLD.finditer(text) if match[1] == word.lower()]
@@ -181,7 +209,9 @@ class Model:
 
 def find_cwd(body: dict) -> str:
     """The CLI names its working directory in the system prompt or in its first messages."""
-    texts = [text_of(body.get("system"))] + [part.get("text") or "" for message in (body.get("messages") or [])[:3] for part in parts_of(message.get("content"))]
+    texts = [text_of(body.get("system"))] + [
+        part.get("text") or "" for message in (body.get("messages") or [])[:3] for part in parts_of(message.get("content"))
+    ]
     found = next(filter(None, map(CWD.search, texts)), None)
     return found.group(1).rstrip(".,;`'\"") if found and found.group(1).startswith("/") else ""
 
@@ -211,7 +241,10 @@ def claude_tool(reply: dict, tools: set[str], cwd: str) -> dict:
         name, given = path.strip(), json.loads(text or "{}")
     elif word == "ASK":
         options = [{"label": label, "description": f"take the {label.lower()}"} for label in ("First", "Second")]
-        name, given = "AskUserQuestion", {"questions": [{"question": argument or "Which one?", "header": "Choice", "multiSelect": False, "options": options}]}
+        name, given = (
+            "AskUserQuestion",
+            {"questions": [{"question": argument or "Which one?", "header": "Choice", "multiSelect": False, "options": options}]},
+        )
     return {"type": "tool_use", "id": "toolu_" + uuid.uuid4().hex[:24], "name": name, "input": given}
 
 
@@ -266,7 +299,9 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/_stats":
             return self.send_json(200, self.server.stats())
         if path.endswith("/models"):
-            models = [{"type": "model", "object": "model", "id": name, "display_name": name} for name in ("claude-sonnet-4-5", "fake")]
+            models = [
+                {"type": "model", "object": "model", "id": name, "display_name": name} for name in ("claude-sonnet-4-5", "fake")
+            ]
             return self.send_json(200, {"object": "list", "data": models, "models": [], "has_more": False})
         return self.send_json(200 if path == "/" else 404, {"ok": path == "/"})
 
@@ -296,9 +331,18 @@ class Handler(BaseHTTPRequestHandler):
             reply = {"refusal": (401, "invalid x-api-key", 0), "word": "", "argument": "", "text": "", "drop": False, "prompt": ""}
         else:
             reply = self.server.model.reply(items, session)
-        prompts = [text[:60] for role, text, _ in items if role == "user" and text]
-        self.server.note("POST", self.path.split("?")[0], session=session, messages=len(items), prompts=prompts[-6:],
-                         status=reply["refusal"][0] if reply["refusal"] else 200, word=reply["word"], argument=reply["argument"][:60], **fields)
+        prompts = [text[:200] for role, text, _ in items if role == "user" and text]
+        self.server.note(
+            "POST",
+            self.path.split("?")[0],
+            session=session,
+            messages=len(items),
+            prompts=prompts[-6:],
+            status=reply["refusal"][0] if reply["refusal"] else 200,
+            word=reply["word"],
+            argument=reply["argument"][:60],
+            **fields,
+        )
         return reply
 
     # -- Claude Code
@@ -322,54 +366,144 @@ class Handler(BaseHTTPRequestHandler):
     def refuse_claude(self, status: int, message: str, reset: float) -> None:
         headers = {"retry-after": "1"} if status in (429, 529) else {}
         if reset:
-            unified = {"status": "rejected", "reset": int(reset), "representative-claim": "five_hour", "5h-status": "rejected", "5h-reset": int(reset),
-                       "5h-utilization": "1.0", "fallback": "unavailable", "overage-status": "rejected", "overage-disabled-reason": "org_level_disabled"}
-            headers = {"retry-after": str(max(1, int(reset - time.time()))), "x-should-retry": "false",
-                       **{f"anthropic-ratelimit-unified-{key}": str(value) for key, value in unified.items()}}
-        self.send_json(status, {"type": "error", "error": {"type": ERROR_KINDS.get(status, "api_error"), "message": message}}, headers)
+            unified = {
+                "status": "rejected",
+                "reset": int(reset),
+                "representative-claim": "five_hour",
+                "5h-status": "rejected",
+                "5h-reset": int(reset),
+                "5h-utilization": "1.0",
+                "fallback": "unavailable",
+                "overage-status": "rejected",
+                "overage-disabled-reason": "org_level_disabled",
+            }
+            headers = {
+                "retry-after": str(max(1, int(reset - time.time()))),
+                "x-should-retry": "false",
+                **{f"anthropic-ratelimit-unified-{key}": str(value) for key, value in unified.items()},
+            }
+        self.send_json(
+            status, {"type": "error", "error": {"type": ERROR_KINDS.get(status, "api_error"), "message": message}}, headers
+        )
 
     def send_claude(self, body: dict, content: list[dict], stop_reason: str, *, drop: bool = False) -> None:
-        usage = {"input_tokens": USAGE["input"], "output_tokens": USAGE["output"], "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
-        message = {"id": "msg_" + uuid.uuid4().hex[:24], "type": "message", "role": "assistant", "model": body.get("model") or "fake",
-                   "content": content, "stop_reason": stop_reason, "stop_sequence": None, "usage": usage}
+        usage = {
+            "input_tokens": USAGE["input"],
+            "output_tokens": USAGE["output"],
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 0,
+        }
+        message = {
+            "id": "msg_" + uuid.uuid4().hex[:24],
+            "type": "message",
+            "role": "assistant",
+            "model": body.get("model") or "fake",
+            "content": content,
+            "stop_reason": stop_reason,
+            "stop_sequence": None,
+            "usage": usage,
+        }
         if not body.get("stream"):
             return self.send_json(200, message)
-        events = [{"type": "message_start", "message": dict(message, content=[], stop_reason=None, usage=dict(usage, output_tokens=1))}]
+        events = [
+            {"type": "message_start", "message": dict(message, content=[], stop_reason=None, usage=dict(usage, output_tokens=1))}
+        ]
         for index, block in enumerate(content):
             empty = {"type": "text", "text": ""} if block["type"] == "text" else dict(block, input={})
-            delta = {"type": "text_delta", "text": block["text"]} if block["type"] == "text" else {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
-            events += [{"type": "content_block_start", "index": index, "content_block": empty}, {"type": "content_block_delta", "index": index, "delta": delta},
-                       {"type": "content_block_stop", "index": index}]
-        events += [{"type": "message_delta", "delta": {"stop_reason": stop_reason, "stop_sequence": None}, "usage": {"output_tokens": USAGE["output"]}}, {"type": "message_stop"}]
+            delta = (
+                {"type": "text_delta", "text": block["text"]}
+                if block["type"] == "text"
+                else {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
+            )
+            events += [
+                {"type": "content_block_start", "index": index, "content_block": empty},
+                {"type": "content_block_delta", "index": index, "delta": delta},
+                {"type": "content_block_stop", "index": index},
+            ]
+        events += [
+            {
+                "type": "message_delta",
+                "delta": {"stop_reason": stop_reason, "stop_sequence": None},
+                "usage": {"output_tokens": USAGE["output"]},
+            },
+            {"type": "message_stop"},
+        ]
         return self.send_events(events, named=True, drop=drop)
 
     # -- Codex
 
     def answer_codex(self, body: dict) -> None:
-        items = [(item.get("role") or "", text_of(item.get("content")) if item.get("type", "message") == "message" else "",
-                  int(str(item.get("type")).endswith("call_output"))) for item in body.get("input") or []]
+        items = [
+            (
+                item.get("role") or "",
+                text_of(item.get("content")) if item.get("type", "message") == "message" else "",
+                int(str(item.get("type")).endswith("call_output")),
+            )
+            for item in body.get("input") or []
+        ]
         tools = {tool.get("name") or tool.get("type") for tool in body.get("tools") or []}
         reply = self.ask(items, str(body.get("prompt_cache_key") or ""), model=body.get("model"))
         if reply["refusal"]:
             return self.refuse_openai(*reply["refusal"])
-        item = {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "content": [{"type": "output_text", "text": reply["text"], "annotations": []}]}
+        item = {
+            "type": "message",
+            "id": "msg_1",
+            "role": "assistant",
+            "status": "completed",
+            "content": [{"type": "output_text", "text": reply["text"], "annotations": []}],
+        }
         if reply["word"]:
             line = shell_line(reply["word"], reply["argument"])
             name = next((name for name in ("exec_command", "shell_command", "shell") if name in tools), "exec_command")
-            given = {"exec_command": {"cmd": line}, "shell_command": {"command": line}, "shell": {"command": ["bash", "-lc", line]}}[name]
-            item = {"type": "function_call", "id": "fc_" + uuid.uuid4().hex, "call_id": "call_" + uuid.uuid4().hex, "name": name, "arguments": json.dumps(given), "status": "completed"}
-        usage = {"input_tokens": USAGE["input"], "output_tokens": USAGE["output"], "total_tokens": USAGE["input"] + USAGE["output"],
-                 "input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
-        response = {"id": "resp_" + uuid.uuid4().hex, "object": "response", "model": body.get("model"), "status": "completed", "output": [item], "usage": usage}
-        return self.send_events([{"type": "response.created", "response": dict(response, status="in_progress", output=[], usage=None)},
-                                 {"type": "response.output_item.added", "output_index": 0, "item": item},
-                                 {"type": "response.output_item.done", "output_index": 0, "item": item},
-                                 {"type": "response.completed", "response": response}], named=True, drop=reply["drop"])
+            given = {
+                "exec_command": {"cmd": line},
+                "shell_command": {"command": line},
+                "shell": {"command": ["bash", "-lc", line]},
+            }[name]
+            item = {
+                "type": "function_call",
+                "id": "fc_" + uuid.uuid4().hex,
+                "call_id": "call_" + uuid.uuid4().hex,
+                "name": name,
+                "arguments": json.dumps(given),
+                "status": "completed",
+            }
+        usage = {
+            "input_tokens": USAGE["input"],
+            "output_tokens": USAGE["output"],
+            "total_tokens": USAGE["input"] + USAGE["output"],
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": 0},
+        }
+        response = {
+            "id": "resp_" + uuid.uuid4().hex,
+            "object": "response",
+            "model": body.get("model"),
+            "status": "completed",
+            "output": [item],
+            "usage": usage,
+        }
+        return self.send_events(
+            [
+                {"type": "response.created", "response": dict(response, status="in_progress", output=[], usage=None)},
+                {"type": "response.output_item.added", "output_index": 0, "item": item},
+                {"type": "response.output_item.done", "output_index": 0, "item": item},
+                {"type": "response.completed", "response": response},
+            ],
+            named=True,
+            drop=reply["drop"],
+        )
 
     def refuse_openai(self, status: int, message: str, reset: float) -> None:
         error = {"message": message, "type": "invalid_request_error" if status < 429 else "server_error", "code": None}
         if reset:
-            error = {"message": "The usage limit has been reached", "type": "usage_limit_reached", "plan_type": "plus", "resets_at": int(reset), "resets_in_seconds": max(1, int(reset - time.time()))}
+            error = {
+                "message": "The usage limit has been reached",
+                "type": "usage_limit_reached",
+                "plan_type": "plus",
+                "resets_at": int(reset),
+                "resets_in_seconds": max(1, int(reset - time.time())),
+            }
         self.send_json(status, {"error": error})
 
     # -- opencode, aider
@@ -384,43 +518,100 @@ class Handler(BaseHTTPRequestHandler):
         if reply["word"] and tools:
             name = next((name for name in ("bash", "shell", "run_shell_command") if name in tools), "bash")
             given = {"command": shell_line(reply["word"], reply["argument"]), "description": "step"}
-            calls = [{"index": 0, "id": "call_" + uuid.uuid4().hex[:20], "type": "function", "function": {"name": name, "arguments": json.dumps(given)}}]
+            calls = [
+                {
+                    "index": 0,
+                    "id": "call_" + uuid.uuid4().hex[:20],
+                    "type": "function",
+                    "function": {"name": name, "arguments": json.dumps(given)},
+                }
+            ]
         elif not tools:
-            text = "\n".join(f"{path.strip()}\n```\n{content}\n```" for path, content in written_files(reply["prompt"])) or "A session"
+            text = (
+                "\n".join(f"{path.strip()}\n```\n{content}\n```" for path, content in written_files(reply["prompt"])) or "A session"
+            )
         message = {"role": "assistant", "content": None, "tool_calls": calls} if calls else {"role": "assistant", "content": text}
         usage = {"prompt_tokens": USAGE["input"], "completion_tokens": USAGE["output"], "total_tokens": sum(USAGE.values())}
         base = {"id": "chat-" + uuid.uuid4().hex, "created": int(time.time()), "model": body.get("model")}
         finish = "tool_calls" if calls else "stop"
         if not body.get("stream"):
-            return self.send_json(200, dict(base, object="chat.completion", choices=[{"index": 0, "message": message, "finish_reason": finish}], usage=usage))
+            return self.send_json(
+                200,
+                dict(
+                    base, object="chat.completion", choices=[{"index": 0, "message": message, "finish_reason": finish}], usage=usage
+                ),
+            )
         chunk = dict(base, object="chat.completion.chunk")
-        return self.send_events([dict(chunk, choices=[{"index": 0, "delta": message, "finish_reason": None}]),
-                                 dict(chunk, choices=[{"index": 0, "delta": {}, "finish_reason": finish}], usage=usage), "[DONE]"], named=False, drop=reply["drop"])
+        return self.send_events(
+            [
+                dict(chunk, choices=[{"index": 0, "delta": message, "finish_reason": None}]),
+                dict(chunk, choices=[{"index": 0, "delta": {}, "finish_reason": finish}], usage=usage),
+                "[DONE]",
+            ],
+            named=False,
+            drop=reply["drop"],
+        )
 
     # -- Gemini CLI
 
     def answer_gemini(self, body: dict) -> None:
-        items = [(content.get("role") or "user", text_of(content.get("parts")), sum("functionResponse" in part for part in content.get("parts") or []))
-                 for content in body.get("contents") or []]
+        items = [
+            (
+                content.get("role") or "user",
+                text_of(content.get("parts")),
+                sum("functionResponse" in part for part in content.get("parts") or []),
+            )
+            for content in body.get("contents") or []
+        ]
         tools = {item["name"] for tool in body.get("tools") or [] for item in tool.get("functionDeclarations") or []}
         reply = self.ask(items, "", tools=len(tools))
         if reply["refusal"]:
             return self.refuse_gemini(*reply["refusal"])
         part = {"text": reply["text"]}
         if (body.get("generationConfig") or {}).get("responseMimeType") == "application/json":
-            part = {"text": json.dumps({"reasoning": "x", "model_choice": "flash", "next_speaker": "user", "complexity_reasoning": "x", "complexity_score": 1})}
+            part = {
+                "text": json.dumps(
+                    {
+                        "reasoning": "x",
+                        "model_choice": "flash",
+                        "next_speaker": "user",
+                        "complexity_reasoning": "x",
+                        "complexity_score": 1,
+                    }
+                )
+            }
         elif reply["word"] and tools:
-            part = {"functionCall": {"name": "run_shell_command", "args": {"command": shell_line(reply["word"], reply["argument"]), "description": "step"}}}
-        response = {"candidates": [{"content": {"role": "model", "parts": [part]}, "finishReason": "STOP", "index": 0}], "modelVersion": "fake",
-                    "usageMetadata": {"promptTokenCount": USAGE["input"], "candidatesTokenCount": USAGE["output"], "totalTokenCount": sum(USAGE.values())}}
+            part = {
+                "functionCall": {
+                    "name": "run_shell_command",
+                    "args": {"command": shell_line(reply["word"], reply["argument"]), "description": "step"},
+                }
+            }
+        response = {
+            "candidates": [{"content": {"role": "model", "parts": [part]}, "finishReason": "STOP", "index": 0}],
+            "modelVersion": "fake",
+            "usageMetadata": {
+                "promptTokenCount": USAGE["input"],
+                "candidatesTokenCount": USAGE["output"],
+                "totalTokenCount": sum(USAGE.values()),
+            },
+        }
         return self.send_events([response], named=False) if "stream" in self.path else self.send_json(200, response)
 
     def refuse_gemini(self, status: int, message: str, reset: float) -> None:
-        names = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE"}
+        names = {
+            400: "INVALID_ARGUMENT",
+            401: "UNAUTHENTICATED",
+            403: "PERMISSION_DENIED",
+            429: "RESOURCE_EXHAUSTED",
+            503: "UNAVAILABLE",
+        }
         error = {"code": status, "message": message, "status": names.get(status, "INTERNAL")}
         if reset:
             seconds = max(1, int(reset - time.time()))
-            error["message"] = f"You exceeded your current quota, please check your plan and billing details. Please retry in {seconds}s."
+            error["message"] = (
+                f"You exceeded your current quota, please check your plan and billing details. Please retry in {seconds}s."
+            )
             error["details"] = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{seconds}s"}]
         self.send_json(status, {"error": error})
 

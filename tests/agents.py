@@ -1,0 +1,581 @@
+"""Real coding CLIs, unattended: ten Claude Code sessions take twenty tasks to main, and the other CLIs one each.
+
+    python tests/agents.py [--clis FOLDER] [--seconds 480] [-n AGENTS] [--only claude|others] [--keep]
+
+The CLIs come from npm into FOLDER (default: .venv/agents) and talk to tests/stand_in.py on 127.0.0.1; their HOME, the repo and
+tmux are throw-away ones. On the way: a permission question, a failing API, a usage limit, a kill -9, a conflict, agents that do
+not submit. Prints a line a check; exit 1 when one failed. Skipped, with the reason, where npm cannot install Claude Code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+from demo import FILES, FUNCTIONS, make_repo
+from stand_in import StandIn
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {
+    "claude": "@anthropic-ai/claude-code@2.1.330",
+    "codex": "@openai/codex@0.169.0",
+    "gemini": "@google/gemini-cli@0.61.0",
+    "opencode": "opencode-ai@1.18.33",
+}
+INSTALL_SECONDS = 150.0
+GATE = f"{shlex.quote(sys.executable)} -B -m unittest -q"
+
+Result = collections.namedtuple("Result", "passed failed")
+
+
+class Skipped(Exception):
+    """The campaign cannot run here, and why."""
+
+
+# ---------------------------------------------------------------------------------------------- the CLIs
+
+
+def program(clis: Path, name: str) -> Path:
+    return clis / name / "node_modules" / ".bin" / name
+
+
+def install(clis: Path, name: str) -> str:
+    """Install one CLI from npm unless it is there; "" or why it cannot be."""
+    if program(clis, name).exists():
+        return ""
+    if not shutil.which("npm"):
+        return "npm is not installed"
+    folder = clis / name
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["npm", "install", "--no-audit", "--no-fund", "--loglevel=error", "--prefix", str(folder), PACKAGES[name]]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=INSTALL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"npm took longer than {INSTALL_SECONDS:g} s"
+    if done.returncode or not program(clis, name).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        return "npm: " + (done.stderr.strip().splitlines() or ["no such program was installed"])[-1][:150]
+    return ""
+
+
+def install_all(clis: Path, names: list[str]) -> dict[str, str]:
+    """name -> why it is not there ("" when it is)."""
+    answers = {}
+    threads = [threading.Thread(target=lambda name=name: answers.update({name: install(clis, name)})) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def seed_home(home: Path, repo: Path, url: str) -> None:
+    """What a person has answered once, and where the models are."""
+    files = {
+        ".claude.json": {"hasCompletedOnboarding": True, "projects": {str(repo): {"hasTrustDialogAccepted": True}}},
+        ".gemini/settings.json": {"security": {"auth": {"selectedType": "gemini-api-key"}}},
+        ".gemini/trustedFolders.json": {str(repo.parent): "TRUST_FOLDER"},
+        ".config/opencode/opencode.json": {
+            "provider": {
+                "fake": {
+                    "npm": "@ai-sdk/openai-compatible",
+                    "options": {"baseURL": f"{url}/v1", "apiKey": "fake"},
+                    "models": {"fake": {"tool_call": True}},
+                }
+            },
+            "model": "fake/fake",
+            "permission": "allow",
+            "autoupdate": False,
+        },
+    }
+    for name, value in files.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(json.dumps(value))
+    (home / ".codex").mkdir()
+    (home / ".codex/config.toml").write_text(
+        'model = "fake"\nmodel_provider = "fake"\n[model_providers.fake]\nname = "fake"\n'
+        f'base_url = "{url}/v1"\nenv_key = "FAKE_KEY"\nwire_api = "responses"\n'
+    )
+    (home / ".gitconfig").write_text("[user]\n\tname = Test Person\n\temail = test@example.invalid\n")
+
+
+def make_environment(folder: Path, home: Path, clis: Path, url: str, token: str) -> dict[str, str]:
+    """Only what the CLIs need: nothing of the caller's own keys or settings, and no way out but 127.0.0.1."""
+    path = [str(program(clis, name).parent) for name in PACKAGES] + [str(Path(sys.executable).parent), os.environ["PATH"]]
+    nowhere = "http://127.0.0.1:9"
+    return {
+        "HOME": str(home),
+        "PATH": os.pathsep.join(path),
+        "TMPDIR": str(folder / "tmp"),
+        "TMUX_TMPDIR": str(folder / "tmux"),
+        "TERM": "xterm-256color",
+        "LANG": "C.UTF-8",
+        "LC_ALL": "C.UTF-8",
+        "SHELL": "/bin/bash",
+        "USER": "test",
+        "TZ": "UTC",
+        "TEST_TOKEN": token,
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "FARM_PYTHON": sys.executable,
+        "ANTHROPIC_BASE_URL": url,
+        "CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-no-token-at-all-0000000000000000000000",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "DISABLE_AUTOUPDATER": "1",
+        "CLAUDE_CODE_MAX_RETRIES": "1",
+        "FAKE_KEY": "fake",
+        "GEMINI_API_KEY": "fake",
+        "GOOGLE_GEMINI_BASE_URL": url,
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
+        "HTTPS_PROXY": nowhere,
+        "HTTP_PROXY": nowhere,
+        "https_proxy": nowhere,
+        "http_proxy": nowhere,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- the tasks
+
+
+def function_script(name: str, body: str) -> list[str]:
+    test = (
+        f"import unittest\\nfrom textkit.{name} import {name}\\n\\n\\nclass Test(unittest.TestCase):\\n    def test_text(self):\\n"
+        f"        self.assertIsNotNone({name}('a b'))\\n"
+    )
+    return [f"WRITE textkit/{name}.py::def {name}(text):\\n    return {body}\\n", f"WRITE tests/test_{name}.py::{test}"]
+
+
+def campaign_tasks(asked: Path, agents: int) -> list[dict]:
+    """Twenty tasks: plain ones, and one for each kind of trouble. asked: a file that only a permitted command writes."""
+    more = {f"{name}_twice": f"({body}, {body})" for name, body in FUNCTIONS.items()}
+    rest = ["SLEEP 2", f"RUN {GATE}", "COMMIT Add it", "SUBMIT"]
+    plain = [(name, body, rest) for name, body in [*FUNCTIONS.items(), *more.items()][:11]]
+    special = {
+        "unsent": ["COMMIT Add it"],
+        "unsaved": ["NOCOMMIT"],
+        "permission": [f"RUN touch {asked}", "SUBMIT"],
+        "failing": ["FIRST ERROR 529::3::Overloaded", "SUBMIT"],
+        "killed": ["SLEEP 25", "RUN git status", "SUBMIT"],
+    }
+    tasks = [
+        {
+            "title": f"Add a function {name}",
+            "prompt": "\n".join([f"GATHER {agents}"] * (number < agents) + function_script(name, body) + rest),
+        }
+        for number, (name, body, rest) in enumerate(plain)
+    ]
+    tasks += [
+        {"title": f"Task {name}", "prompt": "\n".join([*function_script(name, "text"), *rest])} for name, rest in special.items()
+    ]
+    tasks += [
+        {
+            "title": f"README: say {word} words",
+            "prompt": "\n".join(
+                [
+                    "FIRST SLEEP 3",
+                    f"FIRST WRITE README.md::{FILES['README.md'].replace('few', word)}".replace("\n", "\\n"),
+                    "FIRST COMMIT Say it",
+                    "AGAIN RUN git merge --quiet --no-edit -X ours main",
+                    "SUBMIT",
+                ]
+            ),
+        }
+        for word in ("many", "short")
+    ]
+    tasks.append({"title": "Task impossible", "prompt": "FAIL", "max_attempts": 1})
+    tasks.append({"title": "Task limited", "prompt": "\n".join(["LIMIT minute", *function_script("limited", "text"), "SUBMIT"])})
+    return tasks
+
+
+# ---------------------------------------------------------------------------------------------- the campaign
+
+
+class Campaign:
+    """A farm in a scratch folder, and what is asked of it."""
+
+    def __init__(self, folder: Path, clis: Path, options: argparse.Namespace) -> None:
+        self.folder, self.options, self.token = folder, options, secrets.token_hex(8)
+        self.deadline = time.monotonic() + options.seconds
+        self.repo, self.home, self.log = folder / "textkit", folder / "home", folder / "requests.jsonl"
+        for name in ("home", "tmp", "tmux"):
+            (folder / name).mkdir()
+        self.server = StandIn(log=str(self.log))
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.env = make_environment(folder, self.home, clis, self.server.url, self.token)
+        make_repo(self.repo)
+        seed_home(self.home, self.repo, self.server.url)
+        self.results: list[bool] = []
+
+    # -- asking the farm
+
+    def farm(self, *args: str, **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "farm.py"), "--repo", str(self.repo), *args]
+        return subprocess.run(command, env=self.env, text=True, capture_output=True, timeout=120, **options)
+
+    def json(self, verb: str):
+        done = self.farm(verb, "--json")
+        try:
+            return json.loads(done.stdout)
+        except ValueError:
+            raise SystemExit(f"farm {verb} --json: exit code {done.returncode}\n{done.stdout}{done.stderr}") from None
+
+    def agents(self) -> list[dict]:
+        return [agent for agent in self.json("status")["agents"] if agent["agent"] != "control"]
+
+    def events(self) -> list[dict]:
+        path = self.repo / "coordination/events.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def requests(self) -> list[dict]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def tmux(self, *args: str) -> str:
+        sockets = list((self.folder / "tmux").glob("tmux-*/farm-*"))
+        command = ["tmux", "-S", str(sockets[0]), *args]
+        return subprocess.run(command, env=self.env, text=True, capture_output=True, timeout=20).stdout if sockets else ""
+
+    # -- checks
+
+    def check(self, name: str, good: object, detail: object = "") -> bool:
+        self.results.append(bool(good))
+        print(f"{'ok  ' if good else 'FAIL'} {name}{'' if good or detail == '' else f': {detail}'}", flush=True)
+        return bool(good)
+
+    def wait_for(self, ask, seconds: float):
+        """The first true answer of `ask`, or its last one at the deadline."""
+        end = min(time.monotonic() + seconds, self.deadline)
+        while not (answer := ask()) and time.monotonic() < end:
+            time.sleep(0.4)
+        return answer
+
+    # -- cleaning up
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get("TEST_TOKEN") == self.token and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def end(self) -> None:
+        """End whatever is left, and nothing that is not ours."""
+        self.tmux("kill-server")
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.server.shutdown()
+
+
+# ---------------------------------------------------------------------------------------------- ten sessions of Claude Code
+
+
+class Watch:
+    """What a person would see and do while the farm runs: looks once a second, answers a question, kills one CLI."""
+
+    def __init__(self, campaign: Campaign, asked: Path) -> None:
+        self.campaign, self.asked = campaign, asked
+        self.started = time.monotonic()
+        self.all_working: float | None = None
+        self.causes: set[str] = set()
+        self.waiting: dict = {}
+        self.killed: dict = {}
+        self.sent: subprocess.CompletedProcess | None = None
+        self.rss: list[int] = []
+        self.states: set[str] = set()
+
+    def look(self) -> bool:
+        """One look; true when every task is at its end."""
+        agents = self.campaign.agents()
+        tasks = {task["id"]: task for task in self.campaign.json("tasks")}
+        self.states |= {agent["state"] for agent in agents}
+        self.causes |= {agent["cause"] for agent in agents if agent["cause"]}
+        if self.all_working is None and sum(agent["state"] == "working" for agent in agents) >= self.campaign.options.n:
+            self.all_working = time.monotonic() - self.started
+            self.rss = [agent["rss_bytes"] for agent in agents]
+            self.cpu = self.loop_usage()
+        for agent in agents:
+            title = tasks.get(agent["task"], {}).get("title", "")
+            if agent["state"] == "waiting" and "permission" in title:
+                self.answer(agent)
+            if agent["state"] == "working" and "killed" in title and not self.killed:
+                self.kill(agent)
+            if agent["state"] == "working" and "README" in title and self.sent is None:
+                self.sent = self.campaign.farm("send", agent["agent"], "--", "- a word from a person;\nsecond line;")
+        return all(task["state"] in ("landed", "failed") for task in tasks.values())
+
+    def loop_usage(self) -> tuple[float, int]:
+        """(CPU seconds, bytes) of the loop and all that it has started but the agents."""
+        pid = self.campaign.json("status")["loop"]["pid"]
+        tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)] if pid else []
+        times = [process.cpu_times() for process in tree]
+        return sum(sum(time_[:4]) for time_ in times), sum(process.memory_info().rss for process in tree)
+
+    def answer(self, agent: dict) -> None:
+        """A person attaches, reads the question, and presses Enter on `Yes`."""
+        screen = self.campaign.tmux("capture-pane", "-p", "-t", f"={agent['agent']}:")
+        if "Do you want to proceed?" in screen:
+            self.waiting = self.waiting or {**agent, "list": self.campaign.farm("status").stdout}
+            self.campaign.tmux("send-keys", "-t", f"={agent['agent']}:", "Enter")
+
+    def kill(self, agent: dict) -> None:
+        """kill -9 the CLI once it has made its first request."""
+        turn = self.campaign.repo / "coordination/mailbox" / agent["agent"] / "turn.json"
+        pid = (self.campaign.repo / "coordination/mailbox" / agent["agent"] / "pid").read_text().strip()
+        written = Path(agent["worktree"], "tests/test_killed.py").exists()
+        if turn.exists() and pid.isdigit() and written:
+            name = psutil.Process(int(pid)).name()
+            os.kill(int(pid), signal.SIGKILL)
+            self.killed = {**agent, "name": name, "at": time.time()}
+
+
+def run_claude(campaign: Campaign) -> None:
+    asked = campaign.folder / "asked-for.txt"
+    tasks = campaign_tasks(asked, campaign.options.n)
+    added = campaign.farm("add", "-f", "-", input="\n".join(json.dumps(task) for task in tasks))
+    campaign.check(f"{len(tasks)} tasks are added", added.returncode == 0 and len(added.stdout.split()) == len(tasks), added.stderr)
+    watch = Watch(campaign, asked)
+    up = campaign.farm("up", "-n", str(campaign.options.n), "--agent", "claude", "--gate", GATE)
+    if not campaign.check("up starts the farm", up.returncode == 0, up.stdout + up.stderr):
+        return
+    done = campaign.wait_for(watch.look, campaign.options.seconds)
+    seconds = time.monotonic() - watch.started
+    check_tasks(campaign, done, seconds)
+    check_troubles(campaign, watch)
+    check_costs(campaign)
+    report_rows(campaign, watch)
+    check_end(campaign)
+
+
+def check_tasks(campaign: Campaign, done: bool, seconds: float) -> None:
+    tasks = campaign.json("tasks")
+    states = collections.Counter(task["state"] for task in tasks)
+    left = [(task["title"], task["state"], task["reason"][:150]) for task in tasks if task["state"] != "landed"]
+    campaign.check(f"every task came to its end unattended ({seconds:.0f} s)", done, left)
+    campaign.check("19 of 20 landed, the impossible one failed", states == {"landed": 19, "failed": 1}, left)
+    gate = subprocess.run(["bash", "-c", GATE], cwd=campaign.repo, env=campaign.env, capture_output=True, text=True)
+    campaign.check("main is green", gate.returncode == 0, gate.stderr[-300:])
+    log = subprocess.run(
+        ["git", "-C", str(campaign.repo), "log", "--first-parent", "--format=%(trailers:key=Farm-Task,valueonly)"],
+        capture_output=True,
+        text=True,
+        env=campaign.env,
+    ).stdout.split()
+    campaign.check(
+        "main holds each landed task once", sorted(log) == sorted(task["id"] for task in tasks if task["state"] == "landed"), log
+    )
+    by_title = {task["title"].removeprefix("Task "): task for task in tasks}
+    for name in ("unsent", "unsaved", "permission", "failing", "limited", "killed"):
+        task = by_title[name]
+        campaign.check(f"{name}: landed", task["state"] == "landed", (task["state"], task["reason"]))
+    for name in ("failing", "limited"):
+        campaign.check(f"{name}: no attempt was counted", by_title[name]["attempts"] == 0, by_title[name]["attempts"])
+    campaign.check(
+        "impossible: failed with the agent's own reason",
+        "reason in a sentence" in by_title["impossible"]["reason"],
+        by_title["impossible"]["reason"],
+    )
+    words = [by_title["README: say many words"], by_title["README: say short words"]]
+    campaign.check(
+        "conflict: one of the two came back once, and both landed",
+        sorted(task["attempts"] for task in words) == [0, 1] and all(task["state"] == "landed" for task in words),
+        words,
+    )
+
+
+def check_troubles(campaign: Campaign, watch: Watch) -> None:
+    requests = campaign.requests()
+    campaign.check(
+        "permission: status said waiting, and for what",
+        watch.waiting.get("state") == "waiting" and "touch" in watch.waiting.get("cause", ""),
+        (watch.waiting, watch.states),
+    )
+    first = (watch.waiting.get("list") or "").splitlines()[:1]
+    campaign.check(
+        "permission: the waiting agent is shown first, with how to get there",
+        first and watch.waiting["agent"] in first[0] and "attach" in watch.waiting["list"],
+        watch.waiting.get("list", ""),
+    )
+    campaign.check("permission: the command ran only after a person said yes", watch.asked.exists())
+    campaign.check("usage limit: status named it", any("usage limit" in cause for cause in watch.causes), sorted(watch.causes))
+    campaign.check("API failure: status named it", any("API failure" in cause for cause in watch.causes), sorted(watch.causes))
+    campaign.check("kill -9: a CLI was killed at its work", watch.killed, watch.states)
+    later = [
+        request
+        for request in requests
+        if request["at"] > watch.killed.get("at", 1e12)
+        and request["path"] == "/v1/messages"
+        and any("Task killed" in prompt for prompt in request.get("prompts", []))
+    ]
+    before = {
+        request["session"]
+        for request in requests
+        if request["at"] < watch.killed.get("at", 0) and any("Task killed" in prompt for prompt in request.get("prompts", []))
+    }
+    campaign.check(
+        "kill -9: the conversation went on with its earlier messages",
+        later and later[0]["session"] in before and later[0]["messages"] > 3,
+        later[:1],
+    )
+    sent = watch.sent
+    campaign.check("send: text to a busy agent was taken", sent is not None and sent.returncode == 0, sent)
+    campaign.check(
+        "send: the model has seen it",
+        any("a word from a person" in prompt for request in requests for prompt in request.get("prompts", [])),
+    )
+
+
+def check_costs(campaign: Campaign) -> None:
+    path = campaign.repo / "coordination/usage.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    last = {line.get("conversation") or line["task"]: line for line in lines}
+    good = [request for request in campaign.requests() if request["path"] == "/v1/messages" and request.get("status") == 200]
+    tokens = sum(line["tokens_in"] for line in last.values())
+    campaign.check(
+        "cost: every task has a line", len({line["task"] for line in lines}) == 20, len({line["task"] for line in lines})
+    )
+    lost = 1200 * 2  # of a CLI that was killed or ended before it wrote its last reply down
+    campaign.check(
+        "cost: the tokens are those that the API counted", abs(tokens - 1200 * len(good)) <= lost, (tokens, 1200 * len(good))
+    )
+    campaign.check("cost: there are dollars", sum(line["cost_usd"] for line in last.values()) > 0)
+
+
+def report_rows(campaign: Campaign, watch: Watch) -> None:
+    """The rows of the group `agents`: what ten sessions take, and what of it is the farm's own share."""
+    campaign.check(f"all {campaign.options.n} agents worked at once", watch.all_working is not None, watch.states)
+    if watch.all_working is None:
+        return
+    cpu, rss = watch.cpu
+    print(f"agents: up to {campaign.options.n} agents working\t{watch.all_working:.1f} s")
+    print(f"agents: memory an agent\t{sum(watch.rss) / len(watch.rss) / 2**20:.0f} MiB (its whole process tree)")
+    print(f"agents: the farm's own share\t{rss / 2**20:.0f} MiB, {cpu:.1f} s of CPU until then")
+
+
+def check_end(campaign: Campaign) -> None:
+    config = json.loads((campaign.home / ".claude.json").read_text())
+    campaign.check("the shared .claude.json is whole", config.get("hasCompletedOnboarding") is True)
+    down = campaign.farm("down")
+    campaign.check("down stops everything", down.returncode == 0, down.stderr)
+    campaign.wait_for(lambda: not campaign.processes(), 10)
+    left = [" ".join(process.cmdline())[:100] for process in campaign.processes()]
+    campaign.check("nothing is left running", not left, left)
+    clean = campaign.farm("clean")
+    campaign.check("clean removes every worktree", clean.returncode == 0, clean.stderr)
+
+
+# ---------------------------------------------------------------------------------------------- the other CLIs
+
+
+def run_others(campaign: Campaign, names: list[str]) -> None:
+    """One task through each, headless: they all work at once, so that none takes another's."""
+    before = {task["id"] for task in campaign.json("tasks")}
+    for name in names:
+        prompt = "\n".join(
+            [*function_script(name.replace("-", "_"), "text"), "SLEEP 12", f"COMMIT By {name}", "SAY done", "Thank you."]
+        )
+        campaign.farm("add", f"A function of {name}", "--prompt", prompt)
+    campaign.env["FARM_PERMISSIONS"] = "all"
+    campaign.env["IS_SANDBOX"] = "1"
+    mix = ",".join(f"{name}:1" for name in names)
+    end = max(30, min(240, campaign.deadline - time.monotonic()))
+    try:
+        done = subprocess.run(
+            [
+                sys.executable,
+                str(ROOT / "farm.py"),
+                "--repo",
+                str(campaign.repo),
+                "run",
+                "--agent",
+                mix,
+                "--gate",
+                GATE,
+                "--until-drained",
+            ],
+            env=campaign.env,
+            text=True,
+            capture_output=True,
+            timeout=end,
+        )
+        said = done.stdout + done.stderr
+    except subprocess.TimeoutExpired as error:
+        said = f"not drained after {end:.0f} s: {error.stderr}"
+    tasks = [task for task in campaign.json("tasks") if task["id"] not in before]
+    path = campaign.repo / "coordination/usage.jsonl"
+    used = {line["preset"]: line for line in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+    for name in names:
+        task = next(task for task in tasks if task["title"].endswith(" " + name))
+        campaign.check(f"{name}: its task landed", task["state"] == "landed", (task["state"], task["reason"], said[-300:]))
+        line = used.get(name, {})
+        campaign.check(
+            f"{name}: its tokens are counted", line.get("tokens_in", 0) >= 2400 and line.get("tokens_out", 0) >= 160, line
+        )
+    campaign.farm("down", "--now")
+
+
+# ---------------------------------------------------------------------------------------------- all of it
+
+
+def run_campaign(folder: Path, options: argparse.Namespace) -> int:
+    clis = Path(options.clis).resolve()
+    wanted = list(PACKAGES) if options.only != "claude" else ["claude"]
+    answers = install_all(clis, wanted)
+    if answers["claude"]:
+        raise Skipped(answers["claude"])
+    campaign = Campaign(folder, clis, options)
+    try:
+        if options.only != "others":
+            run_claude(campaign)
+        for name in wanted:
+            if answers[name]:
+                print(f"skip {name}: {answers[name]}")
+        if options.only != "claude":
+            run_others(campaign, ["claude-print", *(name for name in wanted[1:] if not answers[name])])
+    finally:
+        campaign.end()
+    failed = campaign.results.count(False)
+    print(f"{len(campaign.results) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clis", default=str(ROOT / ".venv/agents"), help="where the CLIs are, or are installed")
+    parser.add_argument("--seconds", type=float, default=480, help="the campaign ends after so many")
+    parser.add_argument("-n", type=int, default=10, help="interactive sessions")
+    parser.add_argument("--only", choices=("claude", "others"), help="a part of it")
+    parser.add_argument("--keep", action="store_true", help="keep the scratch folder")
+    options = parser.parse_args()
+    for name in [name for name in os.environ if re.match("FARM_|GIT_|TMUX", name)]:
+        del os.environ[name]
+    folder = Path(tempfile.mkdtemp(prefix="fa-", dir="/tmp")).resolve()
+    try:
+        return run_campaign(folder, options)
+    except Skipped as reason:
+        print(f"skipped: {reason}")
+        return 0
+    finally:
+        if options.keep:
+            print(f"kept: {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
