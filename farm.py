@@ -1565,6 +1565,8 @@ def describe_history(store: Store, task: Task) -> str:
         lines.append(f"Its commits are the start of your branch (from {task.start}).")
     if task.rescue:
         lines.append(f"Unsaved work of that attempt is kept: git show --stat {task.rescue}")
+    if task.agent:
+        lines.append(f"What its agent printed is in {store.path('logs', task.agent + '.log')}")
     try:
         with open(store.path("returns", f"{task.id}.{task.attempts}.txt"), encoding="utf-8", errors="replace") as file:
             lines.append("\n" + file.read(20_000))
@@ -1606,7 +1608,8 @@ def write_prompt(store: Store, claim: Claim, settings: Settings, *, resumes: boo
 Preset = collections.namedtuple("Preset", "start resume permissions reader transcript stagger_seconds checked")
 
 ALLOWED = [f"Bash(farm {verb}:*)" for verb in ("submit", "fail", "lock", "unlock", "renew")] + [
-    f"Bash(git {verb}:*)" for verb in ("status", "diff", "log", "show", "add", "commit")]
+    f"Bash(git {verb}:*)" for verb in ("status", "diff", "log", "show", "add", "commit", "rm", "mv", "restore", "merge", "rebase",
+                                       "cherry-pick")]
 CLAUDE = '--settings "$FARM_CLI_SETTINGS" {permissions} -- "$FARM_PROMPT"'
 CLAUDE_PRINT = "claude -p --output-format stream-json --verbose"
 CLAUDE_PERMISSIONS = {"ask": "--permission-mode default", "edits": "--permission-mode acceptEdits",
@@ -2091,16 +2094,26 @@ def pause_until(outcome: Outcome, times: int, now: float) -> str:
 
 
 def note_limit(tx: Transaction, preset: str, outcome: Outcome, now: float) -> str:
-    """Write down (or, after an attempt that went well, drop) what holds a preset up; until when, in UTC."""
+    """Write down what holds a preset up; until when, in UTC.
+
+    One attempt's success ends a failing API, and nothing else: it may have asked before a limit began. A failing API never takes
+    the place of a limit that lasts longer.
+    """
     limits = read_limits(tx.store)
-    before, until = limits.pop(preset, {}), ""
+    before = limits.get(preset, {})
+    is_on = bool(before) and (not before["until"] or before["until"] > utc(now))
     if outcome.move == "release":
         times = count(before, "count") + 1 if before.get("cause") == outcome.cause else 1
         until = pause_until(outcome, times, now)
+        if is_on and outcome.cause == "API failure" and before["cause"] != "API failure":
+            return before["until"]
         limits[preset] = {"cause": outcome.cause, "until": until, "said": outcome.why, "count": times}
-    if limits or before:
-        write_limits(tx, limits)
-    return until
+    elif before and (before["cause"] == "API failure" or not is_on):
+        del limits[preset]
+    else:
+        return ""
+    write_limits(tx, limits)
+    return limits.get(preset, {}).get("until", "")
 
 
 def note_spent(store: Store, line: dict, spent: Spent) -> None:
@@ -5654,7 +5667,7 @@ def verb_hook(call: Call) -> int:
 def verb_judge(call: Call) -> int:
     agent, fence, preset = call.agent(), fence_of(call), os.environ.get("FARM_PRESET", "")
     spent = read_spent(call.store, agent, preset, os.environ.get("FARM_CONVERSATION", ""))
-    tail = one_line(sys.stdin.buffer.read()[-300:].decode("utf-8", "replace"), 300)
+    tail = describe_tail(sys.stdin.buffer.read().decode("utf-8", "replace")) if preset != "claude" else "see its log"
     outcome = judge_end(call.options.get("code", 0), read_mail(call.store, agent, TURN_FILE, fence),
                         read_mail(call.store, agent, ENDING_FILE, fence), spent, tail)
     if preset:
@@ -5669,6 +5682,12 @@ def verb_judge(call: Call) -> int:
     conversation = spent.conversation if is_name(spent.conversation) else ""
     print("\t".join((outcome.move, outcome.cause, conversation or "-", one_line(outcome.why))))
     return 0
+
+
+def describe_tail(log: str) -> str:
+    """The last lines of a log in one, for a reason; what bash says of a child's death is said already."""
+    lines = [line for line in printable(log).splitlines() if line.strip() and "run-agent.sh: line " not in line]
+    return one_line(" ".join(lines[-5:])[-300:], 300)
 
 
 def note_attempt(store: Store, agent: str, fence: str, preset: str, spent: Spent) -> None:

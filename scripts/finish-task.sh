@@ -9,11 +9,6 @@ set -uo pipefail
 
 say() { printf 'farm: %s\n' "$*" >&2; }
 
-# The last printable lines of the session's log: why an attempt ended as it did.
-log_tail() {
-  tail -n 5 "$FARM_REPO/coordination/logs/$FARM_AGENT_NAME.log" 2>/dev/null | tr -cd '[:print:]\n' | tr '\n' ' ' | tail -c 300
-}
-
 save_rest() {
   local saved
   saved=$(bash "$FARM_HOME/scripts/rescue.sh" save -C "$FARM_REPO" -a "$FARM_AGENT_NAME" "$FARM_WORKTREE") || saved=
@@ -54,7 +49,7 @@ main() {
   case $code in
     '' | -h) sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; [ -n "$code" ] || exit 2; exit 0 ;;
   esac
-  words=$(log_tail | farm judge "$FARM_AGENT_NAME" --fence "$FARM_FENCE" --code "$code") || words=$(judge_by_code "$code")
+  words=$(tail -c 4000 "$FARM_REPO/coordination/logs/$FARM_AGENT_NAME.log" 2>/dev/null | farm judge "$FARM_AGENT_NAME" --fence "$FARM_FENCE" --code "$code") || words=$(judge_by_code "$code")
   IFS=$'\t' read -r move cause conversation why <<<"$words"
   conversation=${conversation#-}
   case $move:$cause in

@@ -319,6 +319,49 @@ def test_a_body_that_holds_the_names_of_fields_is_left_as_it_is(store):
     assert text.startswith("{fence} {body}\n")
 
 
+@pytest.fixture
+def watched(store, clock, monkeypatch):
+    """A farm of one agent at work, whose tree has used `cpu` seconds, and its last output was at NOW."""
+    farm = toolkit.Farm(store, settings_of(n=1), [toolkit.Launch("", "true", "")], "main")
+    Path(store.path("logs", "agent-001.log")).touch()
+    os.utime(store.path("logs", "agent-001.log"), (NOW, NOW))
+    farm.held, farm.cpu = claim(store, "agent-001"), 5.0
+    farm.agents = {"agent-001": {"ends": []}}
+    farm.sessions = {"agent-001": toolkit.Session("agent-001", "%1", os.getpid(), False, None, "", 0.0, "")}
+    monkeypatch.setattr(toolkit, "cpu_time_of", lambda tree: farm.cpu)
+    return farm
+
+
+def look(farm, clock, seconds: float) -> bool:
+    """Whether the agent is held to be stuck, after so many seconds more."""
+    clock.seconds += seconds
+    farm.note_stillness(farm.held, clock.now())
+    return "still_since" in farm.agents["agent-001"]
+
+
+def test_an_agent_is_stuck_when_it_is_silent_and_its_whole_tree_stands_still(watched, clock):
+    assert [look(watched, clock, seconds) for seconds in (890, 20, 30, 31)] == [False, False, False, True]
+    assert watched.agents["agent-001"]["still_since"] == toolkit.utc(NOW)
+    watched.cpu += 30
+    assert look(watched, clock, 61) is False
+
+
+def test_a_silent_agent_that_computes_is_not_stuck(watched, clock):
+    seen = []
+    for _ in range(6):
+        watched.cpu += 10
+        seen.append(look(watched, clock, 300))
+    assert not any(seen)
+
+
+def test_an_agent_that_prints_or_waits_for_a_person_is_not_stuck(watched, clock):
+    look(watched, clock, 1000)
+    os.utime(watched.store.path("logs", "agent-001.log"), (clock.now(), clock.now()))
+    assert look(watched, clock, 100) is False
+    watched.turns["agent-001"] = {"state": "waiting"}
+    assert [look(watched, clock, 1000), look(watched, clock, 100)] == [False, False]
+
+
 # ---------------------------------------------------------------------------------------------- what would block a start
 
 
@@ -555,3 +598,39 @@ def test_doctor_says_which_clis_are_there_and_what_would_block_them(claude, sand
     assert "claude" in (told := farm(claude, "doctor").stdout).splitlines()[0] and "not installed" in told
     (sandbox.home / ".claude.json").unlink()
     assert "does not trust" in farm(claude, "doctor").stdout
+
+
+# ---------------------------------------------------------------------------------------------- what holds a preset up
+
+
+def note(store, cause: str, why: str = "", move: str = "release") -> str:
+    with store.transaction() as tx:
+        return toolkit.note_limit(tx, "claude", toolkit.Outcome(move, cause, why), toolkit.CLOCK.now())
+
+
+def test_one_agents_success_does_not_end_a_limit_that_began_meanwhile(store, clock):
+    note(store, "usage limit", "try again in 1 hour")
+    note(store, "done", move="submit")
+    assert "usage limit until 2026-11-23T13:00:00Z" in toolkit.find_limit(store, "claude", clock.now())
+    clock.seconds += 3601
+    assert toolkit.find_limit(store, "claude", clock.now()) == ""
+
+
+def test_a_failing_api_never_shortens_a_limit_and_a_success_ends_it(store, clock):
+    note(store, "usage limit", "try again in 1 hour")
+    assert note(store, "API failure") == "2026-11-23T13:00:00Z"
+    clock.seconds += 3601
+    assert [note(store, "API failure") for _ in range(2)] == ["2026-11-23T13:00:31Z", "2026-11-23T13:01:01Z"]
+    note(store, "done", move="submit")
+    assert toolkit.find_limit(store, "claude", clock.now()) == ""
+
+
+def test_a_pause_without_a_known_end_doubles_up_to_a_quarter_of_an_hour(store, clock):
+    pauses = [toolkit.epoch(note(store, "usage limit", "rejected (429)")) - NOW for _ in range(7)]
+    assert pauses == [30, 60, 120, 240, 480, 900, 900]
+
+
+def test_limits_that_cannot_be_read_are_damage_like_any_other_state(store):
+    Path(store.path(toolkit.LIMITS_FILE)).write_text('{"presets": []}')
+    with pytest.raises(toolkit.DamagedState, match=r"limits\.json"):
+        toolkit.find_limit(store, "claude", NOW)
