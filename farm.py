@@ -2144,6 +2144,12 @@ def describe_overrun(task: Task, settings: Settings, cost_usd: float) -> str:
     return f"its budget of ${budget:.2f} is used up (${cost_usd:.2f})" if budget and cost_usd >= budget else ""
 
 
+def describe_farm_overrun(settings: Settings, cost_usd: float) -> str:
+    budget = settings.budget
+    over = f"the farm's budget of ${budget:.2f} is used up (${cost_usd:.2f}); to go on: FARM_BUDGET={2 * budget:g} ./farm.py up"
+    return over if budget and cost_usd >= budget else ""
+
+
 def sum_spending(lines: list[dict]) -> dict:
     """{"tokens_in", "tokens_out", "cost_usd"} of some lines of usage.jsonl."""
     total = {key: sum(line[key] for line in lines) for key in ("tokens_in", "tokens_out", "cost_usd")}
@@ -3533,6 +3539,7 @@ class Farm:
 
     def watch_agents(self, now: float) -> None:
         """What agents at work have told or used up: who waits for a person, whose time or money is over, who stands still."""
+        self.read_limits()
         busy = [claim for claim in self.state.claims.values() if claim.task and claim.agent in self.names]
         spending = read_spending(self.store)
         live = {claim.agent: self.live_cost(claim) for claim in busy}
@@ -3546,6 +3553,12 @@ class Farm:
                 say(f"{claim.agent}: {over[1]}")
                 end_attempt(self.store, claim.agent, claim.fence, *over)
         self.watch_budget(sum_spending(spending)["cost_usd"] + sum(live.values()))
+
+    def read_limits(self) -> None:
+        """Time and money as the last `up` was told: a person may raise them while this loop runs."""
+        told = self.store.read_part(FARM_FILE, "settings")
+        names = [name for name in ("budget", "task_budget", "task_seconds") if name in told]
+        self.settings = self.settings._replace(**{name: convert_setting(name, told[name], FARM_FILE) for name in names})
 
     def note_stillness(self, claim: Claim, now: float) -> None:
         """`still_since`: an agent at work whose output and whole process tree have stood still for STILL_SECONDS.
@@ -3595,11 +3608,11 @@ class Farm:
         return dollars_of(cost.get("total_cost_usd")) if isinstance(cost, dict) else 0.0
 
     def watch_budget(self, cost: float) -> None:
-        """Pause the farm when all of it has cost as much as it may (dollars)."""
-        budget = self.settings.budget
-        if budget and cost >= budget and (self.store.read_json(FARM_FILE) or {}).get("mode") == "running":
-            say(f"the farm pauses: its budget of ${budget:.2f} is used up (${cost:.2f})")
-            self.remember("paused", f"its budget of ${budget:.2f} is used up")
+        """Pause the farm when all of it, what is at work included, has cost as much as it may (dollars)."""
+        why = describe_farm_overrun(self.settings, cost)
+        if why and (self.store.read_json(FARM_FILE) or {}).get("mode") == "running":
+            say(f"the farm pauses: {why}")
+            self.set_mode("paused", why)
 
     def admit(self, now: float) -> None:
         """Ring as many idle agents as there are tasks to claim, those that an interrupted task is kept for first."""
@@ -5467,7 +5480,11 @@ def read_text(path: str) -> str:
 @verb("tasks [--json]", "every task in every state", "json", "./farm.py tasks --json")
 def verb_tasks(call: Call) -> int:
     state, now = call.store.snapshot(), CLOCK.now()
-    records = [task_record(task, state, now) for task in state.all_tasks()]
+    spending = collections.defaultdict(list)
+    for line in read_spending(call.store):
+        spending[line["task"]].append(line)
+    records = [{**task_record(task, state, now), **(sum_spending(spending[task.id]) if task.id in spending else {})}
+               for task in state.all_tasks()]
     if call.options.get("json"):
         print_json(records)
         return 0
@@ -5677,11 +5694,22 @@ def verb_judge(call: Call) -> int:
             task = tx.state.find_task(fence.rpartition(".")[0])
         if outcome.move == "release":
             say(f"{preset}: {outcome.cause}{' until ' + until if until else ''}: {one_line(outcome.why, 200)}")
-        over = task and describe_overrun(task, call.settings(), cost_of_task(read_spending(call.store), task.id))
+        over = judge_budgets(call, task) if task else ""
         outcome = Outcome("fail", "budget", over) if over and outcome.move != "submit" else outcome
     conversation = spent.conversation if is_name(spent.conversation) else ""
     print("\t".join((outcome.move, outcome.cause, conversation or "-", one_line(outcome.why))))
     return 0
+
+
+def judge_budgets(call: Call, task: Task) -> str:
+    """Why the task may not be tried again, as far as money goes. Pauses the farm here, before anybody claims the next task."""
+    settings, spending = call.settings(), read_spending(call.store)
+    if why := describe_farm_overrun(settings, sum_spending(spending)["cost_usd"]):
+        try:
+            started_farm(call).set_mode("paused", why)
+        except (Refused, NotFound):
+            pass  # it is being stopped, or an agent runs without a farm
+    return describe_overrun(task, settings, cost_of_task(spending, task.id))
 
 
 def describe_tail(log: str) -> str:

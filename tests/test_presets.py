@@ -445,6 +445,7 @@ def test_interactive_sessions_work_through_their_tasks_and_are_ended_after_each(
     used = [json.loads(line) for line in (claude / "coordination/usage.jsonl").read_text().splitlines()]
     assert {line["task"]: (line["tokens_in"], line["tokens_out"], line["cost_usd"]) for line in used} == {
         f"t-000{number}": (1100, 10, 0.25) for number in (1, 2, 3, 4)}
+    assert [(task["tokens_in"], task["cost_usd"]) for task in tasks(claude)] == [(1100, 0.25)] * 4
     down(claude)
 
 
@@ -555,9 +556,12 @@ def test_a_farm_that_is_over_its_budget_pauses(claude):
     start(claude, FARM_BUDGET="0.4")
     wait_until(lambda: status(claude)["mode"] == "paused", 30, "the farm to pause")
     wait_until(lambda: set(states(claude)) == {"landed", "pending"}, 30, "what was begun to land")
-    assert 2 <= states(claude)["landed"] <= 3  # the next may be claimed before the loop looks
+    assert states(claude) == {"landed": 2, "pending": 7}
     told = farm(claude, "claim", "agent-007", "--owner-pid", str(os.getpid()))
     assert told.returncode == 3 and "paused" in told.stderr
+    assert "FARM_BUDGET=0.8 ./farm.py up" in status(claude)["reason"]
+    start(claude, FARM_BUDGET="100")
+    wait_for_states(claude, {"landed": 9})
     down(claude)
 
 
