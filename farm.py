@@ -1760,7 +1760,8 @@ def cli_settings(settings: Settings) -> dict:
     return data
 
 
-# -- turns: what a CLI's hooks have told of the attempt it is at
+# ---------------------------------------------------------------------------------------------- turns
+# What a CLI's hooks have told of the attempt it is at, and the farm's own word that it is over: files in the agent's mailbox.
 
 SENT_BACK = """\
 Your task {task} is not submitted yet. If the work is done, commit it, then run  farm submit {agent} --fence {fence}
@@ -1805,7 +1806,7 @@ def note_turn(store: Store, agent: str, fence: str, event: dict) -> dict | None:
     write_mail(store, agent, TURN_FILE, turn)
     if goes_back:
         return {"decision": "block", "reason": SENT_BACK.format(task=claim.task["id"], agent=agent, fence=fence)}
-    if turn["state"] == "over":
+    if turn["state"] == "over" and os.environ.get("FARM_PRESET") != "claude-print":  # which ends by itself, its result comes last
         ring(store.path("mailbox", agent, "bell"), b"over\n")
     return None
 
@@ -1825,7 +1826,8 @@ def end_attempt(store: Store, agent: str, fence: str, cause: str, message: str) 
     ring(store.path("mailbox", agent, "bell"), b"over\n")
 
 
-# -- what a CLI has printed, or written down: its use of tokens, and its error
+# ---------------------------------------------------------------------------------------------- spending
+# What a CLI has printed or written down: tokens, dollars, its error; and what all attempts have cost.
 
 Spent = collections.namedtuple("Spent", "tokens_in tokens_out cost_usd error denied conversation", defaults=(0, 0, 0.0, "", "", ""))
 
@@ -1967,10 +1969,54 @@ def read_spent(store: Store, agent: str, preset_name: str, conversation: str) ->
     return READERS[preset.reader](path)
 
 
-# -- trouble: why an attempt ended, and what follows
+USAGE_FILE = "usage.jsonl"
+
+
+def note_spent(store: Store, line: dict, spent: Spent) -> None:
+    """One line an attempt in usage.jsonl. A resumed conversation's line holds all of it: readers take the last."""
+    line = {"at": utc(CLOCK.now()), **line, "tokens_in": spent.tokens_in, "tokens_out": spent.tokens_out,
+            "cost_usd": round(spent.cost_usd, 6)}
+    with open(store.path(USAGE_FILE), "a", encoding="utf-8") as file:
+        file.write(dump_line(line) + "\n")
+
+
+def read_spending(store: Store) -> list[dict]:
+    """The lines of usage.jsonl, the last one of each conversation (or attempt, where conversations are not resumed)."""
+    lines = {}
+    for line in read_json_lines(store.path(USAGE_FILE)):
+        kinds = {"task": str, "agent": str, "fence": str, "tokens_in": int, "tokens_out": int}
+        if all(isinstance(line.get(key), kind) for key, kind in kinds.items()) and isinstance(line.get("cost_usd"), (int, float)):
+            lines[line.get("conversation") or line["fence"]] = line
+    return list(lines.values())
+
+
+def cost_of_task(lines: list[dict], task_id: str) -> float:
+    return sum_spending([line for line in lines if line["task"] == task_id])["cost_usd"]
+
+
+def describe_overrun(task: Task, settings: Settings, cost_usd: float) -> str:
+    """Empty while a task is within its budget, or has none."""
+    budget = task.budget_usd or settings.task_budget
+    return f"its budget of ${budget:.2f} is used up (${cost_usd:.2f})" if budget and cost_usd >= budget else ""
+
+
+def describe_farm_overrun(settings: Settings, cost_usd: float) -> str:
+    budget = settings.budget
+    over = f"the farm's budget of ${budget:.2f} is used up (${cost_usd:.2f}); to go on: FARM_BUDGET={2 * budget:g} ./farm.py up"
+    return over if budget and cost_usd >= budget else ""
+
+
+def sum_spending(lines: list[dict]) -> dict:
+    """{"tokens_in", "tokens_out", "cost_usd"} of some lines of usage.jsonl."""
+    total = {key: sum(line[key] for line in lines) for key in ("tokens_in", "tokens_out", "cost_usd")}
+    return {**total, "cost_usd": round(total["cost_usd"], 6)}
+
+
+# ---------------------------------------------------------------------------------------------- trouble
+# Why an attempt ended, and what follows: pure, but for limits.json. Words are looked for in a CLI's own error only, never in
+# what an agent has written.
 
 LIMITS_FILE = "limits.json"
-USAGE_FILE = "usage.jsonl"
 PAUSE_SECONDS, PAUSE_SECONDS_MAX = 30.0, 900.0
 TROUBLES = (  # the first that matches a CLI's error; StopFailure's own words (authentication_failed, rate_limit, ...) among them
     ("not logged in", r"not logged in|run /login|invalid api key|api key not valid|authentication|\bauth\b|oauth|account_on_hold|"
@@ -2005,6 +2051,8 @@ def judge_end(code: int, turn: dict, ending: dict, spent: Spent, tail: str) -> O
         return Outcome("release", cause, error)
     if error:
         return Outcome("fail", cause or "failed", error)
+    if code == 0 and turn.get("state") in ("working", "waiting"):
+        return Outcome("resume", "ended early", "its session was ended in the middle of a turn")
     if code == 0 or turn.get("state") == "over":
         return Outcome("submit", "done", f"denied: {spent.denied}" if spent.denied else "")
     if code > 128:
@@ -2114,47 +2162,6 @@ def note_limit(tx: Transaction, preset: str, outcome: Outcome, now: float) -> st
         return ""
     write_limits(tx, limits)
     return limits.get(preset, {}).get("until", "")
-
-
-def note_spent(store: Store, line: dict, spent: Spent) -> None:
-    """One line an attempt in usage.jsonl. A resumed conversation's line holds all of it: readers take the last."""
-    line = {"at": utc(CLOCK.now()), **line, "tokens_in": spent.tokens_in, "tokens_out": spent.tokens_out,
-            "cost_usd": round(spent.cost_usd, 6)}
-    with open(store.path(USAGE_FILE), "a", encoding="utf-8") as file:
-        file.write(dump_line(line) + "\n")
-
-
-def read_spending(store: Store) -> list[dict]:
-    """The lines of usage.jsonl, the last one of each conversation (or attempt, where conversations are not resumed)."""
-    lines = {}
-    for line in read_json_lines(store.path(USAGE_FILE)):
-        kinds = {"task": str, "agent": str, "fence": str, "tokens_in": int, "tokens_out": int}
-        if all(isinstance(line.get(key), kind) for key, kind in kinds.items()) and isinstance(line.get("cost_usd"), (int, float)):
-            lines[line.get("conversation") or line["fence"]] = line
-    return list(lines.values())
-
-
-def cost_of_task(lines: list[dict], task_id: str) -> float:
-    return sum_spending([line for line in lines if line["task"] == task_id])["cost_usd"]
-
-
-def describe_overrun(task: Task, settings: Settings, cost_usd: float) -> str:
-    """Empty while a task is within its budget, or has none."""
-    budget = task.budget_usd or settings.task_budget
-    return f"its budget of ${budget:.2f} is used up (${cost_usd:.2f})" if budget and cost_usd >= budget else ""
-
-
-def describe_farm_overrun(settings: Settings, cost_usd: float) -> str:
-    budget = settings.budget
-    over = f"the farm's budget of ${budget:.2f} is used up (${cost_usd:.2f}); to go on: FARM_BUDGET={2 * budget:g} ./farm.py up"
-    return over if budget and cost_usd >= budget else ""
-
-
-def sum_spending(lines: list[dict]) -> dict:
-    """{"tokens_in", "tokens_out", "cost_usd"} of some lines of usage.jsonl."""
-    total = {key: sum(line[key] for line in lines) for key in ("tokens_in", "tokens_out", "cost_usd")}
-    return {**total, "cost_usd": round(total["cost_usd"], 6)}
-
 
 # ---------------------------------------------------------------------------------------------- sessions
 # What psutil and tmux tell about the processes behind the panes. Words on a screen are no source here.

@@ -144,6 +144,7 @@ def judge(code: int = 0, turn: dict | None = None, ending: dict | None = None, *
     ({"code": 0}, "submit", "done"),
     ({"code": 143, "turn": {"state": "over", "event": "Stop"}}, "submit", "done"),
     ({"code": 0, "denied": "Bash"}, "submit", "done"),
+    ({"code": 0, "turn": {"state": "working", "event": "UserPromptSubmit"}}, "resume", "ended early"),
     ({"code": 3}, "fail", "crashed"),
     ({"code": 137}, "resume", "killed (out of memory?)"),
     ({"code": 139}, "resume", "killed"),
