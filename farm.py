@@ -693,6 +693,11 @@ def describe_damage(path: str, error: Exception) -> DamagedState:
                         "mend it in an editor, or see: ./farm.py doctor  (doctor --fix keeps it aside and rebuilds it)")
 
 
+def number_of(task_id: str) -> int:
+    """7 for t-0007; 0 for an id that a person has chosen."""
+    return int(task_id[2:]) if task_id.startswith("t-") and task_id[2:].isdecimal() else 0
+
+
 class State:
     """All that lies on disk, in memory: each task once, its outranked copies named in `losers`.
 
@@ -735,11 +740,12 @@ class State:
     def next_seq(self) -> int:
         return 1 + max((task.seq for task in self.all_tasks()), default=0)
 
+    def last_number(self) -> int:
+        """The highest number that an id has. None is used again: `done` keeps those of finished work."""
+        return max(map(number_of, (*self.done, *(task.id for task in self.all_tasks()))), default=0)
+
     def next_id(self) -> str:
-        """Numbers are never used again: `done` keeps those of finished work."""
-        known = [*self.done, *(task.id for task in self.all_tasks())]
-        numbers = [int(name[2:]) for name in known if name.startswith("t-") and name[2:].isdecimal()]
-        return f"t-{1 + max(numbers, default=0):04d}"
+        return f"t-{self.last_number() + 1:04d}"
 
     def drop_losers(self) -> None:
         """Keep of each task the copy that wins, remember the others in `losers`: (place, id, agent)."""
@@ -1327,18 +1333,19 @@ class TaskQueue:
         """
         state, now = self.state, utc(CLOCK.now())
         sources = {task.source: task for task in state.all_tasks() if task.source}
-        answers, seq = [], state.next_seq()
+        answers, seq, number = [], state.next_seq(), state.last_number()
         for draft in drafts:
             known = sources.get(draft.source)
-            if known is None:
-                if draft.id and (state.find_task(draft.id) or draft.id in state.done):
-                    raise UsageError(f"there is a task {draft.id} already", "./farm.py tasks")
-                known = draft._replace(id=draft.id or state.next_id(), seq=seq + len(answers), added_at=now,
-                                       max_attempts=draft.max_attempts or max_attempts, rev=1)
-                state.pending[known.id] = known
-                answers.append((known, True))
-            else:
+            if known is not None:
                 answers.append((known, False))
+                continue
+            if draft.id and (state.find_task(draft.id) or draft.id in state.done):
+                raise UsageError(f"there is a task {draft.id} already", "./farm.py tasks")
+            task = draft._replace(id=draft.id or f"t-{number + 1:04d}", seq=seq + len(answers), added_at=now,
+                                  max_attempts=draft.max_attempts or max_attempts, rev=1)
+            number = max(number, number_of(task.id))  # counted along: to look through all ids for each would be quadratic
+            state.pending[task.id] = task
+            answers.append((task, True))
         new = self.resolve_after([task for task, is_new in answers if is_new], drafts, answers)
         if new:
             self.tx.write("pending")
