@@ -33,18 +33,32 @@ from __future__ import annotations
 import collections
 import errno
 import fcntl
-import functools
-import heapq
-import json
-import math
 import os
-import re
 import sys
 import time
+
+try:
+    import _json
+except ImportError:  # not CPython
+    _json = None
 
 SCHEMA = 1
 TOOLKIT = os.path.dirname(os.path.abspath(__file__))
 SCRIPTS = os.path.join(TOOLKIT, "scripts")
+
+
+class LazyModule:
+    """A module that is imported when something of it is first used: json and re alone take a fifth of an agent's verb."""
+
+    def __init__(self, name: str):
+        self.module_name = name
+
+    def __getattr__(self, attribute: str):
+        value = self.__dict__[attribute] = getattr(__import__(self.module_name), attribute)
+        return value
+
+
+functools, heapq, json, math, re = map(LazyModule, ("functools", "heapq", "json", "math", "re"))
 
 # ---------------------------------------------------------------------------------------------- errors
 
@@ -625,9 +639,39 @@ class Disk:
     list_folder = staticmethod(os.listdir)
 
 
+class JsonRules:
+    """What json.loads tells the half of it that is written in C."""
+
+    strict, object_hook, object_pairs_hook, parse_float, parse_int, parse_constant = True, None, None, float, int, float
+
+
+def parse_json(text: str):
+    """json.loads; by its C half alone where that is all it takes. Raises ValueError (json.JSONDecodeError) and RecursionError."""
+    try:
+        value, end = _json.make_scanner(JsonRules)(text, 0)
+        if not text[end:].strip(" \t\n\r"):
+            return value
+    except (AttributeError, StopIteration, ValueError, SystemError):
+        pass  # no _json; or no JSON, and json words the error (until it is imported, CPython 3.11 has none but SystemError)
+    return json.loads(text)
+
+
+def dump_json(data) -> str:
+    """json.dumps with ensure_ascii=False, likewise."""
+    if _json is None:
+        return json.dumps(data, ensure_ascii=False)
+    encode = _json.make_encoder(None, json_refuses, _json.encode_basestring, None, ": ", ", ", False, False, True)
+    return "".join(encode(data, 0))
+
+
+def json_refuses(value):
+    """Raises TypeError for what JSON cannot say."""
+    json.dumps(value)
+
+
 def dump_line(data) -> str:
     """Compact JSON with no raw control character, C1 and DEL included."""
-    text = json.dumps(data, ensure_ascii=False)
+    text = dump_json(data)
     if text.isprintable():  # nearly always; compiling the pattern would cost every verb 2 ms
         return text
     return re.sub("[\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
@@ -635,10 +679,10 @@ def dump_line(data) -> str:
 
 def dump_records(head: dict, lists: dict) -> bytes:
     """A document with one record a line: `head`'s keys first, then each list of `lists`."""
-    parts = [f" {json.dumps(key)}: {dump_line(value)}" for key, value in head.items()]
+    parts = [f" {dump_line(key)}: {dump_line(value)}" for key, value in head.items()]
     for key, records in lists.items():
         body = ",\n  ".join(dump_line(record) for record in records)
-        parts.append(f" {json.dumps(key)}: [\n  {body}\n ]" if records else f" {json.dumps(key)}: []")
+        parts.append(f" {dump_line(key)}: [\n  {body}\n ]" if records else f" {dump_line(key)}: []")
     return ("{\n" + ",\n".join(parts) + "\n}\n").encode("utf-8")
 
 
@@ -648,6 +692,11 @@ def describe_damage(path: str, error: Exception) -> DamagedState:
     what = error.msg if isinstance(error, json.JSONDecodeError) else error
     return DamagedState(f"{path}{where}: {what}; nothing was written",
                         "mend it in an editor, or see: ./farm.py doctor  (doctor --fix keeps it aside and rebuilds it)")
+
+
+def number_of(task_id: str) -> int:
+    """7 for t-0007; 0 for an id that a person has chosen."""
+    return int(task_id[2:]) if task_id.startswith("t-") and task_id[2:].isdecimal() else 0
 
 
 class State:
@@ -692,11 +741,12 @@ class State:
     def next_seq(self) -> int:
         return 1 + max((task.seq for task in self.all_tasks()), default=0)
 
+    def last_number(self) -> int:
+        """The highest number that an id has. None is used again: `done` keeps those of finished work."""
+        return max(map(number_of, (*self.done, *(task.id for task in self.all_tasks()))), default=0)
+
     def next_id(self) -> str:
-        """Numbers are never used again: `done` keeps those of finished work."""
-        known = [*self.done, *(task.id for task in self.all_tasks())]
-        numbers = [int(name[2:]) for name in known if name.startswith("t-") and name[2:].isdecimal()]
-        return f"t-{1 + max(numbers, default=0):04d}"
+        return f"t-{self.last_number() + 1:04d}"
 
     def drop_losers(self) -> None:
         """Keep of each task the copy that wins, remember the others in `losers`: (place, id, agent)."""
@@ -774,7 +824,7 @@ class Store:
         path = self.path(name)
         for attempts_left in (2, 1, 0):
             try:
-                data = json.loads(self.disk.read(path).decode("utf-8"))
+                data = parse_json(self.disk.read(path).decode("utf-8"))
                 if isinstance(data, dict):
                     return data
                 damage = ValueError(f"expected a JSON object, found {type(data).__name__}")
@@ -1284,18 +1334,19 @@ class TaskQueue:
         """
         state, now = self.state, utc(CLOCK.now())
         sources = {task.source: task for task in state.all_tasks() if task.source}
-        answers, seq = [], state.next_seq()
+        answers, seq, number = [], state.next_seq(), state.last_number()
         for draft in drafts:
             known = sources.get(draft.source)
-            if known is None:
-                if draft.id and (state.find_task(draft.id) or draft.id in state.done):
-                    raise UsageError(f"there is a task {draft.id} already", "./farm.py tasks")
-                known = draft._replace(id=draft.id or state.next_id(), seq=seq + len(answers), added_at=now,
-                                       max_attempts=draft.max_attempts or max_attempts, rev=1)
-                state.pending[known.id] = known
-                answers.append((known, True))
-            else:
+            if known is not None:
                 answers.append((known, False))
+                continue
+            if draft.id and (state.find_task(draft.id) or draft.id in state.done):
+                raise UsageError(f"there is a task {draft.id} already", "./farm.py tasks")
+            task = draft._replace(id=draft.id or f"t-{number + 1:04d}", seq=seq + len(answers), added_at=now,
+                                  max_attempts=draft.max_attempts or max_attempts, rev=1)
+            number = max(number, number_of(task.id))  # counted along: to look through all ids for each would be quadratic
+            state.pending[task.id] = task
+            answers.append((task, True))
         new = self.resolve_after([task for task, is_new in answers if is_new], drafts, answers)
         if new:
             self.tx.write("pending")
@@ -5394,8 +5445,11 @@ class Call:
 
 def parse_options(verb_name: str, argv: list[str]) -> tuple[list[str], dict]:
     """getopt over the verb's option words; (positional, options). Raises UsageError."""
+    without = sys.modules.setdefault("gettext", None)  # getopt can do without it, and it would import re
     import getopt
 
+    if without is None:
+        del sys.modules["gettext"]
     kinds, shorts, short_names = {}, "", {}
     for word in (VERBS[verb_name].options + " " + GLOBAL_OPTIONS).split():
         short, bar, rest = word.partition("|")

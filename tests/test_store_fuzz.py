@@ -66,7 +66,9 @@ class Farm:
         self.files = self.read()
 
     def read(self) -> dict[str, bytes]:
-        return {str(path.relative_to(self.folder)): path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
+        """Every file but the locks under which pins are moved: they are empty."""
+        files = [path for path in self.folder.rglob("*") if path.is_file() and not path.name.startswith(".pin-")]
+        return {str(path.relative_to(self.folder)): path.read_bytes() for path in files}
 
     def restore(self) -> None:
         now = self.read()
@@ -121,7 +123,7 @@ def place(sandbox, capsys, monkeypatch):
     """No waiting for an editor's save, no git, no tmux: the files are what counts."""
     monkeypatch.setattr(farm, "time", SimpleNamespace(**{**vars(time), "sleep": lambda _seconds: None}))
     monkeypatch.setattr(farm, "spawn_script", lambda *_: "c0ffee\n")
-    monkeypatch.setattr(farm, "probe_sessions", lambda _socket: {})
+    monkeypatch.setattr(farm, "probe_sessions", lambda *_: {})
     (sandbox.work / "repo" / ".git").mkdir(parents=True)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, limits[1]))  # a huge number in a file must not take the memory of all
