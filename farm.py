@@ -1447,38 +1447,48 @@ class TaskQueue:
 # ---------------------------------------------------------------------------------------------- task files
 # People keep tasks in lists of many kinds. All or nothing: a file with one bad line adds no task at all.
 
-CHECKBOX = r"^(\s*)[-*+] \[([ xX])\]\s+(.*)$"
+CHECKBOX = r"^(\s*)(?:[-*+]|\d+[.)])\s+\[([ xX])\]\s+(\S.*)$"
+NEARLY_CHECKBOX = r"^\s*(?:[-*+]|\d+[.)])\s*\[(?:\s*[xX]?\s*|[^\w\s])\](?!\()"
 
 
-def parse_checklist(text: str) -> list[Task]:
+def parse_checklist(text: str, name: str) -> list[Task]:
     """`- [ ] title`, deeper text below it is the prompt; a deeper checkbox comes first: the item is `after` it.
 
-    Checked items are passed over.
+    Checked items are passed over. Raises UsageError that names a line which is nearly a checkbox.
     """
     drafts: list[Task] = []
-    open_items: list[tuple[int, int | None]] = []
-    for line in text.splitlines():
-        item, indent = re.match(CHECKBOX, line), len(line) - len(line.lstrip())
+    bodies: list[list[str]] = []
+    open_items: list[tuple[int, int | None]] = []  # (indent, index of its draft; None for a checked one)
+    in_code = False
+    for number, line in enumerate(text.expandtabs(4).splitlines(), 1):
+        item, indent = None if in_code else re.match(CHECKBOX, line), len(line) - len(line.lstrip())
+        if not item and not in_code and re.match(NEARLY_CHECKBOX, line):
+            raise UsageError(f"{name}, line {number}: {one_line(line, 60)!r} is nearly a task (`- [ ] title`); nothing was added")
+        while open_items and line.strip() and not in_code and open_items[-1][0] >= indent:
+            open_items.pop()
+        parent = open_items[-1][1] if open_items else None
         if item:
-            while open_items and open_items[-1][0] >= indent:
-                open_items.pop()
-            index = None if item[2] in "xX" else len(drafts)
-            parent = open_items[-1][1] if open_items else None
+            index = len(drafts) if item[2] == " " else None
             if index is not None:
                 drafts.append(Task(title=item[3].strip()))
+                bodies.append([])
                 if parent is not None:
                     drafts[parent] = drafts[parent]._replace(after=[*drafts[parent].after, f"\0{index}"])
             open_items.append((indent, index))
-        elif line.strip() and indent == 0:
-            open_items = []
-        elif open_items and open_items[-1][1] is not None and (line.strip() or drafts[open_items[-1][1]].prompt):
-            draft = drafts[open_items[-1][1]]
-            drafts[open_items[-1][1]] = draft._replace(prompt=(draft.prompt + "\n" + line.strip()).lstrip("\n"))
-    return [draft._replace(prompt=draft.prompt.rstrip()) for draft in drafts]
+        elif parent is not None:
+            bodies[parent].append(line)
+            in_code ^= line.lstrip().startswith("```")
+    return [draft._replace(prompt=dedent(body)) for draft, body in zip(drafts, bodies, strict=True)]
+
+
+def dedent(lines: list[str]) -> str:
+    """Lines without the indent that all have, and without blank ones around them."""
+    indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
+    return "\n".join(line[indent:].rstrip() for line in lines).strip("\n")
 
 
 def parse_json_item(item, where: str) -> Task:
-    """One object: a task's own keys, or an issue as `gh issue list --json number,title,body` prints it."""
+    """One object: a task's own keys, or an issue as `gh issue list --json number,title,body,labels,url` prints it."""
     if isinstance(item, str):
         item = {"title": item}
     if not isinstance(item, dict) or not isinstance(item.get("title"), str) or not item["title"].strip():
@@ -1486,8 +1496,12 @@ def parse_json_item(item, where: str) -> Task:
     own = ("id", "title", "prompt", "priority", "after", "paths", "max_attempts", "time_limit_seconds", "budget_usd")
     fields = {key: item[key] for key in own if key in item}
     fields.setdefault("prompt", item.get("body") or "")
+    if isinstance(fields["prompt"], str):
+        fields["prompt"] = fields["prompt"].replace("\r\n", "\n")
     if "number" in item:
         fields["source"] = f"issue {item['number']}"
+    if isinstance(item.get("url"), str):
+        fields["url"] = one_line(item["url"], 500)
     try:
         draft = Task.from_json(fields)
     except ValueError as error:
@@ -1498,32 +1512,50 @@ def parse_json_item(item, where: str) -> Task:
 
 
 def parse_json_tasks(text: str, name: str) -> list[Task]:
-    """A JSON array, or one JSON object a line. Raises UsageError that names the line or item."""
-    if text.lstrip().startswith("["):
+    """A JSON array, one JSON object a line, or objects one after the other. Raises UsageError that names the line or item."""
+    drafts, lines = [], text.splitlines()
+    first = next(line for line in lines if line.strip())
+    if first.lstrip().startswith("{") and is_json(first):
+        items = [(f"line {number}", line, number) for number, line in enumerate(lines, 1) if line.strip()]
+    else:
+        items = [("item", text, 1)]
+    for where, piece, first_line in items:
         try:
-            return [parse_json_item(item, f"{name}, item {number}") for number, item in enumerate(json.loads(text), 1)]
+            found = list(read_values(piece))
         except json.JSONDecodeError as error:
-            raise UsageError(f"{name}, line {error.lineno}: {error.msg}; nothing was added") from None
-    drafts = []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            if line.strip():
-                drafts.append(parse_json_item(json.loads(line), f"{name}, line {number}"))
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{name}, line {number}: {error.msg}; nothing was added") from None
+            raise UsageError(f"{name}, line {first_line + error.lineno - 1}: {error.msg}; nothing was added") from None
+        found = found[0] if len(found) == 1 and isinstance(found[0], list) else found
+        for number, item in enumerate(found, 1):
+            drafts.append(parse_json_item(item, f"{name}, {where}" + (f" {number}" if where == "item" else "")))
     return drafts
+
+
+def is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def read_values(text: str):
+    """JSON values that stand one after the other. Raises json.JSONDecodeError."""
+    decoder, place = json.JSONDecoder(), 0
+    while rest := text[place:].lstrip():
+        value, place = decoder.raw_decode(text, len(text) - len(rest))
+        yield value
 
 
 def parse_tasks(text: str, name: str) -> list[Task]:
     """Drafts from a checklist, JSON or plain lines, each with the `source` that keeps it from being added twice."""
     import zlib
 
-    if any(re.match(CHECKBOX, line) for line in text.splitlines()):
-        drafts = parse_checklist(text)
-    elif text.lstrip().startswith(("{", "[")):
+    lines = [line.strip() for line in text.splitlines()]
+    if re.match(r"\s*(?:\{|\[\s*(?:[\[{\"\]]|\Z))", text):
         drafts = parse_json_tasks(text, name)
+    elif any(re.match(CHECKBOX, line) or re.match(NEARLY_CHECKBOX, line) for line in lines):
+        drafts = parse_checklist(text, name)
     else:
-        lines = [line.strip() for line in text.splitlines()]
         drafts = [Task(title=line) for line in lines if line and not line.startswith("#")]
     seen = collections.Counter()
     for index, draft in enumerate(drafts):
