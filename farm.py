@@ -1498,38 +1498,48 @@ class TaskQueue:
 # ---------------------------------------------------------------------------------------------- task files
 # People keep tasks in lists of many kinds. All or nothing: a file with one bad line adds no task at all.
 
-CHECKBOX = r"^(\s*)[-*+] \[([ xX])\]\s+(.*)$"
+CHECKBOX = r"^(\s*)(?:[-*+]|\d+[.)])\s+\[([ xX])\]\s+(\S.*)$"
+NEARLY_CHECKBOX = r"^\s*(?:[-*+]|\d+[.)])\s*\[(?:\s*[xX]?\s*|[^\w\s])\](?!\()"
 
 
-def parse_checklist(text: str) -> list[Task]:
+def parse_checklist(text: str, name: str) -> list[Task]:
     """`- [ ] title`, deeper text below it is the prompt; a deeper checkbox comes first: the item is `after` it.
 
-    Checked items are passed over.
+    Checked items are passed over. Raises UsageError that names a line which is nearly a checkbox.
     """
     drafts: list[Task] = []
-    open_items: list[tuple[int, int | None]] = []
-    for line in text.splitlines():
-        item, indent = re.match(CHECKBOX, line), len(line) - len(line.lstrip())
+    bodies: list[list[str]] = []
+    open_items: list[tuple[int, int | None]] = []  # (indent, index of its draft; None for a checked one)
+    in_code = False
+    for number, line in enumerate(text.expandtabs(4).splitlines(), 1):
+        item, indent = None if in_code else re.match(CHECKBOX, line), len(line) - len(line.lstrip())
+        if not item and not in_code and re.match(NEARLY_CHECKBOX, line):
+            raise UsageError(f"{name}, line {number}: {one_line(line, 60)!r} is nearly a task (`- [ ] title`); nothing was added")
+        while open_items and line.strip() and not in_code and open_items[-1][0] >= indent:
+            open_items.pop()
+        parent = open_items[-1][1] if open_items else None
         if item:
-            while open_items and open_items[-1][0] >= indent:
-                open_items.pop()
-            index = None if item[2] in "xX" else len(drafts)
-            parent = open_items[-1][1] if open_items else None
+            index = len(drafts) if item[2] == " " else None
             if index is not None:
                 drafts.append(Task(title=item[3].strip()))
+                bodies.append([])
                 if parent is not None:
                     drafts[parent] = drafts[parent]._replace(after=[*drafts[parent].after, f"\0{index}"])
             open_items.append((indent, index))
-        elif line.strip() and indent == 0:
-            open_items = []
-        elif open_items and open_items[-1][1] is not None and (line.strip() or drafts[open_items[-1][1]].prompt):
-            draft = drafts[open_items[-1][1]]
-            drafts[open_items[-1][1]] = draft._replace(prompt=(draft.prompt + "\n" + line.strip()).lstrip("\n"))
-    return [draft._replace(prompt=draft.prompt.rstrip()) for draft in drafts]
+        elif parent is not None:
+            bodies[parent].append(line)
+            in_code ^= line.lstrip().startswith("```")
+    return [draft._replace(prompt=dedent(body)) for draft, body in zip(drafts, bodies, strict=True)]
+
+
+def dedent(lines: list[str]) -> str:
+    """Lines without the indent that all have, and without blank ones around them."""
+    indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
+    return "\n".join(line[indent:].rstrip() for line in lines).strip("\n")
 
 
 def parse_json_item(item, where: str) -> Task:
-    """One object: a task's own keys, or an issue as `gh issue list --json number,title,body` prints it."""
+    """One object: a task's own keys, or an issue as `gh issue list --json number,title,body,labels,url` prints it."""
     if isinstance(item, str):
         item = {"title": item}
     if not isinstance(item, dict) or not isinstance(item.get("title"), str) or not item["title"].strip():
@@ -1537,8 +1547,12 @@ def parse_json_item(item, where: str) -> Task:
     own = ("id", "title", "prompt", "priority", "after", "paths", "max_attempts", "time_limit_seconds", "budget_usd")
     fields = {key: item[key] for key in own if key in item}
     fields.setdefault("prompt", item.get("body") or "")
+    if isinstance(fields["prompt"], str):
+        fields["prompt"] = fields["prompt"].replace("\r\n", "\n")
     if "number" in item:
         fields["source"] = f"issue {item['number']}"
+    if isinstance(item.get("url"), str):
+        fields["url"] = one_line(item["url"], 500)
     try:
         draft = Task.from_json(fields)
     except ValueError as error:
@@ -1549,32 +1563,50 @@ def parse_json_item(item, where: str) -> Task:
 
 
 def parse_json_tasks(text: str, name: str) -> list[Task]:
-    """A JSON array, or one JSON object a line. Raises UsageError that names the line or item."""
-    if text.lstrip().startswith("["):
+    """A JSON array, one JSON object a line, or objects one after the other. Raises UsageError that names the line or item."""
+    drafts, lines = [], text.splitlines()
+    first = next(line for line in lines if line.strip())
+    if first.lstrip().startswith("{") and is_json(first):
+        items = [(f"line {number}", line, number) for number, line in enumerate(lines, 1) if line.strip()]
+    else:
+        items = [("item", text, 1)]
+    for where, piece, first_line in items:
         try:
-            return [parse_json_item(item, f"{name}, item {number}") for number, item in enumerate(json.loads(text), 1)]
+            found = list(read_values(piece))
         except json.JSONDecodeError as error:
-            raise UsageError(f"{name}, line {error.lineno}: {error.msg}; nothing was added") from None
-    drafts = []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            if line.strip():
-                drafts.append(parse_json_item(json.loads(line), f"{name}, line {number}"))
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{name}, line {number}: {error.msg}; nothing was added") from None
+            raise UsageError(f"{name}, line {first_line + error.lineno - 1}: {error.msg}; nothing was added") from None
+        found = found[0] if len(found) == 1 and isinstance(found[0], list) else found
+        for number, item in enumerate(found, 1):
+            drafts.append(parse_json_item(item, f"{name}, {where}" + (f" {number}" if where == "item" else "")))
     return drafts
+
+
+def is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def read_values(text: str):
+    """JSON values that stand one after the other. Raises json.JSONDecodeError."""
+    decoder, place = json.JSONDecoder(), 0
+    while rest := text[place:].lstrip():
+        value, place = decoder.raw_decode(text, len(text) - len(rest))
+        yield value
 
 
 def parse_tasks(text: str, name: str) -> list[Task]:
     """Drafts from a checklist, JSON or plain lines, each with the `source` that keeps it from being added twice."""
     import zlib
 
-    if any(re.match(CHECKBOX, line) for line in text.splitlines()):
-        drafts = parse_checklist(text)
-    elif text.lstrip().startswith(("{", "[")):
+    lines = [line.strip() for line in text.splitlines()]
+    if re.match(r"\s*(?:\{|\[\s*(?:[\[{\"\]]|\Z))", text):
         drafts = parse_json_tasks(text, name)
+    elif any(re.match(CHECKBOX, line) or re.match(NEARLY_CHECKBOX, line) for line in lines):
+        drafts = parse_checklist(text, name)
     else:
-        lines = [line.strip() for line in text.splitlines()]
         drafts = [Task(title=line) for line in lines if line and not line.startswith("#")]
     seen = collections.Counter()
     for index, draft in enumerate(drafts):
@@ -4700,6 +4732,7 @@ LEFT, RIGHT, TOP, ROW = 96, 972, 22, 18
 STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 172800, 604800)
 ENDS = {"submitted": "queued", "attempt-failed": "failed", "owner-died": "failed", "released": "released", "returned": "returned",
         "landed": "landed"}
+STRIPS = {"waits": "waited for a person", "merging": "work being gated and merged"}
 FATES = {"landed": "landed", "queued": "in the merge queue", "returned": "came back", "failed": "failed", "released": "given back",
          "open": "not finished", "green": "green", "red": "red", "none": "no verdict", "cut": "ended early"}
 CAUSES = {"returned": "came back", "attempt-failed": "attempt failed", "owner-died": "agent died", "session-ended": "session ended"}
@@ -4728,7 +4761,8 @@ text{font-size:11px;fill:var(--soft)}.e{text-anchor:end}.m{text-anchor:middle}.g
 .red{fill:url(#red)}.queued,.released,.open,.none,.cut{fill:var(--paper);stroke:var(--blue)}.open,.cut{stroke-dasharray:3 2}
 .released,.none,.cut{stroke:var(--soft)}.in{font-size:10px;fill:var(--on);paint-order:stroke;stroke-width:4px;pointer-events:none}
 .open+.in,.queued+.in,.released+.in,.none+.in,.cut+.in{fill:var(--ink)}.failed+.in,.red+.in{stroke:var(--red)}.returned+.in{
-stroke:var(--amber)}.end{stroke:var(--ink);stroke-width:2}.a,.b{stroke:var(--blue);stroke-width:2;fill:none}.b{stroke:var(--soft);
+stroke:var(--amber)}.waits{stroke:var(--amber);stroke-width:3}.merging{stroke:var(--green);stroke-width:2;stroke-dasharray:3 1.5}
+.end{stroke:var(--ink);stroke-width:2}.a,.b{stroke:var(--blue);stroke-width:2;fill:none}.b{stroke:var(--soft);
 stroke-dasharray:5 4}.area{fill:var(--blue);opacity:.13}@media(max-width:40rem){main{padding:1.5rem 1rem}}@media print{:root{
 --paper:#fff;font-size:11px}main{padding:0;max-width:none}body{font-size:12px}svg{min-width:0}.wide{overflow:visible}tr,figure,
 dl div{break-inside:avoid}h2{break-after:avoid}}"""
@@ -4772,14 +4806,16 @@ def cause_of(why: str) -> str:
 class History:
     """events.jsonl, folded once.
 
-    work, here, gate: Stretches by start; series: state -> (at, count) steps; causes: (what, cause) -> ids; judged: submissions
-    that landed or came back after a gate; cost: name -> dollars, "" for all; unread: lines that are no event.
+    work, here, gate: Stretches by start; strips: those of an agent's row that waits for a person, or whose work is being gated and
+    merged; restarts: (agent, at); series: state -> (at, count) steps; causes: (what, cause) -> ids; judged: submissions that
+    landed or came back after a gate; cost, tokens: name -> dollars or count, "" for all; unread: lines that are no event.
     """
 
     def __init__(self):
         self.work, self.here, self.gate, self.times, self.latest = [], [], [], [], {}
         self.series, self.causes, self.states = collections.defaultdict(list), collections.defaultdict(list), {}
-        self.counts, self.cost, self.gated, self.judged, self.unread = collections.Counter(), collections.Counter(), set(), 0, 0
+        self.counts, self.cost, self.tokens = collections.Counter(), collections.Counter(), collections.Counter()
+        self.strips, self.open_strips, self.restarts, self.gated, self.judged, self.unread = [], {}, [], set(), 0, 0
 
     def is_open(self, *key: str) -> bool:
         return key in self.latest and self.latest[key].end is None
@@ -4799,11 +4835,13 @@ class History:
             self.latest[key].fate = fate
 
     def fold(self, at: float, event: dict) -> None:
-        kind, cost = event["event"], event.get("cost_usd")
+        kind = event["event"]
         task_id, agent = word(event.get("task"), "id"), word(event, "agent") or word(event.get("task"), "agent")
         self.times.append(at)
         if kind == "claimed":
             self.begin("work", at, agent, task_id)
+        if kind == "session-started" and ("here", agent) in self.latest:
+            self.restarts.append((agent, at))
         if kind in ("claimed", "session-started") and not self.is_open("here", agent):
             self.begin("here", at, agent, agent)
         if kind in ENDS:
@@ -4816,8 +4854,28 @@ class History:
             self.causes[CAUSES[kind], cause_of(word(event, "why", 500) or word(event, "cause"))].append(task_id or agent)
         if task_id:
             self.count(at, kind, task_id, event)
-        if isinstance(cost, (int, float)) and abs(cost) < 1e9:
-            self.cost.update(dict.fromkeys(("", agent, task_id), cost))
+        self.fold_strips(at, kind, task_id, agent)
+
+    def fold_strips(self, at: float, kind: str, task_id: str, agent: str) -> None:
+        if kind in ("agent-goes-on", "agent-waits", "session-ended", *ENDS):
+            self.close_strip(at, "waits", agent)
+        if kind in ("submitted", "landed", "returned"):
+            self.close_strip(at, "merging", task_id)
+        if kind in ("agent-waits", "submitted") and agent:
+            strip = Stretch(agent, task_id, at)
+            strip.fate = "waits" if kind == "agent-waits" else "merging"
+            self.open_strips[strip.fate, agent if kind == "agent-waits" else task_id] = strip
+            self.strips.append(strip)
+
+    def close_strip(self, at: float, *key: str) -> None:
+        if key in self.open_strips:
+            self.open_strips.pop(key).end = at
+
+    def fold_spending(self, lines: list[dict]) -> None:
+        for line in lines:
+            names = {"", one_line(line["agent"], 100), one_line(line["task"], 100)}
+            self.cost.update(dict.fromkeys(names, line["cost_usd"]))
+            self.tokens.update(dict.fromkeys(names, line["tokens_in"] + line["tokens_out"]))
 
     def fold_gate(self, at: float, kind: str, event: dict) -> None:
         slot, ids, colour = f"gate {one_line(str(event.get('slot')), 6)}", event.get("ids"), event.get("colour")
@@ -4845,6 +4903,8 @@ class History:
         """Give what is open an end: now where the farm is at work, else the last that is known of it."""
         self.times += [now] if is_live or not self.times else []
         last = max(self.times)
+        for strip in self.open_strips.values():
+            strip.end = last
         for stretch in self.work + self.here + self.gate:
             if stretch.end is None:  # a gate that was ended early leaves no event
                 is_cut = stretch in self.gate and not is_live
@@ -4864,6 +4924,7 @@ def fold_history(store: Store) -> History:
             history.unread += 1
     for at, event in sorted(events, key=lambda pair: pair[0]):
         history.fold(at, event)
+    history.fold_spending(read_spending(store))
     return history
 
 
@@ -4943,6 +5004,13 @@ def draw_bar(stretch: Stretch, label: str, name: str, y: int, scale: Scale) -> s
             f"{FATES[stretch.fate]}, {duration(stretch.seconds)}</title></rect>{text}")
 
 
+def draw_strip(strip: Stretch, y: int, scale: Scale) -> str:
+    """A line above the bar for a time of waiting, below it for work in the gate and merge."""
+    x, y = scale.x(strip.start), y + (1 if strip.fate == "waits" else ROW - 2)
+    words = f"{as_html(strip.what)} {STRIPS[strip.fate]}, {duration(strip.seconds)}".strip()
+    return f'<path class="{strip.fate}" d="M{x} {y}h{max(2.0, scale.x(strip.end) - x):.1f}"><title>{words}</title></path>'
+
+
 def draw_timeline(history: History, scale: Scale) -> tuple[str, int]:
     """Rows of agents, then of gate slots: the drawing and its height."""
     rows = sorted({here.row for here in history.here})
@@ -4959,6 +5027,9 @@ def draw_timeline(history: History, scale: Scale) -> tuple[str, int]:
         if here.fate == "ended":
             crosses.append(f'<path class="end" d="M{end - 3.5:.1f} {y - 3}l7 7m0-7l-7 7"><title>session ended</title></path>')
     out += [draw_bar(work, as_html(work.what, 40), as_html(work.what), tops["here", work.row], scale) for work in history.work]
+    out += [draw_strip(strip, tops["here", strip.row], scale) for strip in history.strips if ("here", strip.row) in tops]
+    crosses += [f'<path class="end" d="M{scale.x(at)} {tops["here", row] + 3}v10l5-5z"><title>session started again</title></path>'
+                for row, at in history.restarts if ("here", row) in tops]
     for gate in history.gate:
         ids = gate.what.removeprefix(gate.row).split()
         name = f"target with {as_html(', '.join(ids), 80)}" if ids else "the target, or one task alone"
@@ -5002,7 +5073,11 @@ def table(caption: str, heads: list[str], rows: list[list]) -> str:
 
 
 def dollars(history: History, name: str) -> str:
-    return f"${history.cost[name]:.2f}" if name in history.cost else ""
+    """Where only tokens are known, those."""
+    if history.cost[name]:
+        return f"${history.cost[name]:.2f}"
+    tokens = history.tokens[name]
+    return f"{tokens / 1e6:.1f}M tokens" if tokens >= 1e6 else f"{tokens // 1000 + 1}k tokens" if tokens else ""
 
 
 def find_commit_url(repo: str, remote: str) -> str:
@@ -5031,7 +5106,7 @@ def say_totals(history: History, tasks: list[Task]) -> str:
               ("Failed", states["failed"], f"and {states['canceled']} canceled"),
               ("Came back", happened["came back"], f"and {number(failed, 'failed attempt')}"),
               ("Work", duration(sum(work.seconds for work in history.work)), f"in {number(len(history.work), 'attempt')}"),
-              ("Gate runs", runs, saved), ("Cost", dollars(history, ""), "where agents said it"))
+              ("Gate runs", runs, saved), ("Cost", dollars(history, ""), f"{history.tokens['']:,} tokens, where agents said it"))
     items = [f"<div><dt>{name}</dt><dd>{value} <small>{words}</small></dd></div>" for name, value, words in totals if value != ""]
     return f'<dl>{"".join(items)}</dl>\n'
 
@@ -5043,9 +5118,12 @@ def say_agents(history: History) -> str:
         own, here = ([stretch for stretch in stretches if stretch.row == agent] for stretches in (history.work, history.here))
         busy, fates = sum(work.seconds for work in own), collections.Counter(work.fate for work in own)
         idle = sum(session.seconds for session in here) - busy
+        waits = [strip.seconds for strip in history.strips if strip.row == agent and strip.fate == "waits"]
         rows.append([as_html(agent, 40), len(own), fates["landed"], fates["returned"], fates["failed"], duration(busy),
-                     duration(idle), sum(session.fate == "ended" for session in here), dollars(history, agent)])
-    heads = ["Agent", "#Attempts", "#Landed", "#Came back", "#Failed", "#Worked", "#Idle", "#Session ends", "#Cost"]
+                     duration(idle), duration(sum(waits)) if waits else "", sum(session.fate == "ended" for session in here),
+                     sum(row == agent for row, _ in history.restarts) or "", dollars(history, agent)])
+    heads = ["Agent", "#Attempts", "#Landed", "#Came back", "#Failed", "#Worked", "#Idle", "#Waited for a person", "#Session ends",
+             "#Restarts", "#Cost"]
     return table("The same in numbers", heads, rows)
 
 
@@ -5102,6 +5180,9 @@ def say_pictures(history: History) -> str:
     """The timeline, its numbers, and two charts on the same scale."""
     scale, used = Scale(history), {stretch.fate for stretch in history.work + history.gate}
     keys = {FATES[fate]: f'<rect class="{fate}" x="1" y="1" width="18" height="8" rx="1.5"/>' for fate in FATES if fate in used}
+    strips = {strip.fate for strip in history.strips}
+    keys.update({STRIPS[fate]: f'<path class="{fate}" d="M0 5H20"/>' for fate in STRIPS if fate in strips})
+    keys.update({"session started again": '<path class="end" d="M7 1v8l5-4z"/>'} if history.restarts else {})
     keys.update({"idle": '<path class="idle" d="M0 5H20"/>', "session ended": '<path class="end" d="M6 1l8 8m0-8l-8 8"/>'})
     if len(scale.parts) > 1:
         keys["nothing happened, cut out"] = '<rect class="quiet" x="5" y="-2" width="10" height="14"/>'

@@ -397,14 +397,61 @@ def test_a_quiet_night_is_cut_out(busy):
     assert "nothing happened, cut out" in page.words()
 
 
-def test_cost_is_told_only_where_events_carry_it(busy):
+def spend(busy, agent: str, task: str, cost: float, tokens: int = 1000, **fields) -> None:
+    line = {"at": toolkit.utc(busy.now), "task": task, "agent": agent, "attempt": 1, "fence": f"{task}.{cost}", "preset": "claude",
+            "tokens_in": tokens, "tokens_out": 0, "cost_usd": cost, **fields}
+    with open(busy.store.path("usage.jsonl"), "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def test_cost_is_told_where_it_is_known(busy):
     assert "Cost" not in busy.page().words()
-    busy.event("turn-ended", agent=A, cost_usd=0.25)
-    busy.store.append_event("turn-ended", toolkit.Task(id="t-0001", title="one"), agent=A, cost_usd=1.5)
+    spend(busy, A, "t-0002", 0.25), spend(busy, A, "t-0001", 1.5)
     page = busy.page()
-    assert page.totals()["Cost"].startswith("$1.75")
+    assert page.totals()["Cost"] == "$1.75 2,000 tokens, where agents said it"
     assert page.table("The same in numbers")[0]["Cost"] == "$1.75"
     assert page.table("Failed ones first")[1]["Cost"] == "$1.50"
+
+
+def test_a_resumed_conversation_costs_once(busy):
+    spend(busy, A, "t-0001", 1.5, conversation="c")
+    spend(busy, A, "t-0001", 2.5, conversation="c")
+    assert busy.page().totals()["Cost"].startswith("$2.50")
+
+
+def test_where_only_tokens_are_known_they_are_told(busy):
+    spend(busy, A, "t-0001", 0.0, 2_500_000)
+    assert busy.page().totals()["Cost"].startswith("2.5M tokens")
+
+
+def strips(page, kind: str) -> list[str]:
+    return [text for attributes, text in page.all("path", **{"class": kind}) if text]
+
+
+def test_times_of_waiting_for_a_person_are_drawn_and_counted(busy):
+    third = busy.claim(A, "t-0002") if "t-0002" in busy.store.snapshot().pending else None
+    assert third is None
+    busy.add("five")
+    claim = busy.claim(B)
+    busy.event("agent-waits", agent=B, why="May I?", id="t-0005")
+    busy.now += 300
+    busy.event("agent-goes-on", agent=B, why="", id="t-0005")
+    busy.submit(claim)
+    page = busy.page()
+    assert strips(page, "waits") == ["waited for a person, 5m"]
+    assert page.table("The same in numbers")[1]["Waited for a person"] == "5m"
+    assert "waited for a person" in page.all("figcaption")[0][1]
+
+
+def test_the_time_from_submit_to_landing_is_drawn_on_the_agents_row(busy):
+    assert "t-0001 work being gated and merged, 2m" in strips(busy.page(), "merging")
+
+
+def test_a_session_that_started_again_is_marked(busy):
+    busy.event("session-started", agent=B)
+    page = busy.page()
+    assert "session started again" in page.all("figcaption")[0][1]
+    assert [row["Restarts"] for row in page.table("The same in numbers")] == ["", "1"]
 
 
 @pytest.mark.parametrize(("url", "link"), [

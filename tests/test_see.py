@@ -812,3 +812,90 @@ def test_a_command_that_hangs_is_ended(farm, monkeypatch, sandbox):
     toolkit.run_notice("sleep 1000 & sleep 1000", {"event": "drained"}, store)
     assert find_processes(sandbox.token) == []
     assert "drained: exit code -9" in (farm.folder / "logs" / "notify.log").read_text()
+
+
+# ---------------------------------------------------------------------------------------------- add
+
+CHECKLIST = """\
+# Plan
+
+1. [ ] Whole
+   what it is for
+
+       indented = "code"
+   - [ ] Part one
+     about part one
+     - [ ] Detail
+   - [x] Part two, done
+     this belongs to nobody
+   ```
+   - [ ] not a task, but an example
+   ```
+   more of the whole
+- [ ] Alone
+"""
+
+
+def added(farm, text: str) -> dict[str, dict]:
+    farm.ok("add", "-f", "-", input=text)
+    records = json.loads((farm.folder / "task_queue" / "pending.json").read_text())["tasks"]
+    return {record["title"]: record for record in records}
+
+
+def test_sub_items_come_first_and_texts_keep_to_their_items(farm):
+    tasks = added(farm, CHECKLIST)
+    assert list(tasks) == ["Whole", "Part one", "Detail", "Alone"]
+    ids = {title: task["id"] for title, task in tasks.items()}
+    after = {title: task.get("after", []) for title, task in tasks.items()}
+    assert after == {"Whole": [ids["Part one"]], "Part one": [ids["Detail"]], "Detail": [], "Alone": []}
+    assert tasks["Part one"]["prompt"] == "about part one"
+    assert tasks["Whole"]["prompt"] == (
+        'what it is for\n\n    indented = "code"\n```\n- [ ] not a task, but an example\n```\nmore of the whole')
+
+
+ISSUES = [
+    {"body": "It fails.\r\n\r\n- [ ] a box of the issue's own\r\n", "labels": [{"id": "L", "name": "bug", "color": "f00"}],
+     "number": 12, "title": "Fix the \"login\" test", "url": "https://github.com/o/r/issues/12"},
+    {"body": "", "labels": [], "number": 7, "title": "[ui] Say hello", "url": "https://github.com/o/r/issues/7"},
+]
+
+
+@pytest.mark.parametrize("form", ["one line", "pretty", "an object a line", "pretty objects"])
+def test_issues_of_gh_are_taken_as_they_are(farm, form):
+    text = {"one line": json.dumps(ISSUES), "pretty": json.dumps(ISSUES, indent=2),
+            "an object a line": "\n".join(map(json.dumps, ISSUES)),
+            "pretty objects": "\n".join(json.dumps(issue, indent=2) for issue in ISSUES)}[form]
+    tasks = added(farm, text)
+    assert list(tasks) == ['Fix the "login" test', "[ui] Say hello"]
+    assert tasks['Fix the "login" test']["prompt"] == "It fails.\n\n- [ ] a box of the issue's own\n"
+    assert (tasks["[ui] Say hello"]["source"], tasks["[ui] Say hello"]["url"]) == ("issue 7", "https://github.com/o/r/issues/7")
+    changed = [{**ISSUES[0], "title": "Fix it"}, ISSUES[1]]
+    farm.ok("add", "-f", "-", input=json.dumps(changed))
+    assert len(farm.json("tasks")) == 2
+
+
+def test_plain_lines_may_begin_with_a_bracket(farm):
+    assert list(added(farm, "[ui] first\n[db] second\n")) == ["[ui] first", "[db] second"]
+
+
+NEARLY = ["- [] no space", "-[ ] no space", "- [ ]no space", "- [ ]", "* [?] what", "  - [  ] two", "1. []x"]
+
+
+@pytest.mark.parametrize("line", NEARLY)
+def test_a_line_that_is_nearly_a_task_names_itself_and_adds_nothing(farm, line):
+    said = farm.refused(2, "add", "-f", "-", input=f"- [ ] good\n\n{line}\n- [ ] good too\n")
+    assert "-, line 3: " in said and "nothing was added" in said
+    assert farm.json("tasks") == []
+
+
+@pytest.mark.parametrize("line", ["- [link](https://example.org)", "- [1] a note", "- plain", "[ ] no bullet"])
+def test_other_lines_of_a_list_are_no_mistake(farm, line):
+    assert list(added(farm, f"- [ ] good\n\n{line}\n")) == ["good"]
+
+
+@pytest.mark.parametrize(("text", "where"), [('{"title": "a"}\n{"title": \n{"title": "b"}\n', "line 2"),
+                                             ('[\n {"title": "a"},\n {"title": }\n]', "line 3"),
+                                             ('{\n "title": "a"\n}\n{\n "titel": "b"\n}', "item 2")])
+def test_a_bad_line_of_json_names_itself_and_adds_nothing(farm, text, where):
+    assert where in farm.refused(2, "add", "-f", "-", input=text)
+    assert farm.json("tasks") == []
