@@ -2128,7 +2128,8 @@ def judge_end(code: int, turn: dict, ending: dict, spent: Spent, tail: str) -> O
     """
     if ending:
         return Outcome("fail", ending["event"], ending["message"])
-    error = turn.get("message", "") if turn.get("event") == "StopFailure" else spent.error
+    told = turn.get("message", "") if turn.get("event") == "StopFailure" else ""
+    error = spent.error if re.search(r"\|\d{10}\b", spent.error) else told or spent.error  # the exact end of a limit goes first
     cause = find_cause(error) if error else ""
     if cause in NO_FAULT:
         return Outcome("release", cause, error)
