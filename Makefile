@@ -1,11 +1,11 @@
 # Agent farm: many coding agents on one git repo, and a main branch that is never red. `make` alone prints the help.
 
 N      ?= 10
-# how many agents
+# how many agents (a mix says it by itself)
 BASE   ?=
 # the target branch: agents start from it, work lands on it (default: the branch that REPO has checked out)
 AGENT  ?=
-# a preset (claude, codex, gemini, opencode, aider) or any command (default: claude when it is on PATH)
+# a preset (claude, claude-print, codex, gemini, opencode, aider), a mix such as claude:6,codex:4, or any command (default: claude)
 GATE   ?=
 # the test command that must pass before anything lands, such as 'make test'
 TASKS  ?=
@@ -44,7 +44,7 @@ demo: setup ## a throw-away repo, ten scripted agents, twelve tasks: see it work
 	@$(PY) '$(TOOLKIT)/tests/demo.py'
 farm: setup ## start N agents on REPO: make farm N=10 TASKS=tasks.md AGENT=claude GATE='make test'
 	@$(if $(value TASKS),$(FARM) add -f $(call quote,TASKS))
-	@$(FARM) up -n $(call quote,N) $(call option,--into,BASE) $(call option,--agent,AGENT) $(call option,--gate,GATE)
+	@$(FARM) up $(if $(and $(findstring :,$(value AGENT)),$(filter file,$(origin N))),,-n $(call quote,N)) $(call option,--into,BASE) $(call option,--agent,AGENT) $(call option,--gate,GATE)
 add: setup ## add the tasks of a file: make add TASKS=tasks.md
 	@$(FARM) add -f $(call quote,TASKS)
 status: setup ## agents, tasks, merge queue, loop
