@@ -1904,7 +1904,7 @@ def describe_event(event: dict) -> str:
 
 
 def end_attempt(store: Store, agent: str, fence: str, cause: str, message: str) -> None:
-    """Have run-agent.sh end the CLI that works on `fence`; judge_end then reads why."""
+    """Have run-task.sh end the CLI that works on `fence`; judge_end then reads why."""
     write_mail(store, agent, ENDING_FILE, {"at": utc(CLOCK.now()), "fence": fence, "event": cause, "message": message})
     ring(store.path("mailbox", agent, "bell"), b"over\n")
 
@@ -5857,12 +5857,12 @@ def judge_budgets(call: Call, task: Task) -> str:
 
 def describe_tail(log: str) -> str:
     """The last lines of a log in one, for a reason; what bash says of a child's death is said already."""
-    lines = [line for line in printable(log).splitlines() if line.strip() and "run-agent.sh: line " not in line]
+    lines = [line for line in printable(log).splitlines() if line.strip() and not re.search(r"run-(agent|task)\.sh: line \d", line)]
     return one_line(" ".join(lines[-5:])[-300:], 300)
 
 
 def note_attempt(store: Store, agent: str, fence: str, preset: str, spent: Spent) -> None:
-    """An attempt's line in usage.jsonl, from the environment that run-agent.sh has set for it."""
+    """An attempt's line in usage.jsonl, from the environment that run-agent.sh and the claim have set."""
     line = {"task": fence.rpartition(".")[0], "agent": agent, "fence": fence, "preset": preset,
             "attempt": int(os.environ.get("FARM_ATTEMPT") or 0)}
     if PRESETS[preset].reader in ("claude-transcript", "codex"):
@@ -5877,7 +5877,7 @@ MAILBOX_SECONDS = 120.0
 def ask_by_mailbox(mailbox: str, argv: list[str]) -> int:
     """Put a move into the agent's mailbox and wait for its answer: for agents whose sandbox may write nowhere else.
 
-    One file a request, by rename; run-agent.sh, outside the sandbox, makes the move. Raises FarmError when nobody answers.
+    One file a request, by rename; run-task.sh, outside the sandbox, makes the move. Raises FarmError when nobody answers.
     """
     name = os.path.join(mailbox, f"{os.getpid()}-{time.monotonic_ns()}")
     with open(name + ".tmp", "w", encoding="utf-8") as file:
@@ -5887,7 +5887,7 @@ def ask_by_mailbox(mailbox: str, argv: list[str]) -> int:
     deadline = CLOCK.monotonic() + MAILBOX_SECONDS
     while not os.path.exists(name + ".answer"):
         if CLOCK.monotonic() > deadline:
-            raise FarmError(f"nobody answered {argv[0]} within {MAILBOX_SECONDS:.0f} s", "is run-agent.sh still running?")
+            raise FarmError(f"nobody answered {argv[0]} within {MAILBOX_SECONDS:.0f} s", "is run-task.sh still running?")
         time.sleep(0.02)
     with open(name + ".answer", encoding="utf-8") as file:
         answer = json.load(file)
@@ -5897,7 +5897,7 @@ def ask_by_mailbox(mailbox: str, argv: list[str]) -> int:
     return answer["code"]
 
 
-@verb("answer AGENT", "make the moves that a sandboxed agent has asked for; run-agent.sh calls it", "", "farm answer agent-001")
+@verb("answer AGENT", "make the moves that a sandboxed agent has asked for; run-task.sh calls it", "", "farm answer agent-001")
 def verb_answer(call: Call) -> int:
     agent = call.agent()
     mailbox = call.store.path("mailbox", agent)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Usage: finish-task.sh CODE     (with the FARM_* that run-agent.sh sets)
+# Usage: finish-task.sh CODE     (with the FARM_* that run-task.sh has)
 # What becomes of an attempt whose command ended with CODE, as `farm judge` says. submit: what it left uncommitted is committed under the
 # task's title, and the head is submitted (no change at all is a failure). fail: unsaved work is rescued, and the task fails with the
 # reason; resume: the same, and the next attempt goes on where this one was. release: no fault of the attempt (a usage limit, say),

@@ -200,7 +200,7 @@ def kind_of(process: psutil.Process) -> str:
     if any("farm.py" in word or "import farm" in word for word in words[:6]):
         return "loop" if words[-1:] == ["run"] else "merger" if "--watch" in words else "verb"
     scripts = [os.path.basename(word) for word in words[:3] if word.endswith(".sh")]
-    kinds = {"run-agent.sh": "runner", "chaos-agent.sh": "agent"}
+    kinds = {"run-agent.sh": "runner", "run-task.sh": "runner", "chaos-agent.sh": "agent"}
     return kinds.get(scripts[0], "script") if scripts else ""
 
 
