@@ -587,6 +587,7 @@ LOCK_FOLDER = "agent_locks"
 AGENTS_FILE = "agents.json"
 FARM_FILE = "farm.json"
 CLI_SETTINGS_FILE = "cli-settings.json"
+# What a list may hold: a task whose state does not fit its place was edited by hand, and guessing would move work.
 STATES_OF = {"pending": ("pending", "failed", "canceled"), "ready": ("ready",), "landed": ("landed",)}
 FOLDERS = ("task_queue", "merge_queue", LOCK_FOLDER, "results", "returns", "prompts", "logs", "mailbox")
 
@@ -608,13 +609,14 @@ class Disk:
             descriptor = os.open(path, flags, 0o666)
         try:
             view = memoryview(data)
-            while view:
+            while view:  # a signal or a disk that is nearly full cuts a write short
                 view = view[os.write(descriptor, view):]
-            os.fsync(descriptor)
+            os.fsync(descriptor)  # before the name is there: else a power cut may leave the name on an empty file
         finally:
             os.close(descriptor)
 
     def fsync_folder(self, path: str) -> None:
+        """Make the names in a folder durable: fsync of a file says nothing of the name that it has just got."""
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
@@ -622,7 +624,7 @@ class Disk:
             os.close(descriptor)
 
     def append(self, path: str, data: bytes) -> None:
-        """One write at the end; a torn last line of a killed writer is closed first."""
+        """One write at the end; a torn last line of a killed writer is closed first, so that it spoils no other."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
             size = os.fstat(descriptor).st_size
@@ -702,7 +704,8 @@ def number_of(task_id: str) -> int:
 class State:
     """All that lies on disk, in memory: each task once, its outranked copies named in `losers`.
 
-    pending, ready, landed: id -> Task; claims: agent -> Claim; done: id -> rev; heads: unknown top-level keys of a file.
+    pending, ready, landed: id -> Task; claims: agent -> Claim; done: id -> rev; heads: file -> its unknown top-level keys;
+    losers: (place, id, agent) of what `Transaction.heal` removes, the agent's name only where the place is "claimed".
     """
 
     def __init__(self):
@@ -750,10 +753,13 @@ class State:
 
     def drop_losers(self) -> None:
         """Keep of each task the copy that wins, remember the others in `losers`: (place, id, agent)."""
+        # (rev, rank): on equal revs the place further on its way wins. A tie takes a hand, or a copy restored from a backup; then
+        # doing work again would be worse than believing that it is done.
         copies = [(task.rev, rank, place, task.id, "") for rank, place in ((0, "pending"), (2, "ready"), (3, "landed"))
                   for task in getattr(self, place).values()]
         copies += [(claim.task.get("rev", 0), 1, "claimed", claim.task["id"], claim.agent)
                    for claim in self.claims.values() if claim.task]
+        # `done` outlives the landed record: a stale editor's save cannot bring finished work back.
         copies += [(rev, 4, "done", task_id, "") for task_id, rev in self.done.items() if task_id not in self.landed]
         best: dict[str, tuple] = {}
         for copy in copies:
@@ -801,7 +807,7 @@ class Store:
 
         Queue files are made only where there is no history that knows of them.
         """
-        if os.path.exists(self.path("events.jsonl")):
+        if os.path.exists(self.path("events.jsonl")):  # made last, so it stands for all the others
             return
         for name in FOLDERS:
             os.makedirs(self.path(name), exist_ok=True)
@@ -832,7 +838,7 @@ class Store:
                 return None
             except (ValueError, RecursionError) as error:
                 damage = error
-            if attempts_left:
+            if attempts_left:  # under the mutex, but rarely: editors truncate and write within a few milliseconds
                 time.sleep(0.05)
         raise describe_damage(path, damage)
 
@@ -852,6 +858,7 @@ class Store:
         """A queue file's document, each of `lists` checked to be a list. A file that history knows of may not be missing."""
         data = self.read_json(name)
         if data is None:
+            # To take a lost file for an empty one would answer "no tasks", and the next write would make that true.
             if os.path.exists(self.path("events.jsonl")):
                 raise DamagedState(f"{self.path(name)} is gone, but events.jsonl knows of it", "./farm.py doctor --fix")
             data = {}
@@ -935,8 +942,11 @@ class Store:
         return state
 
     def snapshot(self) -> State:
-        """A consistent view without the mutex, for those who only look: read again while files change underneath."""
-        for _ in range(5):
+        """A consistent view without the mutex, for those who only look: read again while files change underneath.
+
+        A move writes its destination first, so even a torn view shows each task at least once, and `load` drops the loser.
+        """
+        for _ in range(5):  # on a busy farm the fifth look may be torn, too: better than an answer that never comes
             before = self.signature()
             state = self.load()
             if before == self.signature():
@@ -945,7 +955,7 @@ class Store:
 
     def signature(self) -> tuple:
         """Changes whenever a move was made; costs a few stat calls."""
-        marks = []
+        marks = []  # the inode is new after each rename, so that no two moves within one tick of the clock look alike
         for name in (PENDING_FILE, READY_FILE, LOCK_FOLDER, "events.jsonl"):
             try:
                 status = os.stat(self.path(name))
@@ -957,10 +967,13 @@ class Store:
     # -- writing
 
     def write_durably(self, name: str, data: bytes, *, exclusive: bool = False, settle: bool = True) -> None:
-        """Temp file, fsync, rename (exclusive: link, which never replaces), fsync of the folder (settle: at once)."""
+        """Temp file, fsync, rename (exclusive: link, which never replaces), fsync of the folder (settle: at once).
+
+        Raises OSError, the file being as it was; NotDurable when only the last step failed, and the file is there.
+        """
         path = self.path(name)
         folder, base = os.path.split(path)
-        temp = os.path.join(folder, f".{base}.tmp")
+        temp = os.path.join(folder, f".{base}.tmp")  # in the same folder: a rename works within one file system only
         try:
             self.disk.write_temp(temp, data)
             if exclusive:
@@ -973,7 +986,7 @@ class Store:
             raise
         if settle:
             self.settle(folder)
-        if exclusive:
+        if exclusive:  # a link leaves its temp file's name; gone or not, it is never read
             self.discard(temp)
 
     def settle(self, folder: str) -> None:
@@ -1030,12 +1043,16 @@ class Transaction:
         if not os.path.isdir(store.repo):
             raise NotFound(f"{store.repo} is not there")
         os.makedirs(store.folder, exist_ok=True)
+        # Never a data file: after a rename a second process would hold "the lock" on the new inode. And in the kernel's queue,
+        # not by polling: of 50 processes each then gets its turn.
         self.mutex = os.open(store.path(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self.mutex, fcntl.LOCK_EX)
             store.make_folders()
             self.before_load()
             self.state = store.load()
+            # What we are about to answer or to heal by may be in the page cache only, where the writer was killed before its
+            # fsync: to drop the losing copy then and lose the power would lose the task.
             if self.state.losers or os.fstat(self.mutex).st_size:
                 self.settle_folders()
             self.heal()
@@ -1054,7 +1071,10 @@ class Transaction:
             os.close(self.mutex)
 
     def mark_dirty(self) -> None:
-        """Leave a mark in the mutex file while moves are made: who finds it knows that the last holder was killed."""
+        """Leave a mark, one byte in the mutex file, while moves are made: who finds it knows that the last holder was killed.
+
+        It is not fsynced. After a power cut there is no page cache left to distrust, so the mark may go with it.
+        """
         os.pwrite(self.mutex, b"1", 0)
 
     def settle_folders(self) -> None:
@@ -1094,6 +1114,7 @@ class Transaction:
     def write_lock(self, claim: Claim) -> None:
         """A claim's lock file: linked into place when new, renamed over our own when there is one."""
         self.mark_dirty()
+        # By link, a file that somebody has put there meanwhile is an error and not replaced: the lock would have two holders.
         data = (dump_line(claim.to_json()) + "\n").encode("utf-8")
         is_new = claim.agent not in self.state.claims
         self.store.write_durably(os.path.join(LOCK_FOLDER, claim.agent + ".lock"), data, exclusive=is_new)
@@ -1136,7 +1157,8 @@ class Transaction:
             state.done[task.id] = task.rev
             state.ready.pop(task.id, None)
             source = None if source == "ready" else source
-        self.write("pending" if place == "pending" else "ready")
+        self.write("pending" if place == "pending" else "ready")  # the commit point: from here on the new copy is the task
+        # After it, so that history never tells of a move that was not made; one that a kill leaves out is not missed.
         self.store.append_event(event, task, **details)
         if source and source != place:
             self.drop_source(source, task.id)
@@ -1145,7 +1167,7 @@ class Transaction:
     def claim(self, task: Task, claim: Claim) -> Claim:
         """Make `claim` on `task` (rev + 1, which is its fence) durable, then take the task off the pending list."""
         task = task._replace(rev=task.rev + 1, state="claimed", agent=claim.agent, ended_by="",
-                             fence=f"{task.id}.{task.rev + 1}")
+                             fence=f"{task.id}.{task.rev + 1}")  # rev only ever rises: no two claims share a fence
         claim = claim._replace(task=task.to_json(), fence=task.fence, claimed_at=utc(CLOCK.now()))
         self.write_lock(claim)
         self.store.append_event("claimed", task, agent=claim.agent, owner=claim.owner)
@@ -1162,7 +1184,7 @@ def segments_overlap(a: str, b: str) -> bool:
     reached = {(0, 0)}
     frontier = [(0, 0)]
     while frontier:
-        i, j = frontier.pop()
+        i, j = frontier.pop()  # the places in a and b to which one common beginning leads; each pair is looked at once
         left, right = a[i:i + 1], b[j:j + 1]
         steps = {(i + 1, j)} if left == "*" else set()
         steps |= {(i, j + 1)} if right == "*" else set()
@@ -1202,6 +1224,7 @@ class LockRegistry:
 
     def find_conflict(self, agent: str, names: list) -> tuple[Claim, str] | None:
         """Another agent's claim that excludes one of `names`, with that name."""
+        # Agents times names: a farm has some hundred of each, and an index would have to know globs.
         for claim in self.tx.state.claims.values():
             for held in claim.names() if claim.agent != agent else ():
                 for name in names:
@@ -1214,6 +1237,7 @@ class LockRegistry:
         claim = self.tx.state.claims.get(agent)
         if claim is None:
             return Claim(agent=agent, owner=owner.to_json())
+        # The dead were expired before: whoever still has the file lives, or cannot be seen from here.
         holder = Owner.from_json(claim.owner)
         if (holder.pid, holder.start, holder.boot) != (owner.pid, owner.start, owner.boot):
             raise Refused(describe_holder(claim), "./farm.py locks")
@@ -1252,9 +1276,9 @@ class LockRegistry:
             if alive or alive is None and not is_lapsed(claim):
                 continue
             task = claim.get_task()
-            if task:
+            if task:  # first, as in every move: a kill in between leaves the task pending twice, not nowhere
                 self.requeue_orphan(task, claim, owner, (rescues or {}).get(claim.agent, ""))
-            if claim.agent in self.tx.state.claims:
+            if claim.agent in self.tx.state.claims:  # the move took the file along where it held no named locks
                 self.tx.remove_lock(claim.agent)
             ended.append(claim)
         return ended
@@ -1291,6 +1315,7 @@ class LeaseWatch:
         self.first_seen: dict[tuple, float] = {}
 
     def is_lapsed(self, claim: Claim) -> bool:
+        # Each renewal is a new key and starts anew. Two wall clocks are never compared: they may be hours apart.
         key = (claim.agent, claim.fence, claim.claimed_at, claim.renewals)
         return CLOCK.monotonic() - self.first_seen.setdefault(key, CLOCK.monotonic()) >= self.lease_seconds
 
@@ -1299,7 +1324,7 @@ class LeaseWatch:
 # Each move checks its fence first. A fence that was spent on just this move is answered again, because an agent that was killed
 # between the move and its answer will ask again, and must not be told that it failed.
 
-RETRY_SECONDS_MAX = 300
+RETRY_SECONDS_MAX = 300  # after that a person will have looked, or the cause is not one that waiting mends
 GIVE_BACK_EVENTS = {"fail": "attempt-failed", "release": "released", "died": "owner-died", "return": "returned"}
 
 
@@ -1333,7 +1358,7 @@ class TaskQueue:
         Raises UsageError for an id that is taken or an `after` that names nothing.
         """
         state, now = self.state, utc(CLOCK.now())
-        sources = {task.source: task for task in state.all_tasks() if task.source}
+        sources = {task.source: task for task in state.all_tasks() if task.source}  # landed ones, too: done is not to do
         answers, seq, number = [], state.next_seq(), state.last_number()
         for draft in drafts:
             known = sources.get(draft.source)
@@ -1411,6 +1436,8 @@ class TaskQueue:
         claim = self.state.claims.get(agent)
         if claim and claim.task and claim.fence == fence:
             return claim.get_task()
+        # The record keeps the fence that it was last claimed by, and the verb that ended it: enough to know a repeat, since an
+        # older fence's task has been claimed anew. A repeat by another verb is a contradiction, and refused.
         task = self.state.find_task(fence.rpartition(".")[0])
         if task and task.fence == fence and task.ended_by == verb and task.state != "claimed":
             return None
@@ -1423,7 +1450,10 @@ class TaskQueue:
         self.tx.write_lock(claim._replace(renewals=claim.renewals + 1))
 
     def submit(self, agent: str, fence: str, branch: str, commit: str) -> Task:
-        """Hand `commit`, which is pinned already, to the merge queue."""
+        """Hand `commit`, which is pinned already, to the merge queue; the task as it is there, also at a repeat.
+
+        What lands is this commit, wherever its branch goes later. Raises Refused for an old fence.
+        """
         task = self.get_claimed(agent, fence, "submit")
         if task is None:
             return self.state.get_task(fence.rpartition(".")[0])
@@ -1453,10 +1483,14 @@ class TaskQueue:
 
     def give_back(self, task: Task, reason: str, ended_by: str, *, counts: bool = True, retry: bool = True,
                   start: str = "", resume: bool = False) -> Task:
-        """The way back to pending, from a claim or from the merge queue, with the reason."""
+        """The way back to pending, from a claim or from the merge queue, with the reason.
+
+        counts: whether this was an attempt (1 s, 2 s, 4 s ... of backoff, `failed` after the last). start: the commit or branch
+        that the next one begins from, empty for where this one did.
+        """
         attempts = task.attempts + counts
         is_over = counts and (not retry or attempts >= max(1, task.max_attempts))
-        wait = min(2.0 ** (attempts - 1), RETRY_SECONDS_MAX) if counts else 0
+        wait = min(2.0 ** (attempts - 1), RETRY_SECONDS_MAX) if counts else 0  # nobody's fault: nobody waits
         task = task._replace(state="failed" if is_over else "pending", attempts=attempts, reason=reason, ended_by=ended_by,
                              start=start or task.start, not_before=utc(CLOCK.now() + wait) if wait and not is_over else "",
                              conversation=kept_conversation(task, CLOCK.now() + wait) if resume else {})
@@ -2384,6 +2418,8 @@ class RestartPolicy:
 
 
 # ---------------------------------------------------------------------------------------------- planner
+# Which tree to gate next. Pure: no I/O, no clock, so that tests replay thousands of queues. Called anew at each tick with all the
+# evidence there is; it remembers nothing, so a kill, a new entry or a person's commit is nothing special to it.
 
 Evidence = collections.namedtuple("Evidence", "greens reds")
 Evidence.__doc__ = "How often one tree passed and failed the gate; a time-out or a killed gate counts as neither."
@@ -2421,7 +2457,10 @@ WRONG_RETURN_ODDS = 1e-5  # how seldom chance alone may return a good entry, onc
 
 
 def failure_rate(returned: int, done: int) -> float:
-    """Estimate the chance that an entry fails, from the `returned` ones among those `done` (landed or returned)."""
+    """Estimate the chance that an entry fails, from the `returned` ones among those `done` (landed or returned).
+
+    The mean of a Beta(0.5, 9.5) prior after that evidence: 5 % before the first entry, and soon the farm's own rate.
+    """
     return (0.5 + returned) / (10 + done)
 
 
@@ -2433,21 +2472,27 @@ def reds_needed(flaky_trees: int, green_trees: int) -> int:
     """
     if not flaky_trees:
         return 2
+    # So many that chance alone gives them too seldom: rate ** reds <= WRONG_RETURN_ODDS. Above 0.3 nothing would ever be proven.
     rate = min(0.3, flaky_trees / max(flaky_trees, green_trees))
     return max(3, math.ceil(math.log(WRONG_RETURN_ODDS) / math.log(rate)))
 
 
 def group_size(rate: float, available: int) -> int:
-    """Choose how many untested entries to test at once so that green is as likely as red."""
+    """Choose how many untested entries to test at once so that green is as likely as red: (1 - rate) ** size = 1/2.
+
+    An answer that is as likely as its opposite tells most: one bit.
+    """
     return max(1, min(available, round(math.log(2) / -math.log(1 - rate))))
 
 
 def median_cut(rate: float, bound: int) -> int:
     """Choose where to cut `bound` entries that fail together: the median of the first failing one's place.
 
-    The place follows the geometric distribution truncated at `bound`; the result is in 1 .. bound - 1.
+    The place follows the geometric distribution truncated at `bound`; the result is in 1 .. bound - 1. The middle, where
+    bisection cuts, is right for rare failures only: the more entries fail, the nearer to the front is the first of them.
     """
     passes = 1 - rate
+    # P(the first `cut` pass, given that not all do) = (passes**cut - passes**bound) / (1 - passes**bound) = 1/2, for the cut.
     half = (1 + passes**bound) / 2
     return max(1, min(bound - 1, round(math.log(half) / math.log(passes))))
 
@@ -2468,9 +2513,10 @@ def settle(node: Node, known: Known) -> Node:
     good, rest, bound, reds, trusted = node
     evidence = [known.look(good + rest[:length]) for length in range(1, len(rest) + 1)]
     green = count_green(evidence, known.strict)
-    if green:
+    if green:  # a bound inside the green prefix is void: what failed there was mended by a later entry, or was a flake
         good, rest, evidence, trusted = good + rest[:green], rest[green:], evidence[green:], True
         bound, reds = (bound - green, reds) if bound > green else (0, 0)
+    # A tree that was ever green counts as green: a pass is proof that it can, a red may be the gate's own fault.
     red = next((length for length, found in enumerate(evidence, 1) if found.reds and not found.greens), 0)
     if red and red == bound:
         reds = max(reds, evidence[red - 1].reds)
@@ -2498,16 +2544,16 @@ def ask(node: Node, known: Known) -> Question:
     if bound == 1 and reds >= known.reds:  # only the target's own tree has no verdict yet
         return Question((), 1 - CHANCE_OF_FLAKE, Node(good, rest[1:], 0, 0, True), None)
     passes = 1 - known.rate
-    if bound == 1:
+    if bound == 1:  # the suspect once more: two reds on one tree are what guilt takes
         size, green_chance = 1, CHANCE_OF_FLAKE
-    elif bound:
+    elif bound:  # within the failing ones
         size = 1 if known.strict else median_cut(known.rate, bound)
         green_chance = (passes**size - passes**bound) / (1 - passes**bound)
     else:
         size = 1 if known.strict else group_size(known.rate, len(rest))
         green_chance = passes**size
     entries = good + rest[:size]
-    left = bound - size if bound > size else 0
+    left = bound - size if bound > size else 0  # green here leaves the fault among the others; red moves the bound to here
     if_green = Node(entries, rest[size:], left, reds if left else 0, True)
     return Question(entries, green_chance, if_green, Node(good, rest, size, reds + 1 if bound == size else 1, trusted))
 
@@ -2540,10 +2586,10 @@ def kind_of_test(question: Question, node: Node, order: int) -> str:
 def speculate(root: Node, known: Known, free: int, started: set) -> list[Test]:
     """Choose up to `free` tests not in `started`: walk the decision tree, the likeliest node first."""
     tests, serial = [], 0
-    heap = [(-1.0, serial, root)]
+    heap = [(-1.0, serial, root)]  # serial: of equal chances the earlier pushed, and two Nodes are never compared
     while heap and len(tests) < free:
         minus_chance, order, node = heapq.heappop(heap)
-        node, _ = drop_guilty(node, known)
+        node, _ = drop_guilty(node, known)  # verdicts that are there already may answer what this node would ask
         if not node.rest:
             continue
         question = ask(node, known)
@@ -2587,6 +2633,7 @@ def plan(
 # A gate is a user's command on one exact tree. Its exit code is evidence about that tree for ever; a time-out, a kill or a
 # gate that edits what it tests is no evidence at all.
 
+# Bytes of a gate's output that are kept: what it set out to do, and how it ended. A gate that prints 100 MB fills no disk.
 OUTPUT_HEAD, OUTPUT_TAIL = 64 * 1024, 256 * 1024
 
 Verdict = collections.namedtuple("Verdict", "colour exit_code seconds note")
@@ -2597,7 +2644,8 @@ NO_VERDICT = Verdict("none", -1, 0.0, "")
 class Verdicts:
     """What gates said of trees: results/TREE-KEY.json, KEY for the gate's command and the environment names that count.
 
-    A verdict is evidence for ever. A gate that was killed or timed out gave none.
+    A verdict is evidence for ever. A gate that was killed or timed out gave none. By tree and not by commit: a rebase, another
+    order or a restart that leads to the same files asks nothing again. Only the merger, one a farm, writes here.
     """
 
     def __init__(self, store: Store, gate: str, env_names: str):
@@ -2606,8 +2654,8 @@ class Verdicts:
         self.store, self.gate = store, gate
         named = [[name, os.environ.get(name)] for name in sorted(env_names.replace(",", " ").split())]
         self.key = hashlib.sha1(json.dumps([gate, named]).encode(), usedforsecurity=False).hexdigest()[:8]
-        self.memo: dict[str, Evidence] = {}
-        self.green_trees = self.flaky_trees = 0
+        self.memo: dict[str, Evidence] = {}  # the planner asks for each prefix at each tick
+        self.green_trees = self.flaky_trees = 0  # over all that was ever gated: one queue alone shows too little of a gate's flakes
         for name in self.store.disk.list_folder(self.store.path("results")):
             if name.endswith(f"-{self.key}.json"):
                 self.count(self.evidence_in(os.path.join("results", name)), 1)
@@ -2637,7 +2685,7 @@ class Verdicts:
         name = self.name_of(tree, "json")
         data = self.store.read_json(name) or {"schema": SCHEMA, "tree": tree, "gate": self.gate, "runs": []}
         data["runs"].append({"at": utc(CLOCK.now()), **verdict._asdict()})
-        self.count(self.evidence(tree), -1)
+        self.count(self.evidence(tree), -1)  # taken out as it was, put back as it is
         self.store.write_durably(name, (json.dumps(data) + "\n").encode("utf-8"))
         self.memo.pop(tree, None)
         self.count(self.evidence(tree), 1)
@@ -2671,12 +2719,14 @@ class Gate:
         temp = folder + ".tmp"
         shutil.rmtree(temp, ignore_errors=True)  # what one gate left there is not the next one's business
         os.makedirs(temp, exist_ok=True)
+        # A gate that runs farm.py (its own tests, say) must not meet this farm; what is left can be changed by the user.
         env = {key: value for key, value in os.environ.items() if not key.startswith("FARM_")}
         port = port_base(os.path.dirname(folder)) + self.slot
         env.update(TMPDIR=temp, FARM_PORT=str(port), FARM_SLOT=folder, GIT_TERMINAL_PROMPT="0")
         self.folder, self.process = folder, subprocess.Popen(
             ["bash", "-c", settings.gate], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True)
+        # One thread drains the pipe, or a gate that prints much would stand still; one waits, as only its parent can.
         threads = [threading.Thread(target=self.keep_output, args=(log,), daemon=True)]
         threads.append(threading.Thread(target=self.watch, args=(settings.gate_timeout, threads[0], wake), daemon=True))
         for thread in threads:
@@ -2709,13 +2759,14 @@ class Gate:
 
         try:
             code = self.process.wait(seconds)
+            # By the kernel (out of memory), by a person, or its shell tells so of a child: that says nothing about the tree.
             killed = -code if code < 0 else code - 128 if code in (128 + signal.SIGKILL, 128 + signal.SIGTERM) else 0
             kind = "green" if code == 0 else "none" if killed else "red"
             note = f"the gate was killed by signal {killed}" if killed else ""
         except subprocess.TimeoutExpired:
             code, kind, note = -1, "none", f"the gate took longer than {seconds:.0f} s and was ended"
         self.end_group()
-        reader.join(5)
+        reader.join(5)  # its writers are gone; one that was handed the pipe over a socket is not waited for
         return Verdict(kind, code, round(CLOCK.monotonic() - self.started, 2), note)
 
     def end_group(self) -> None:
@@ -2741,10 +2792,11 @@ def port_base(folder: str) -> int:
 # The one place that moves the target. It computes everything anew from git and the queue file at each tick, and keeps only what
 # cannot be computed: verdicts, and the intent of a landing that has begun.
 
-AGEING_SECONDS = 600.0
+AGEING_SECONDS = 600.0  # in the order of a gate's time: urgent work goes first, but a day of it keeps nobody waiting for a day
 ASK_AGAIN_SECONDS, ASK_AGAIN_SECONDS_MAX = 5.0, 3600.0  # for a verdict of a target that gave none, longer at each time
 
 Step = collections.namedtuple("Step", "id status commit tree detail")
+Step.__doc__ = "One line of merge-chain.sh, which says what its status and detail mean; commit and tree of the chain after it."
 
 
 def merge_order(tasks: list[Task], now: float) -> list[Task]:
@@ -2771,22 +2823,24 @@ class MergeQueue:
 
         self.store, self.settings, self.target, self.slots_folder = store, settings, target, slots_folder
         self.verdicts = Verdicts(store, settings.gate, settings.gate_env)
-        self.steps: dict[tuple, Step] = {}
-        self.gates: list[Gate] = []
         self.slots = settings.slots or default_slots()
+        self.gates: list[Gate] = []  # those that run, and those that are over and not yet judged
         self.wake = threading.Event()
-        self.trouble: tuple[str, str] | None = None
-        self.base = ""
+        # The tick's view, made anew each time:
+        self.base: Step | None = None  # the target
+        self.tasks: dict[str, Task] = {}  # what is ready, in landing order
+        self.held: dict[str, str] = {}  # id -> the entry that it is held behind
+        self.walked: dict[tuple, Step | None] = {}  # ids -> the last step of their chain
+        self.trouble: tuple[str, str] | None = None  # what only a person can mend, and how
+        # What saves work from one tick to the next:
+        self.steps: dict[tuple, Step] = {}  # (commit before it, id, its commit) -> what merging it there gave
+        self.front: list[str] = []  # ids that were ever part of a test, in that order
+        self.just_landed: Step | None = None  # where we have just put the target
+        # Trees that gave no verdict: how often, why, and when to ask the target again. Never on disk, for it is no evidence.
+        self.unjudged, self.notes, self.ask_again_at = collections.Counter(), {}, 0.0
+        self.diagnoses: list[Task] = []  # returned entries that an idle slot may gate alone
+        # What the verb reports at its end:
         self.moved: list[tuple[str, str, str]] = []
-        self.tasks: dict[str, Task] = {}
-        self.held: dict[str, str] = {}
-        self.front: list[str] = []
-        self.walked: dict[tuple, Step | None] = {}
-        self.just_landed: Step | None = None
-        self.unjudged = collections.Counter()
-        self.notes: dict[str, str] = {}
-        self.ask_again_at = 0.0
-        self.diagnoses: list[Task] = []
         self.counts = collections.Counter()
 
     # -- the chain
@@ -2805,7 +2859,7 @@ class MergeQueue:
 
     def chain(self, tasks: list[Task], parent: str) -> list[Step]:
         """Each task merged on those before it that merge, from `parent` on; steps known from earlier ticks are not redone."""
-        known, tip = [], parent
+        known, tip = [], parent  # the chain is deterministic, so the same place and the same commit always give the same step
         for task in tasks:
             step = self.steps.get((tip, task.id, task.commit))
             if step is None or (step.status == "held" and tip == parent):  # what held it has landed: now it conflicts
@@ -2849,6 +2903,7 @@ class MergeQueue:
         """The last step of a chain that was built already; remembered for a tick, since the planner asks for every prefix."""
         if not ids:
             return self.base
+        # Prefix by prefix, each from the one before it: fifty entries take fifty look-ups, not fifty times fifty.
         if ids not in self.walked:
             before = self.known_step(ids[:-1])
             step = self.steps.get((before.commit, ids[-1], self.tasks[ids[-1]].commit)) if before else None
@@ -2874,6 +2929,7 @@ class MergeQueue:
             self.held, self.just_landed = {}, None
             self.publish(())
             return False
+        # A person's commit shows at the latest when the swap is refused; so right after our own landing nobody need ask git.
         self.base, self.walked, self.just_landed = self.just_landed or self.show_tip("refs/heads/" + self.target), {}, None
         self.review_target()
         steps = self.chain(list(self.tasks.values()), self.base.commit)
@@ -2926,14 +2982,14 @@ class MergeQueue:
         if step.guilty:
             return self.return_red(step.guilty, queue)
         short = find_shortage(self.store.folder, self.settings.min_free_mib) if step.tests else ""
-        if short:
+        if short:  # a gate that dies of it would say nothing about its tree
             self.trouble = (f"no gate starts: {short}", "free some, and it goes on by itself; or lower FARM_MIN_FREE_MIB")
             return False
         for test in step.tests:
             place = self.step_of(test.entries)
             if place is not None and self.has_slot():
                 self.start_gate(test.entries, place)
-        while self.diagnoses and self.has_slot() and len(step.tests) == 0:
+        while self.diagnoses and self.has_slot() and not step.tests:  # only where nothing that could land is kept waiting
             self.diagnose(self.diagnoses.pop(0))
         return False
 
@@ -2993,7 +3049,10 @@ class MergeQueue:
         return len(self.gates) < self.slots
 
     def start_gate(self, ids: tuple, step: Step, diagnosis: Task | None = None) -> None:
-        """Put a tree under test in a free slot: that of `ids` on the target, or a returned entry's own."""
+        """Put a tree under test in a free slot: that of `ids` on the target, or a returned entry's own.
+
+        Raises FarmError when the slot's worktree cannot be made.
+        """
         slot = next(number for number in range(1, self.slots + 1) if number not in {gate.slot for gate in self.gates})
         folder = self.slot_folder(slot)
         commit, tree = self.next_to_gate(step)
@@ -3033,6 +3092,7 @@ class MergeQueue:
             elif check.code:
                 changed = ", ".join(check.stdout.split("\n")[:5]).strip(", ")
                 verdict = verdict._replace(colour="none", note=f"the gate changed tracked files: {changed}")
+        # Durable before anything is done because of it: after a kill the next merger comes to the same conclusions.
         before = self.verdicts.evidence(gate.tree)
         self.verdicts.record(gate.tree, verdict)
         after = self.verdicts.evidence(gate.tree)
@@ -3060,7 +3120,11 @@ class MergeQueue:
     # -- landing
 
     def land(self, ids: tuple) -> bool:
-        """Move the target to the tested commit of `ids`, the intent durable first, then record what landed."""
+        """Move the target to the tested commit of `ids`, the intent durable first, then record what landed.
+
+        Between the swap in git and the record in the queue file only the intent knows which commit is whose: with a squash or a
+        rebase the entry's own commit is not in the target.
+        """
         steps = self.chain([self.tasks[task_id] for task_id in ids], self.base.commit)
         intent = {"schema": SCHEMA, "target": self.target, "old": self.base.commit, "new": steps[-1].commit,
                   "entries": [[step.id, step.commit] for step in steps]}
@@ -3072,6 +3136,7 @@ class MergeQueue:
     def finish_landing(self, intent: dict) -> bool:
         """The swap and the record; safe to repeat after a crash at any point."""
         remote = ["-r", self.settings.remote] if self.settings.remote else []
+        # In a session of its own: a Ctrl-C or a kill of our group must not leave half a checkout.
         result = run_script("land.sh", *self.landing_arguments(intent), *remote, allow=(0, 4, 5), detach=True)
         if result.code == 0:
             self.record_landed([tuple(entry) for entry in intent["entries"]])
@@ -3087,6 +3152,7 @@ class MergeQueue:
             is_checkout = not files or any(os.path.isabs(path) and os.path.isdir(path) for path in files)
             self.trouble = (str(said) if is_checkout else what, said.hint if is_checkout and said.hint else
                             "commit them or move them away; the queue goes on by itself")
+        # It landed, or nothing was changed. An exit code other than these has raised: then the intent stays for `recover`.
         self.store.disk.unlink(self.store.path(INTENT_FILE))
         return self.trouble is None
 
@@ -3098,7 +3164,7 @@ class MergeQueue:
         with self.store.transaction() as tx:
             for task_id, commit in entries:
                 task = tx.state.ready.get(task_id)
-                if task is None:
+                if task is None:  # recorded already, or canceled after the swap: what is in the target stays there
                     continue
                 tx.move(task._replace(state="landed", landed_commit=commit, landed_at=utc(CLOCK.now()), prompt="", reason=""),
                         "landed", "landed")
@@ -3129,13 +3195,14 @@ class MergeQueue:
         goes_on: the next attempt starts from the task's own commits, where they could be pinned; else from the target.
         """
         attempt = task.attempts + 1
+        # Pin, text, move: the next attempt can only be claimed after the move, and then finds both. A kill before it repeats them.
         ref = f"refs/farm/returned/{task.id}/{attempt}"
         pinned = run_script("pin-ref.sh", "-C", self.store.repo, ref, task.commit, allow=(0, 3)).code == 0
         name = os.path.join("returns", f"{task.id}.{attempt}.txt")
         self.store.write_durably(name, f"{reason}\n{detail}\n".encode("utf-8", "replace"))
         with self.store.transaction() as tx:
             current = tx.state.ready.get(task.id)
-            if current is None or current.rev != task.rev:
+            if current is None or current.rev != task.rev:  # canceled, or submitted anew: this verdict was not about that
                 return True
             start = "refs/heads/" + self.target if not goes_on else ref if pinned else ""
             back = TaskQueue(tx).give_back(current, reason, "return", start=start)
@@ -3178,7 +3245,7 @@ class MergeQueue:
             file.write(f"\n{words}\n")
         with self.store.transaction() as tx:
             current = tx.state.pending.get(task.id)
-            if current and current.attempts == task.attempts + 1:
+            if current and current.attempts == task.attempts + 1:  # nobody has begun the next attempt: it will read this
                 tx.move(current._replace(reason=f"{current.reason}; {words}"), "pending", "diagnosed")
 
     # -- recovery, and what others may see
@@ -3236,7 +3303,7 @@ class MergeQueue:
                 return
             self.wake.clear()
             seen = self.store.signature()
-            deadline = CLOCK.monotonic() + 5
+            deadline = CLOCK.monotonic() + 5  # moves and gates wake us; a person's commit, or a file taken out of the way, does not
             while CLOCK.monotonic() < deadline and seen == self.store.signature() and not should_stop.is_set():
                 if self.wake.wait(0.1) or any(gate.is_done for gate in self.gates):
                     break
