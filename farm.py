@@ -4265,7 +4265,7 @@ class Sight:
     share: of a core, that each of them may take of a process which looks again and again; 0 looks once.
     """
 
-    WORK_SECONDS, SLOW_WORK_SECONDS, TMUX_SECONDS = 0.15, 20.0, 3.0
+    WORK_SECONDS, SLOW_WORK_SECONDS, TMUX_SECONDS = 0.2, 20.0, 3.0
 
     def __init__(self, share: float = 0.0):
         self.share, self.kept, self.work, self.error = share, {}, None, None
@@ -4820,7 +4820,7 @@ class History:
         self.work, self.here, self.gate, self.times, self.latest = [], [], [], [], {}
         self.series, self.causes, self.states = collections.defaultdict(list), collections.defaultdict(list), {}
         self.counts, self.cost, self.tokens = collections.Counter(), collections.Counter(), collections.Counter()
-        self.strips, self.open_strips, self.restarts, self.gated, self.judged, self.unread = [], {}, [], set(), 0, 0
+        self.started, self.strips, self.open_strips, self.restarts, self.gated, self.judged, self.unread = set(), [], {}, [], set(), 0, 0
 
     def is_open(self, *key: str) -> bool:
         return key in self.latest and self.latest[key].end is None
@@ -4845,8 +4845,10 @@ class History:
         self.times.append(at)
         if kind == "claimed":
             self.begin("work", at, agent, task_id)
-        if kind == "session-started" and ("here", agent) in self.latest:
-            self.restarts.append((agent, at))
+        if kind == "session-started":  # the loop may see it after its first claim
+            if agent in self.started or ("here", agent) in self.latest and not self.is_open("here", agent):
+                self.restarts.append((agent, at))
+            self.started.add(agent)
         if kind in ("claimed", "session-started") and not self.is_open("here", agent):
             self.begin("here", at, agent, agent)
         if kind in ENDS:
@@ -4862,7 +4864,7 @@ class History:
         self.fold_strips(at, kind, task_id, agent)
 
     def fold_strips(self, at: float, kind: str, task_id: str, agent: str) -> None:
-        if kind in ("agent-goes-on", "agent-waits", "session-ended", *ENDS):
+        if kind in ("agent-goes-on", "agent-waits", "session-ended", "submitted", "attempt-failed", "owner-died", "released"):
             self.close_strip(at, "waits", agent)
         if kind in ("submitted", "landed", "returned"):
             self.close_strip(at, "merging", task_id)
