@@ -4332,7 +4332,7 @@ class Sight:
     share: of a core, that each of them may take of a process which looks again and again; 0 looks once.
     """
 
-    WORK_SECONDS, SLOW_WORK_SECONDS, TMUX_SECONDS = 0.15, 20.0, 3.0
+    WORK_SECONDS, SLOW_WORK_SECONDS, TMUX_SECONDS = 0.2, 20.0, 3.0
 
     def __init__(self, share: float = 0.0):
         self.share, self.kept, self.work, self.error = share, {}, None, None
@@ -4438,10 +4438,13 @@ STEPS_OF = {"waiting": ("waits for a person", "attach {0}"), "stuck": ("is stuck
 STATE_ORDER = (*STEPS_OF, "starting", "working", "idle", "stopped")
 
 
+def state_rank_of(state: str) -> int:
+    """Those that need a person first, unknown states last."""
+    return STATE_ORDER.index(state) if state in STATE_ORDER else len(STATE_ORDER)
+
+
 def state_rank(record: dict) -> tuple:
-    """Those who need a person first, unknown states last."""
-    state = record["state"]
-    return STATE_ORDER.index(state) if state in STATE_ORDER else len(STATE_ORDER), record["agent"]
+    return state_rank_of(record["state"]), record["agent"]
 
 
 def next_steps(status: dict, problems: list[str], state: State) -> list[tuple[str, str]]:
@@ -4502,9 +4505,10 @@ def status_lines(status: dict, room: int = 6) -> list[str]:
     loop = f"running (pid {status['loop']['pid']})" if status["loop"]["alive"] else "not running"
     mode = f", {status['mode']}" if status["mode"] in ("paused", "stopping") else ""
     steps = [f"next: {step['try']} # {step['what']}" for step in status["next"]]
-    if len(steps) > room:
+    if len(steps) > room > 0:
         steps[room - 1:] = [f"next: ./farm.py status --json # {len(steps) - room + 1} more"]
-    return [f"tasks: {tasks}", f"merge queue: {one_line(status['queue_line'])}", f"loop: {loop}{mode}", *map(one_line, steps)]
+    lines = [f"tasks: {tasks}", f"merge queue: {status['queue_line']}", f"loop: {loop}{mode}", *steps[:room]]
+    return [one_line(line) for line in lines]
 
 
 COLUMNS = ["AGENT", "STATE", "FOR", "TASK", "LINES", "COMMITS", "CPU", "MEM", "OUTPUT", "COST", "NOTE"]
@@ -4883,7 +4887,7 @@ class History:
         self.work, self.here, self.gate, self.times, self.latest = [], [], [], [], {}
         self.series, self.causes, self.states = collections.defaultdict(list), collections.defaultdict(list), {}
         self.counts, self.cost, self.tokens = collections.Counter(), collections.Counter(), collections.Counter()
-        self.strips, self.open_strips, self.restarts, self.gated, self.judged, self.unread = [], {}, [], set(), 0, 0
+        self.started, self.strips, self.open_strips, self.restarts, self.gated, self.judged, self.unread = set(), [], {}, [], set(), 0, 0
 
     def is_open(self, *key: str) -> bool:
         return key in self.latest and self.latest[key].end is None
@@ -4908,8 +4912,10 @@ class History:
         self.times.append(at)
         if kind == "claimed":
             self.begin("work", at, agent, task_id)
-        if kind == "session-started" and ("here", agent) in self.latest:
-            self.restarts.append((agent, at))
+        if kind == "session-started":  # the loop may see it after its first claim
+            if agent in self.started or ("here", agent) in self.latest and not self.is_open("here", agent):
+                self.restarts.append((agent, at))
+            self.started.add(agent)
         if kind in ("claimed", "session-started") and not self.is_open("here", agent):
             self.begin("here", at, agent, agent)
         if kind in ENDS:
@@ -4925,7 +4931,7 @@ class History:
         self.fold_strips(at, kind, task_id, agent)
 
     def fold_strips(self, at: float, kind: str, task_id: str, agent: str) -> None:
-        if kind in ("agent-goes-on", "agent-waits", "session-ended", *ENDS):
+        if kind in ("agent-goes-on", "agent-waits", "session-ended", "submitted", "attempt-failed", "owner-died", "released"):
             self.close_strip(at, "waits", agent)
         if kind in ("submitted", "landed", "returned"):
             self.close_strip(at, "merging", task_id)
@@ -5572,7 +5578,8 @@ class Call:
 
     def __init__(self, name: str, args: list[str], options: dict):
         self.name, self.args, self.options = name, args, options
-        self.repo = find_repo(options.get("repo") or os.environ.get("FARM_REPO") or os.getcwd())
+        start = options.get("repo") or os.environ.get("FARM_REPO") or os.getcwd()
+        self.repo = start if name == "completion" else find_repo(start)  # a shell starts anywhere
         self.store = Store(self.repo)
 
     def settings(self) -> Settings:
@@ -5590,6 +5597,13 @@ class Call:
         if len(self.args) != 1:
             raise UsageError(f"{self.name} needs exactly one {what}", f"./farm.py {self.name} --help")
         return self.args[0]
+
+
+def find_near(name: str, names) -> str:
+    """The one of `names` that was probably meant, or an empty text."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(name, names, 1)), "")
 
 
 def parse_options(verb_name: str, argv: list[str]) -> tuple[list[str], dict]:
@@ -5614,7 +5628,8 @@ def parse_options(verb_name: str, argv: list[str]) -> tuple[list[str], dict]:
     try:
         pairs, args = getopt.gnu_getopt(own, shorts, [name + ("=" if kind else "") for name, kind in kinds.items()])
     except getopt.GetoptError as error:
-        raise UsageError(f"{verb_name}: {error.msg}", f"./farm.py {verb_name} --help") from None
+        near = find_near(error.opt, [name for name in kinds if name != "h"])
+        raise UsageError(f"{verb_name}: {error.msg}", f"./farm.py {verb_name} --{near or 'help'}") from None
     options: dict = {"command": command} if separator else {}
     for flag, value in pairs:
         name = short_names.get(flag, flag[2:])
@@ -6497,6 +6512,98 @@ def help_text(name: str) -> str:
     return f"usage: farm.py {entry.usage}\n\n{entry.summary}\n\nexample: {entry.example}"
 
 
+def describe_farm(leading: list[str]) -> str:
+    """Where the farm stands, and three things to type next; outside a repo, how to call this."""
+    args, options = parse_options("status", leading)
+    try:
+        call = Call("status", args, options)
+    except NotFound as error:
+        return f"{error}\n\n{usage_text()}"
+    status = look(call)
+    states = collections.Counter(agent["state"] for agent in status["agents"])
+    agents = " \u00b7 ".join(f"{name} {count}" for name, count in sorted(states.items(), key=lambda item: state_rank_of(item[0])))
+    steps = [(step["try"], step["what"]) for step in status["next"]] + general_steps(status)
+    width = max(len(command) for command, _ in steps[:3])
+    lines = [f"  {command:<{width}}  # {one_line(what, 100)}" for command, what in steps[:3]]
+    head = f"{one_line(os.path.basename(call.repo))}: {agents or 'no agents'}"
+    return "\n".join([head, *status_lines(status, 0), "", "next:", *lines, "", "farm.py --help lists all verbs."])
+
+
+def general_steps(status: dict) -> list[tuple[str, str]]:
+    """(what to type, why) where nothing is the matter."""
+    tasks = status["tasks"]
+    if status["loop"]["alive"]:
+        return [("./farm.py status --watch", "see it work, with keys"), ("./farm.py attach --all", "look at all agents at once"),
+                ("./farm.py add 'what to do'", "one more task; add -f FILE takes a list")]
+    if tasks and not set(tasks) - {"landed", "canceled"}:
+        return [("./farm.py report", "a page of all that happened"), ("./farm.py clean", "remove what is safe to remove"),
+                ("./farm.py add 'what to do'", "one more task")]
+    return [("./farm.py doctor", "is everything here that it takes?"), ("./farm.py up -n 3", "start three agents"),
+            ("./farm.py add -f tasks.md", "tasks from a checklist, gh's JSON or plain lines")]
+
+
+COMPLETION = {"bash": """\
+# bash: eval "$(./farm.py completion bash)"
+_farm() {
+  local IFS=$'\\n'
+  COMPREPLY=($({farm} completion words "$COMP_CWORD" -- "${COMP_WORDS[@]}" 2>/dev/null))
+}
+complete -o default -F _farm farm.py farm""", "zsh": """\
+# zsh: eval "$(./farm.py completion zsh)"
+_farm() {
+  local -a found
+  found=("${(@f)$({farm} completion words $((CURRENT - 1)) -- "${words[@]}" 2>/dev/null)}")
+  if [[ -n $found ]]; then compadd -Q -- $found; else _files; fi
+}
+compdef _farm farm.py farm"""}
+
+
+@verb("completion bash|zsh", "print what makes your shell complete verbs, options, agents and tasks", "",
+      'eval "$(./farm.py completion bash)"')
+def verb_completion(call: Call) -> int:
+    if call.args[:1] == ["words"] and len(call.args) > 2 and call.args[1].isdecimal():
+        for name in find_completions(call.args[2:], int(call.args[1])):
+            print(name)
+        return 0
+    if len(call.args) != 1 or call.args[0] not in COMPLETION:
+        raise UsageError("completion of which shell?", "./farm.py completion bash")
+    farm = f"FARM_PYTHON={shell_word(sys.executable)} {shell_word(os.path.join(SCRIPTS, 'farm'))}"
+    print(COMPLETION[call.args[0]].replace("{farm}", farm))
+    return 0
+
+
+def find_completions(words: list[str], current: int) -> list[str]:
+    """What the word at `current` of a command line may become. Reads files only; a farm that cannot be read has no names."""
+    words = (words + [""] * current)[:current + 1]
+    repo = next((value for name, value in zip(words, words[1:], strict=False) if name == "--repo"), "")
+    plain = [word for before, word in zip(words, words[1:-1], strict=False) if not word.startswith("-") and before != "--repo"]
+    begun, before = words[-1], words[-2] if current else ""
+    if not plain or plain[0] not in VERBS:
+        found = [] if before == "--repo" else ["--repo", "--help"] if begun.startswith("-") else list(VERBS)
+    elif begun.startswith("-"):
+        entries = [word.partition("=")[0].rpartition("|")[2] for word in f"{VERBS[plain[0]].options} help".split()]
+        found = [f"--{name}" if len(name) > 1 else f"-{name}" for name in entries]
+    else:
+        found = find_names(plain[0], plain[1:], before, repo)
+    return [name for name in found if name.startswith(begun)]
+
+
+def find_names(verb_name: str, args: list[str], before: str, repo: str) -> list[str]:
+    """Names for the next argument of a verb: agents, tasks, or the words of its usage."""
+    usage = VERBS[verb_name].usage
+    try:
+        store = Store(find_repo(os.path.expanduser(repo) or os.environ.get("FARM_REPO") or os.getcwd()))
+        if before in ("--id", "--after") or not args and usage.startswith((f"{verb_name} ID", f"{verb_name} [ID")):
+            return [task.id for task in store.snapshot().all_tasks() if task.state != "landed"]
+        if not args and " AGENT" in usage:
+            return sorted({*store.read_agents(), *(os.path.basename(name)[:-5] for name in store.lock_files())})
+    except (FarmError, OSError):
+        return []
+    if not args and verb_name in ("completion", "rescue"):
+        return {"completion": list(COMPLETION), "rescue": ["list", "show", "restore"]}[verb_name]
+    return []
+
+
 def parse_command_line(argv: list[str]) -> Call | str:
     """The Call that argv asks for, or a help text. Raises UsageError that suggests the near verb."""
     leading = []
@@ -6505,14 +6612,13 @@ def parse_command_line(argv: list[str]) -> Call | str:
             return usage_text()
         take = 2 if argv[0] == "--repo" else 1
         leading, argv = leading + argv[:take], argv[take:]
-    if not argv or argv[0] == "help":
+    if not argv:
+        return describe_farm(leading)
+    if argv[0] == "help":
         return help_text(argv[1]) if argv[1:] and argv[1] in VERBS else usage_text()
     name = argv[0]
     if name not in VERBS:
-        import difflib
-
-        near = difflib.get_close_matches(name, VERBS, 1)
-        raise UsageError(f"there is no verb {name!r}", f"./farm.py {near[0]}" if near else "./farm.py --help")
+        raise UsageError(f"there is no verb {name!r}", f"./farm.py {find_near(name, VERBS) or '--help'}")
     args, options = parse_options(name, leading + argv[1:])
     return help_text(name) if options.get("help") else Call(name, args, options)
 

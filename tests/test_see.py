@@ -7,6 +7,8 @@ import json
 import os
 import pty
 import re
+import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -899,3 +901,89 @@ def test_other_lines_of_a_list_are_no_mistake(farm, line):
 def test_a_bad_line_of_json_names_itself_and_adds_nothing(farm, text, where):
     assert where in farm.refused(2, "add", "-f", "-", input=text)
     assert farm.json("tasks") == []
+
+
+# ---------------------------------------------------------------------------------------------- completion, help, first use
+
+
+def complete(farm, line: str, cwd=None) -> set[str]:
+    """What bash offers for a command line whose cursor is at its end."""
+    words = line.split(" ")
+    array = " ".join(f"'{word}'" for word in words)
+    script = f"""eval "$({sys.executable} {FARM} completion bash)"
+COMP_WORDS=({array}); COMP_CWORD={len(words) - 1}; _farm; printf '%s\\n' "${{COMPREPLY[@]}}" """
+    return set(run(["bash", "-c", script], cwd=cwd or farm.repo, check=True).stdout.split())
+
+
+def test_bash_completes_verbs_options_agents_and_tasks(farm):
+    farm.ok("add", "one"), farm.ok("add", "two")
+    farm.claim(A)
+    assert complete(farm, "./farm.py st") == {"status"}
+    assert complete(farm, "./farm.py status --") == {"--json", "--watch", "--help"}
+    assert complete(farm, "./farm.py attach ") == {A}
+    assert complete(farm, "./farm.py cancel t-") == {"t-0001", "t-0002"}
+    assert complete(farm, "./farm.py add x --after t-0001 --after ") == {"t-0001", "t-0002"}
+    assert complete(farm, "./farm.py rescue r") == {"restore"}
+    assert complete(farm, "./farm.py completion z") == {"zsh"}
+
+
+def test_completion_follows_repo_and_works_anywhere(farm, sandbox):
+    farm.ok("add", "one")
+    assert complete(farm, f"farm.py --repo {farm.repo} retry ", sandbox.home) == {"t-0001"}
+    assert "status" in complete(farm, "farm.py ", sandbox.home)
+    assert complete(farm, "farm.py retry ", sandbox.home) == set()
+
+
+def test_completion_of_a_damaged_farm_is_silent(farm):
+    farm.ok("add", "one")
+    (farm.folder / "task_queue" / "pending.json").write_text("{")
+    assert complete(farm, "farm.py retry ") == set()
+
+
+def test_zsh_takes_its_completion(farm):
+    zsh = shutil.which("zsh")
+    if not zsh:
+        pytest.skip("there is no zsh here (apt install zsh)")
+    text = run([sys.executable, FARM, "completion", "zsh"], check=True).stdout
+    assert run([zsh, "-f", "-c", "autoload -U compinit; compinit -D\n" + text]).returncode == 0
+
+
+def test_completion_of_another_shell_is_a_usage_error(farm):
+    assert "completion bash" in farm.refused(2, "completion", "fish")
+
+
+@pytest.mark.parametrize("verb", sorted(toolkit.VERBS))
+def test_the_example_of_each_verbs_help_is_one_that_it_takes(farm, verb):
+    shown = run([sys.executable, FARM, verb, "--help"], check=True).stdout
+    example = shown.rpartition("example: ")[2].strip()
+    assert example
+    text = example.replace("$$", "1").removeprefix('eval "$(').removesuffix(')"')
+    words = shlex.split(text)
+    assert words[0] in ("farm", "./farm.py") and words[1] == verb
+    args, options = toolkit.parse_options(verb, words[2:])
+    assert "help" not in options
+
+
+def test_farm_alone_says_where_it_stands_and_three_things_to_type(farm):
+    shown = run([sys.executable, FARM], cwd=farm.repo, check=True).stdout
+    commands = [line for line in shown.splitlines() if line.startswith("  ./farm.py")]
+    assert "tasks: none" in shown and len(commands) == 3 and "./farm.py add" in commands[0]
+    up(farm, 1, "sleep 1000")
+    farm.ok("add", "one")
+    wait_for_state(farm, A, "working")
+    shown = run([sys.executable, FARM], cwd=farm.repo, check=True).stdout
+    assert "working 1" in shown and "loop: running" in shown and shown.count("  ./farm.py") == 3
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_farm_alone_outside_a_repo_says_how_it_is_called(sandbox):
+    shown = run([sys.executable, FARM], cwd=sandbox.home, check=True).stdout
+    assert "not inside a git repository" in shown and "usage: farm.py" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [(["status", "--jsn"], "status --json"), (["merge", "--gatte", "x"], "merge --gate"), (["statsu"], "status"), (["tell"], "")],
+)
+def test_a_wrong_word_suggests_the_near_one(farm, words, near):
+    assert f"try: ./farm.py {near}" in farm.refused(2, *words)
