@@ -134,9 +134,10 @@ def first_line(prompt: str) -> str:
 
 def shell_line(word: str, argument: str) -> str:
     path, _, text = argument.partition("::")
+    folder = shlex.quote(os.path.dirname(path.strip()) or ".")  # by name: Gemini's shell takes no $(...)
     path, text = shlex.quote(path.strip()), shlex.quote(text.replace("\\n", "\n"))
     return {
-        "WRITE": f'mkdir -p "$(dirname {path})" && printf %s {text} >{path}',
+        "WRITE": f"mkdir -p {folder} && printf %s {text} >{path}",
         "APPEND": f"printf '%s\\n' {text} >>{path}",
         "COMMIT": f"git add -A && git commit -q -m {shlex.quote(argument or 'work')} && git log --oneline -1",
         "READ": f"cat {path}",
