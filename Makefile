@@ -31,7 +31,7 @@ quote   = '$(subst ','\'',$(value $(1)))'
 option  = $(if $(value $(2)),$(1) $(call quote,$(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test-setup demo farm add status watch attach overview logs merge pause resume stop estop clean report doctor test lint bench chaos install-into
+.PHONY: help setup test-setup demo farm add status watch attach overview logs merge pause resume stop estop clean report doctor test test-agents lint bench chaos install-into
 
 ##@ Use
 help: ## print this help
@@ -77,6 +77,8 @@ doctor: setup ## what is missing or damaged, and the command that mends it
 ##@ Work on the toolkit
 test: test-setup ## the whole test suite
 	@cd '$(TOOLKIT)' && $(PY) -m pytest -q -n 2 tests
+test-agents: test-setup ## ten sessions of the real Claude Code (from npm) through the farm, no network but npm
+	@$(PY) '$(TOOLKIT)/tests/agents.py'
 lint: test-setup ## ruff, and shellcheck where it is installed
 	@cd '$(TOOLKIT)' && '$(VENV)/bin/ruff' check farm.py tests
 	@cd '$(TOOLKIT)' && if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh tests/*.sh .ci/run; else echo 'shellcheck is not installed: scripts were not checked'; fi

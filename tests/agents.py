@@ -163,43 +163,36 @@ def function_script(name: str, body: str) -> list[str]:
 def campaign_tasks(asked: Path, agents: int) -> list[dict]:
     """Twenty tasks: plain ones, and one for each kind of trouble. asked: a file that only a permitted command writes."""
     more = {f"{name}_twice": f"({body}, {body})" for name, body in FUNCTIONS.items()}
-    rest = ["SLEEP 2", f"RUN {GATE}", "COMMIT Add it", "SUBMIT"]
-    plain = [(name, body, rest) for name, body in [*FUNCTIONS.items(), *more.items()][:11]]
-    special = {
+    tasks = []
+    for number, (name, body) in enumerate([*FUNCTIONS.items(), *more.items()][:10]):
+        script = [f"GATHER {agents}"] * (number < agents) + function_script(name, body)
+        tasks.append({"title": f"Add {name}", "prompt": script + ["SLEEP 2", f"RUN {GATE}", "COMMIT Add it", "SUBMIT"]})
+    for name, rest in {
         "unsent": ["COMMIT Add it"],
         "unsaved": ["NOCOMMIT"],
         "permission": [f"RUN touch {asked}", "SUBMIT"],
         "failing": ["FIRST ERROR 529::3::Overloaded", "SUBMIT"],
         "killed": ["SLEEP 25", "RUN git status", "SUBMIT"],
-    }
-    tasks = [
-        {
-            "title": f"Add a function {name}",
-            "prompt": "\n".join([f"GATHER {agents}"] * (number < agents) + function_script(name, body) + rest),
-        }
-        for number, (name, body, rest) in enumerate(plain)
-    ]
-    tasks += [
-        {"title": f"Task {name}", "prompt": "\n".join([*function_script(name, "text"), *rest])} for name, rest in special.items()
-    ]
-    tasks += [
-        {
-            "title": f"README: say {word} words",
-            "prompt": "\n".join(
-                [
-                    "FIRST SLEEP 3",
-                    f"FIRST WRITE README.md::{FILES['README.md'].replace('few', word)}".replace("\n", "\\n"),
-                    "FIRST COMMIT Say it",
-                    "AGAIN RUN git merge --quiet --no-edit -X ours main",
-                    "SUBMIT",
-                ]
-            ),
-        }
-        for word in ("many", "short")
-    ]
-    tasks.append({"title": "Task impossible", "prompt": "FAIL", "max_attempts": 1})
-    tasks.append({"title": "Task limited", "prompt": "\n".join(["LIMIT minute", *function_script("limited", "text"), "SUBMIT"])})
-    return tasks
+    }.items():
+        tasks.append({"title": f"Task {name}", "prompt": function_script(name, "text") + rest})
+    for word in ("many", "short"):
+        text = FILES["README.md"].replace("few", word).replace("\n", "\\n")
+        merge = "AGAIN RUN git merge --quiet --no-edit -X ours main"
+        tasks.append(
+            {
+                "title": f"README: say {word} words",
+                "prompt": ["FIRST SLEEP 3", f"FIRST WRITE README.md::{text}", "FIRST COMMIT Say it", merge, "SUBMIT"],
+            }
+        )
+    tasks.append({"title": "Task impossible", "prompt": ["FAIL it cannot be done"], "max_attempts": 1})
+    tasks.append(
+        {"title": "Task overtaken", "prompt": [*function_script("overtaken", "text"), "SLEEP 9", "RUN git status", "SUBMIT"]}
+    )
+    tasks.append({"title": "Task limited", "prompt": ["LIMIT minute", *function_script("limited", "text"), "SUBMIT"]})
+    by_name = {task["title"].removeprefix("Task "): task for task in tasks}
+    by_name["failing"]["id"] = "failing"  # the limit comes after the failure, so that each is seen
+    by_name["limited"]["after"] = by_name["overtaken"]["after"] = ["failing"]
+    return [{**task, "prompt": "\n".join(task["prompt"])} for task in tasks]
 
 
 # ---------------------------------------------------------------------------------------------- the campaign
@@ -380,14 +373,14 @@ def check_tasks(campaign: Campaign, done: bool, seconds: float) -> None:
         "main holds each landed task once", sorted(log) == sorted(task["id"] for task in tasks if task["state"] == "landed"), log
     )
     by_title = {task["title"].removeprefix("Task "): task for task in tasks}
-    for name in ("unsent", "unsaved", "permission", "failing", "limited", "killed"):
+    for name in ("unsent", "unsaved", "permission", "failing", "killed", "overtaken", "limited"):
         task = by_title[name]
         campaign.check(f"{name}: landed", task["state"] == "landed", (task["state"], task["reason"]))
-    for name in ("failing", "limited"):
+    for name in ("failing", "overtaken", "limited"):
         campaign.check(f"{name}: no attempt was counted", by_title[name]["attempts"] == 0, by_title[name]["attempts"])
     campaign.check(
         "impossible: failed with the agent's own reason",
-        "reason in a sentence" in by_title["impossible"]["reason"],
+        "it cannot be done" in by_title["impossible"]["reason"],
         by_title["impossible"]["reason"],
     )
     words = [by_title["README: say many words"], by_title["README: say short words"]]

@@ -16,7 +16,7 @@ a directive, one a line (blanks, `-`, `*`, `>` before it are ignored, and so is 
     ERROR status[::times[::message]]    answer with this HTTP error first, `times` times for this prompt
     LIMIT seconds           a usage limit for everybody that ends after so many seconds; `LIMIT minute`: when this minute does
     GATHER count            wait until so many conversations have come to this directive, 60 seconds at most
-    SUBMIT, FAIL            the last `farm submit ...`, `farm fail ...` that the conversation was told to run, exactly as it says
+    SUBMIT, FAIL why        the last `farm submit ...`, `farm fail ...` that the conversation was told to run, exactly as it says
     DROP                    close the connection in the middle of a reply, once
     SAY text                what the last reply says
 
@@ -134,9 +134,10 @@ def first_line(prompt: str) -> str:
 
 def shell_line(word: str, argument: str) -> str:
     path, _, text = argument.partition("::")
+    folder = shlex.quote(os.path.dirname(path.strip()) or ".")  # by name: Gemini's shell takes no $(...)
     path, text = shlex.quote(path.strip()), shlex.quote(text.replace("\\n", "\n"))
     return {
-        "WRITE": f'mkdir -p "$(dirname {path})" && printf %s {text} >{path}',
+        "WRITE": f"mkdir -p {folder} && printf %s {text} >{path}",
         "APPEND": f"printf '%s\\n' {text} >>{path}",
         "COMMIT": f"git add -A && git commit -q -m {shlex.quote(argument or 'work')} && git log --oneline -1",
         "READ": f"cat {path}",
@@ -199,7 +200,8 @@ class Model:
         time.sleep(min(think, 300))
         if word in ("SUBMIT", "FAIL"):
             told = [match[0] for _, text, _ in items for match in TOLD.finditer(text) if match[1] == word.lower()]
-            word, argument = "RUN", told[-1] if told else f"farm {word.lower()} was never told"
+            line = re.sub(r'--why ".*"', f'--why "{argument}"', told[-1]) if told else f"farm {word.lower()} was never told"
+            word, argument = "RUN", line
         text = "\n".join(end["say"]) or (f"Done: {len(steps)} step(s)." if steps else "OK: " + prompt[:80])
         return {"refusal": None, "word": word, "argument": argument, "text": text, "drop": self.drops(end, key), "prompt": prompt}
 
