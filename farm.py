@@ -3897,6 +3897,9 @@ class Farm:
         trouble = find_activity(self.store).get("trouble")
         if trouble:
             news[f"blocked {trouble[0]}"] = {"event": "blocked", "message": trouble[0], "try": trouble[1]}
+        for preset in sorted({launch.preset for launch in self.launches.values()} - {""}):
+            if limit := find_limit(self.store, preset, CLOCK.now()):
+                news[f"limited {limit}"] = {"event": "limited", "message": limit, "try": "./farm.py up"}
         counts = collections.Counter(task.state for task in self.state.all_tasks())
         if counts and self.is_drained():
             words = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))

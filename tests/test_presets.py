@@ -484,12 +484,14 @@ def test_a_usage_limit_parks_the_preset_until_the_reset_and_counts_for_nothing(c
     down(claude)
 
 
-def test_a_missing_login_stops_all_agents_at_once_until_a_person_types_up(claude):
+def test_a_missing_login_stops_all_agents_at_once_until_a_person_types_up(claude, sandbox):
     add_tasks(claude, 3, prompt="ERROR authentication_failed\nWORK")
-    start(claude)
+    start(claude, FARM_NOTIFY=f"cat >> '{sandbox.root}/told'")
     limited = wait_for_agent(claude, "limited")
     assert "not logged in" in limited["cause"] and "./farm.py up" in limited["cause"]
     assert states(claude)["pending"] == 3
+    told = sandbox.root / "told"
+    wait_until(lambda: told.exists() and "claude: not logged in" in told.read_text(), 20, "a notice")
     wait_until(lambda: start(claude) or states(claude) == {"landed": 3}, 60, "all to land, an up after each first try")
     assert [task["attempts"] for task in tasks(claude)] == [0, 0, 0]
     down(claude)
