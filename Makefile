@@ -31,7 +31,7 @@ quote   = '$(subst ','\'',$(value $(1)))'
 option  = $(if $(value $(2)),$(1) $(call quote,$(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test-setup demo farm add status watch attach overview logs merge pause resume stop estop clean report doctor test test-agents lint bench chaos install-into
+.PHONY: help pictures setup test-setup demo farm add status watch attach overview logs merge pause resume stop estop clean report doctor test test-agents lint bench chaos install-into
 
 ##@ Use
 help: ## print this help
@@ -86,6 +86,8 @@ bench: test-setup ## measure the speed figures beside their floors
 	@$(PY) '$(TOOLKIT)/tests/bench.py'
 chaos: test-setup ## kill everything at random for SECONDS, then check that nothing was lost
 	@$(PY) '$(TOOLKIT)/tests/chaos.py' --seconds $(SECONDS) -n $(N)
+pictures: test-setup ## make the README's pictures anew (needs Chromium)
+	@$(PY) '$(TOOLKIT)/tests/pictures.py'
 install-into: ## copy farm.py and scripts/ into another repo: make install-into DEST=../app
 	@bash '$(TOOLKIT)/scripts/install-into.sh' $(call quote,DEST)
 

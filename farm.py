@@ -3511,6 +3511,13 @@ def find_recorded(path: str) -> int | None:
         return None
 
 
+def live_cost(store: Store, claim: Claim) -> float:
+    """Dollars of the conversation at work, as its CLI's status line told last; 0 when it does not tell."""
+    told = next(read_json_lines(store.path("mailbox", claim.agent, COST_FILE)), {})
+    cost = told.get("cost") if told.get("session_id") == claim.task.get("conversation", {}).get("id") else {}
+    return dollars_of(cost.get("total_cost_usd")) if isinstance(cost, dict) else 0.0
+
+
 class Farm:
     """The lifecycle of a farm's sessions. Crash-only: kill it at any time, start it again, and it goes on from disk."""
 
@@ -3700,7 +3707,7 @@ class Farm:
         self.read_limits()
         busy = [claim for claim in self.state.claims.values() if claim.task and claim.agent in self.names]
         spending = read_spending(self.store)
-        live = {claim.agent: self.live_cost(claim) for claim in busy}
+        live = {claim.agent: live_cost(self.store, claim) for claim in busy}
         for name in set(self.agents) - {claim.agent for claim in busy}:
             self.agents[name].pop("still_since", None)
         for claim in busy:
@@ -3758,12 +3765,6 @@ class Farm:
             return "time limit", f"its time limit of {duration(limit)} is over"
         why = describe_overrun(task, self.settings, cost_usd)
         return ("budget", why) if why else None
-
-    def live_cost(self, claim: Claim) -> float:
-        """Dollars of the conversation at work, as its CLI's status line told last; 0 when it does not tell."""
-        told = next(read_json_lines(self.store.path("mailbox", claim.agent, COST_FILE)), {})
-        cost = told.get("cost") if told.get("session_id") == claim.task.get("conversation", {}).get("id") else {}
-        return dollars_of(cost.get("total_cost_usd")) if isinstance(cost, dict) else 0.0
 
     def watch_budget(self, cost: float) -> None:
         """Pause the farm when all of it, what is at work included, has cost as much as it may (dollars)."""
@@ -4379,6 +4380,13 @@ def measure_sessions(sessions: dict[str, Session]) -> dict[str, Usage]:
     return {name: measure(tree_of(pid, children)) for name, pid in live.items()}
 
 
+def cost_of_claim(store: Store, claim: Claim, spending: list[dict]) -> float:
+    """Dollars of an agent's task so far; what its conversation at work tells goes before that conversation's own line."""
+    conversation, live = claim.task.get("conversation", {}).get("id"), live_cost(store, claim)
+    lines = [line for line in spending if line["task"] == claim.task.get("id")]
+    return live + sum(line["cost_usd"] for line in lines if not live or line.get("conversation") != conversation)
+
+
 def agent_records(store: Store, state: State, settings: Settings, sight: Sight) -> list[dict]:
     """Every agent that has a session, a claim or a place in the farm."""
     sight.begin_work(store, state, settings)
@@ -4388,15 +4396,13 @@ def agent_records(store: Store, state: State, settings: Settings, sight: Sight) 
     is_up = (store.read_json(FARM_FILE) or {}).get("mode") in ("running", "stopping", "paused")
     names = {*state.claims, *sessions, *(agent_names(settings.n) if is_up else ())} - {CONTROL}
     presets = dict(zip(agent_names(settings.n), share_agents(settings), strict=False))
-    records, costs, work = [], collections.Counter(), sight.find_work()
-    for line in sight.look("usage.jsonl", lambda: read_spending(store)):
-        costs[line["agent"], line["task"]] += line["cost_usd"]
+    records, work, spending = [], sight.find_work(), sight.look("spending", lambda: read_spending(store))
     for name in sorted(names):
         preset = presets.get(name, "") if presets.get(name, "") in PRESETS else ""
         claim, (commits, lines) = state.claims.get(name), work.get(name, (None, None))
         record = agent_record(name, sessions.get(name), claim, told.get(name, {}), usages.get(name), store, settings, preset)
         record.update(title=claim.task.get("title", "") if claim else "", commits=commits, changed_lines=lines,
-                      cost_usd=round(costs[name, record["task"]], 4))
+                      cost_usd=round(cost_of_claim(store, claim, spending), 4) if claim else 0.0)
         records.append(record)
     return records
 
@@ -4424,6 +4430,7 @@ def farm_status(store: Store, settings: Settings, sight: Sight | None = None) ->
               "queue_line": describe_queue(state, records, activity), "loop": {"pid": loop, "alive": loop is not None},
               "mode": farm.get("mode", ""), "reason": farm.get("reason", ""), "trouble": activity.get("trouble", []),
               "target": activity.get("target", ""), "landed_at": sorted(task.landed_at for task in state.landed.values())[-20:]}
+    status["spent"] = sum_spending(sight.look("spending", lambda: read_spending(store)))
     status["next"] = [{"what": what, "try": hint} for what, hint in next_steps(status, problems, state)]
     code = sight.error.exit_code if sight.error else DamagedState.exit_code
     return {**status, "problems": problems, "exit_code": code} if problems else status
@@ -4502,6 +4509,11 @@ def agent_row(record: dict) -> list[str]:
             f"{record['cpu_percent']:.0f}%", f"{record['rss_bytes'] >> 20}M", ago(record["last_output_at"]), cost, note]
 
 
+def describe_spending(spent: dict) -> str:
+    tokens = spent["tokens_in"] + spent["tokens_out"]
+    return f"${spent['cost_usd']:.2f}, " + (f"{tokens / 1e6:.1f}M tokens" if tokens >= 1e5 else f"{tokens} tokens")
+
+
 def status_lines(status: dict, room: int = 6) -> list[str]:
     """What stands below the agents: tasks, merge queue, loop, and what a person should type next, in `room` lines."""
     tasks = " \u00b7 ".join(f"{name} {count}" for name, count in sorted(status["tasks"].items())) or "none"
@@ -4510,7 +4522,8 @@ def status_lines(status: dict, room: int = 6) -> list[str]:
     steps = [f"next: {step['try']} # {step['what']}" for step in status["next"]]
     if len(steps) > room > 0:
         steps[room - 1:] = [f"next: ./farm.py status --json # {len(steps) - room + 1} more"]
-    lines = [f"tasks: {tasks}", f"merge queue: {status['queue_line']}", f"loop: {loop}{mode}", *steps[:room]]
+    spent = [f"cost: {describe_spending(status['spent'])}"] if any(status["spent"].values()) else []
+    lines = [f"tasks: {tasks}", f"merge queue: {status['queue_line']}", *spent, f"loop: {loop}{mode}", *steps[:room]]
     return [one_line(line) for line in lines]
 
 
@@ -4890,7 +4903,8 @@ class History:
         self.work, self.here, self.gate, self.times, self.latest = [], [], [], [], {}
         self.series, self.causes, self.states = collections.defaultdict(list), collections.defaultdict(list), {}
         self.counts, self.cost, self.tokens = collections.Counter(), collections.Counter(), collections.Counter()
-        self.started, self.strips, self.open_strips, self.restarts, self.gated, self.judged, self.unread = set(), [], {}, [], set(), 0, 0
+        self.started, self.strips, self.open_strips, self.restarts = set(), [], {}, []
+        self.gated, self.judged, self.unread = set(), 0, 0
 
     def is_open(self, *key: str) -> bool:
         return key in self.latest and self.latest[key].end is None

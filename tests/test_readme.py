@@ -1,4 +1,4 @@
-"""Every command of the README runs, in a copy of the toolkit, with stand-ins for ssh, scp and claude."""
+"""Every command of the README runs, in a copy of the toolkit, with stand-ins for ssh, scp, gh and the coding CLIs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ SKIPPED = {"make demo": "test_farm runs it", "make test": "this is it"}
 
 STAND_INS = {
     "claude": '#!/bin/sh\necho "$FARM_TASK" > "done-$FARM_TASK.txt"\n',
+    "codex": '#!/bin/sh\necho "$FARM_TASK" > "done-$FARM_TASK.txt"\n',
+    "gh": """#!/bin/sh\necho '[{"body":"It fails.","labels":[],"number":12,"title":"Fix it","url":"https://example.org/12"}]'\n""",
     "ssh": '#!/bin/sh\nshift\ncd "$HOME" && exec sh -c "$*"\n',
     "scp": '#!/bin/sh\nto=$HOME/farm\nmkdir -p "$to" && cp -r farm.py scripts Makefile "$to" && ln -s "$FARM_VENV" "$to/.venv"\n',
 }
@@ -78,6 +80,15 @@ def test_the_readme_names_every_setting_and_every_verb():
     help_lines = run([sys.executable, ROOT / "farm.py", "--help"], check=True).stdout.splitlines()
     verbs = [line.split()[0] for line in help_lines if line.startswith("  ")]
     assert [name for name in verbs if f"`{name}" not in README and f"{name}`" not in README] == []
+
+
+def test_the_readmes_status_is_the_one_that_was_made():
+    assert (ROOT / "tests" / "pictures" / "status.txt").read_text() in README
+
+
+def test_the_readmes_picture_is_small():
+    picture = (ROOT / "tests" / "pictures" / "report.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) < 100_000
 
 
 def test_files_that_the_readme_links_to_exist():

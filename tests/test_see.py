@@ -120,6 +120,7 @@ def show(capsys, monkeypatch, agents: list, columns: int = 0, **fields) -> list[
     state = toolkit.State()
     status = {"agents": agents, "tasks": {"claimed": 1}, "merge_queue": {}, "queue_line": "landed 0", "trouble": [], "mode": "",
               "reason": "", "loop": {"pid": 7, "alive": True}, **fields}
+    status.setdefault("spent", {"tokens_in": 0, "tokens_out": 0, "cost_usd": 0.0})
     status["next"] = [{"what": what, "try": hint} for what, hint in toolkit.next_steps(status, [], state)]
     if columns:
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -145,6 +146,17 @@ NEXT = {"waiting": "attach 2", "stuck": "attach 2", "parked": "logs 2", "dead": 
 def test_each_trouble_has_the_command_to_type_next(capsys, monkeypatch, state, command):
     lines = show(capsys, monkeypatch, [record(A), record(B, state, message="May I?")])
     assert [line for line in lines if line.startswith(f"next: ./farm.py {command}")] and "agent-002" in lines[-1]
+
+
+def test_what_it_has_cost_is_a_line_where_it_is_known(farm, capsys, monkeypatch):
+    assert "cost:" not in answers(farm)
+    spent = {"tokens_in": 3_000_000, "tokens_out": 200_000, "cost_usd": 12.5}
+    assert "cost: $12.50, 3.2M tokens" in show(capsys, monkeypatch, [], spent=spent)
+    farm.ok("add", "a task")
+    claim = farm.claim(A)
+    line = {"at": "2026-03-01T10:00:00Z", "task": "t-0001", "agent": A, "fence": claim["fence"], "tokens_in": 5, "tokens_out": 5}
+    (farm.folder / "usage.jsonl").write_text(json.dumps({**line, "cost_usd": 0.5}) + "\nnonsense\n")
+    assert agents_of(farm)[A]["cost_usd"] == 0.5 and "cost: $0.50, 10 tokens" in answers(farm)
 
 
 def test_what_comes_next_is_a_line_that_a_shell_takes(capsys, monkeypatch):
