@@ -69,7 +69,7 @@ def install(clis: Path, name: str) -> str:
         return f"npm took longer than {INSTALL_SECONDS:g} s"
     if done.returncode or not program(clis, name).exists():
         shutil.rmtree(folder, ignore_errors=True)
-        return "npm: " + (done.stderr.strip().splitlines() or ["no such program was installed"])[-1][:150]
+        return "npm: " + " ".join(done.stderr.split() or ["no such program was installed"])[:200]
     return ""
 
 
@@ -186,12 +186,12 @@ def campaign_tasks(asked: Path, agents: int) -> list[dict]:
         )
     tasks.append({"title": "Task impossible", "prompt": ["FAIL it cannot be done"], "max_attempts": 1})
     tasks.append(
-        {"title": "Task overtaken", "prompt": [*function_script("overtaken", "text"), "SLEEP 9", "RUN git status", "SUBMIT"]}
+        {"title": "Task overtaken", "prompt": [*function_script("overtaken", "text"), "AWAIT", "RUN git status", "SUBMIT"]}
     )
     tasks.append({"title": "Task limited", "prompt": ["LIMIT minute", *function_script("limited", "text"), "SUBMIT"]})
     by_name = {task["title"].removeprefix("Task "): task for task in tasks}
     by_name["failing"]["id"] = "failing"  # the limit comes after the failure, so that each is seen
-    by_name["limited"]["after"] = by_name["overtaken"]["after"] = ["failing"]
+    by_name["limited"]["after"] = ["failing"]
     return [{**task, "prompt": "\n".join(task["prompt"])} for task in tasks]
 
 
@@ -291,6 +291,15 @@ class Watch:
         self.sent: subprocess.CompletedProcess | None = None
         self.rss: list[int] = []
         self.states: set[str] = set()
+        threading.Thread(target=self.read_limits, daemon=True).start()
+
+    def read_limits(self) -> None:
+        """A failing API is over at the next success of any agent: a look each second would miss it."""
+        path = self.campaign.repo / "coordination/limits.json"
+        while time.monotonic() < self.campaign.deadline:
+            with contextlib.suppress(OSError, ValueError):
+                self.causes |= {limit["cause"] for limit in json.loads(path.read_text())["presets"].values()}
+            time.sleep(0.1)
 
     def look(self) -> bool:
         """One look; true when every task is at its end."""
@@ -376,8 +385,14 @@ def check_tasks(campaign: Campaign, done: bool, seconds: float) -> None:
     for name in ("unsent", "unsaved", "permission", "failing", "killed", "overtaken", "limited"):
         task = by_title[name]
         campaign.check(f"{name}: landed", task["state"] == "landed", (task["state"], task["reason"]))
+    released = collections.Counter(event["task"]["id"] for event in campaign.events() if event["event"] == "released")
     for name in ("failing", "overtaken", "limited"):
-        campaign.check(f"{name}: no attempt was counted", by_title[name]["attempts"] == 0, by_title[name]["attempts"])
+        task = by_name[name]
+        campaign.check(
+            f"{name}: given back and taken up again, and no attempt was counted",
+            released[task["id"]] and not task["attempts"],
+            task,
+        )
     campaign.check(
         "impossible: failed with the agent's own reason",
         "it cannot be done" in by_title["impossible"]["reason"],
@@ -405,32 +420,31 @@ def check_troubles(campaign: Campaign, watch: Watch) -> None:
         watch.waiting.get("list", ""),
     )
     campaign.check("permission: the command ran only after a person said yes", watch.asked.exists())
-    campaign.check("usage limit: status named it", any("usage limit" in cause for cause in watch.causes), sorted(watch.causes))
-    campaign.check("API failure: status named it", any("API failure" in cause for cause in watch.causes), sorted(watch.causes))
-    campaign.check("kill -9: a CLI was killed at its work", watch.killed, watch.states)
-    later = [
-        request
-        for request in requests
-        if request["at"] > watch.killed.get("at", 1e12)
-        and request["path"] == "/v1/messages"
-        and any("Task killed" in prompt for prompt in request.get("prompts", []))
-    ]
-    before = {
-        request["session"]
-        for request in requests
-        if request["at"] < watch.killed.get("at", 0) and any("Task killed" in prompt for prompt in request.get("prompts", []))
-    }
     campaign.check(
-        "kill -9: the conversation went on with its earlier messages",
-        later and later[0]["session"] in before and later[0]["messages"] > 3,
-        later[:1],
+        "usage limit: status named it, and until when",
+        any("usage limit until" in cause for cause in watch.causes),
+        sorted(watch.causes),
     )
+    campaign.check("API failure: it was noted by that name", "API failure" in watch.causes, sorted(watch.causes))
+    campaign.check("kill -9: a CLI was killed at its work", watch.killed, watch.states)
+    check_conversation(campaign, "kill -9", "Task killed", watch.killed.get("at", 0))
+    refused = [request["at"] for request in requests if request.get("status") == 429]
+    check_conversation(campaign, "usage limit", "Task overtaken", refused[-1] if refused else 0)
     sent = watch.sent
     campaign.check("send: text to a busy agent was taken", sent is not None and sent.returncode == 0, sent)
     campaign.check(
         "send: the model has seen it",
         any("a word from a person" in prompt for request in requests for prompt in request.get("prompts", [])),
     )
+
+
+def check_conversation(campaign: Campaign, name: str, title: str, at: float) -> None:
+    """The requests about a task after `at` (epoch seconds) belong to the conversation from before, and hold its messages."""
+    requests = [request for request in campaign.requests() if any(title in prompt for prompt in request.get("prompts", []))]
+    before = {request["session"] for request in requests if request["at"] < at}
+    later = [request for request in requests if request["at"] > at]
+    good = later and {request["session"] for request in later} == before and later[0]["messages"] > 4
+    campaign.check(f"{name}: the conversation went on with its earlier messages", good, (before, later[:1]))
 
 
 def check_costs(campaign: Campaign) -> None:

@@ -15,8 +15,9 @@ a directive, one a line (blanks, `-`, `*`, `>` before it are ignored, and so is 
     SLEEP seconds           think so long before the next reply
     ERROR status[::times[::message]]    answer with this HTTP error first, `times` times for this prompt
     LIMIT seconds           a usage limit for everybody that ends after so many seconds; `LIMIT minute`: when this minute does
-    GATHER count            wait until so many conversations have come to this directive, 60 seconds at most
+    GATHER count            wait until so many conversations have come to this directive, 90 seconds at most
     SUBMIT, FAIL why        the last `farm submit ...`, `farm fail ...` that the conversation was told to run, exactly as it says
+    AWAIT                   wait until somebody has come to a LIMIT, 90 seconds at most
     DROP                    close the connection in the middle of a reply, once
     SAY text                what the last reply says
 
@@ -37,7 +38,7 @@ import time
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-WORDS = "WRITE|APPEND|RUN|COMMIT|READ|ASK|TOOL|SLEEP|ERROR|LIMIT|DROP|SAY|NOCOMMIT|SUBMIT|FAIL|GATHER"
+WORDS = "WRITE|APPEND|RUN|COMMIT|READ|ASK|TOOL|SLEEP|ERROR|LIMIT|DROP|SAY|NOCOMMIT|SUBMIT|FAIL|GATHER|AWAIT"
 DIRECTIVE = re.compile(rf"^[\s>*\"-]*(?:(FIRST|AGAIN)\s+)?({WORDS})(?:\s+(.*?))?\"?\s*$")
 ATTEMPT = re.compile(r"\battempt (\d+)\b")
 TOLD = re.compile(r"farm (submit|fail) \S+ --fence [\w.-]*\w(?: --why \"[^\"]*\")?")
@@ -171,13 +172,15 @@ class Model:
         self.limited.add(key)
         now = time.time()
         self.limited_until = now // 60 * 60 + 60 if limit == "minute" else int(now + number(limit, 10))
+        with self.gathering:
+            self.gathering.notify_all()
 
-    def gather(self, count: int, key: str) -> None:
-        """Wait until `count` conversations have come here."""
+    def gather(self, word: str, count: int, key: str) -> None:
+        """Wait until `count` conversations have come here, or for a limit."""
         with self.gathering:
             self.gathered.add(key)
             self.gathering.notify_all()
-            self.gathering.wait_for(lambda: len(self.gathered) >= count, timeout=60)
+            self.gathering.wait_for(lambda: self.limited if word == "AWAIT" else len(self.gathered) >= count, timeout=90)
 
     def drops(self, end: dict, key: str) -> bool:
         with self.lock:
@@ -194,8 +197,8 @@ class Model:
         if refusal:
             return {"refusal": refusal, "word": "", "argument": "", "text": "", "drop": False, "prompt": prompt}
         word, argument, think = steps[done] if done < len(steps) else ("", "", end["think"])
-        if word == "GATHER":
-            self.gather(int(number(argument, 1)), key)
+        if word in ("GATHER", "AWAIT"):
+            self.gather(word, int(number(argument, 1)), key)
             word, argument = "RUN", "true"
         time.sleep(min(think, 300))
         if word in ("SUBMIT", "FAIL"):
