@@ -3511,11 +3511,13 @@ def find_recorded(path: str) -> int | None:
         return None
 
 
-def live_cost(store: Store, claim: Claim) -> float:
-    """Dollars of the conversation at work, as its CLI's status line told last; 0 when it does not tell."""
+def live_cost(store: Store, claim: Claim, spending: list[dict]) -> float:
+    """Dollars of the conversation at work beyond its line in `spending`, as its CLI's status line told last."""
+    conversation = claim.task.get("conversation", {}).get("id")
     told = next(read_json_lines(store.path("mailbox", claim.agent, COST_FILE)), {})
-    cost = told.get("cost") if told.get("session_id") == claim.task.get("conversation", {}).get("id") else {}
-    return dollars_of(cost.get("total_cost_usd")) if isinstance(cost, dict) else 0.0
+    cost = told.get("cost") if conversation and told.get("session_id") == conversation else {}
+    earlier = sum_spending([line for line in spending if conversation and line.get("conversation") == conversation])["cost_usd"]
+    return max(0.0, dollars_of(cost.get("total_cost_usd")) - earlier) if isinstance(cost, dict) else 0.0
 
 
 class Farm:
@@ -3704,10 +3706,10 @@ class Farm:
 
     def watch_agents(self, now: float) -> None:
         """What agents at work have told or used up: who waits for a person, whose time or money is over, who stands still."""
-        self.read_limits()
+        self.read_bounds()
         busy = [claim for claim in self.state.claims.values() if claim.task and claim.agent in self.names]
         spending = read_spending(self.store)
-        live = {claim.agent: live_cost(self.store, claim) for claim in busy}
+        live = {claim.agent: live_cost(self.store, claim, spending) for claim in busy}
         for name in set(self.agents) - {claim.agent for claim in busy}:
             self.agents[name].pop("still_since", None)
         for claim in busy:
@@ -3719,7 +3721,7 @@ class Farm:
                 end_attempt(self.store, claim.agent, claim.fence, *over)
         self.watch_budget(sum_spending(spending)["cost_usd"] + sum(live.values()))
 
-    def read_limits(self) -> None:
+    def read_bounds(self) -> None:
         """Time and money as the last `up` was told: a person may raise them while this loop runs."""
         told = self.store.read_part(FARM_FILE, "settings")
         names = [name for name in ("budget", "task_budget", "task_seconds") if name in told]
@@ -4381,10 +4383,8 @@ def measure_sessions(sessions: dict[str, Session]) -> dict[str, Usage]:
 
 
 def cost_of_claim(store: Store, claim: Claim, spending: list[dict]) -> float:
-    """Dollars of an agent's task so far; what its conversation at work tells goes before that conversation's own line."""
-    conversation, live = claim.task.get("conversation", {}).get("id"), live_cost(store, claim)
-    lines = [line for line in spending if line["task"] == claim.task.get("id")]
-    return live + sum(line["cost_usd"] for line in lines if not live or line.get("conversation") != conversation)
+    """Dollars of an agent's task so far, the conversation at work included."""
+    return cost_of_task(spending, claim.task.get("id", "")) + live_cost(store, claim, spending)
 
 
 def agent_records(store: Store, state: State, settings: Settings, sight: Sight) -> list[dict]:

@@ -334,6 +334,17 @@ def watched(store, clock, monkeypatch):
     return farm
 
 
+def test_what_a_resumed_conversation_had_cost_before_is_counted_once(watched):
+    store, held = watched.store, watched.held
+    os.makedirs(store.path("mailbox", "agent-001"), exist_ok=True)
+    Path(store.path("mailbox", "agent-001", "cost.json")).write_text('{"session_id": "c-1", "cost": {"total_cost_usd": 1.25}}')
+    line = {"task": "t-0002", "conversation": "c-1", "tokens_in": 1, "tokens_out": 1, "cost_usd": 1.0}
+    assert toolkit.live_cost(store, held, [line]) == 0
+    held = held._replace(task={**held.task, "conversation": {"agent": "agent-001", "id": "c-1"}})
+    assert [toolkit.live_cost(store, held, lines) for lines in ([line], [])] == [0.25, 1.25]
+    assert toolkit.cost_of_claim(store, held, [line]) == 1.25
+
+
 def look(farm, clock, seconds: float) -> bool:
     """Whether the agent is held to be stuck, after so many seconds more."""
     clock.seconds += seconds
