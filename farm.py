@@ -1022,9 +1022,12 @@ class Store:
         return dump_records(head, {key: [task.to_json() for task in getattr(state, key).values()] for key in ("ready", "landed")})
 
     def ensure_folders(self) -> None:
-        """Make what is missing below coordination/, under the mutex."""
+        """Make what is missing below coordination/, also what somebody has removed: verbs do not look for that, but `up` does,
+        and each merger.
+        """
         with self.transaction():
-            pass
+            for name in FOLDERS:
+                os.makedirs(self.path(name), exist_ok=True)
 
     def transaction(self, before_load=lambda: None) -> Transaction:
         """`with store.transaction() as tx:` holds the mutex; inside, state is read and healed, and moves are made."""
@@ -2771,13 +2774,13 @@ class Gate:
 
     def end_group(self) -> None:
         """Kill what is left of the gate, also what moved to a session of its own: a gate that is over has no business running."""
-        import signal
+        import subprocess
 
+        kill_group(self.process.pid)
         try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
-        self.process.wait()
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            pass  # in the hands of a kernel that waits for a disk; end_gates sees it, and raises its error
         end_gates(self.folder)
 
 
@@ -2826,6 +2829,7 @@ class MergeQueue:
         self.slots = settings.slots or default_slots()
         self.gates: list[Gate] = []  # those that run, and those that are over and not yet judged
         self.wake = threading.Event()
+        self.is_recovered = False  # whether `recover` has seen to what a killed merger left
         # The tick's view, made anew each time:
         self.base: Step | None = None  # the target
         self.tasks: dict[str, Task] = {}  # what is ready, in landing order
@@ -3149,9 +3153,9 @@ class MergeQueue:
             said = script_error("land.sh", result)
             files = read_tsv(result.stdout)[0][1:] if result.stdout else []
             what = f"the checkout of {intent['target']} has changes of its own in the way: {', '.join(files)}"
-            is_checkout = not files or any(os.path.isabs(path) and os.path.isdir(path) for path in files)
-            self.trouble = (str(said) if is_checkout else what, said.hint if is_checkout and said.hint else
-                            "commit them or move them away; the queue goes on by itself")
+            is_file = bool(files) and not any(map(os.path.isabs, files))  # else another git's lock, or a whole checkout
+            self.trouble = (what if is_file else str(said), "commit them or move them away; the queue goes on by itself" if
+                            is_file or not said.hint else said.hint)
         # It landed, or nothing was changed. An exit code other than these has raised: then the intent stays for `recover`.
         self.store.disk.unlink(self.store.path(INTENT_FILE))
         return self.trouble is None
@@ -3293,11 +3297,22 @@ class MergeQueue:
         return not self.gates and not self.diagnoses and not self.store.snapshot().ready
 
     def run(self, should_stop, *, forever: bool) -> None:
-        """Tick until drained (or for ever), or until only a person can help. `should_stop` is a threading.Event."""
-        self.recover()
-        seen = None
+        """Tick until drained (or for ever), or until only a person can help. `should_stop` is a threading.Event.
+
+        Raises FarmError; for ever, that is a trouble like others: shown, and tried again after 2 s, 4 s ... a minute.
+        """
+        failures = 0
         while not should_stop.is_set():
-            if self.try_tick():
+            try:
+                has_moved, failures = self.try_tick(), 0
+            except FarmError as error:
+                if not forever:
+                    raise
+                failures += 1
+                self.pause(error)
+                should_stop.wait(min(2.0 ** failures, 60))
+                continue
+            if has_moved:
                 continue
             if not forever and (self.is_drained() or self.trouble):
                 return
@@ -3309,13 +3324,29 @@ class MergeQueue:
                     break
 
     def try_tick(self) -> bool:
-        """A tick; when a script failed on work that git cannot read, that work goes back and the rest goes on."""
+        """A tick, after a recovery where one is due. When a script failed on work that git cannot read, that work goes back and
+        the rest goes on.
+        """
+        if not self.is_recovered:
+            self.recover()
+        self.is_recovered = True
         try:
             return self.tick()
         except FarmError:
             if not self.return_broken():
                 raise
             return True
+
+    def pause(self, error: FarmError) -> None:
+        """What stopped us, for people and for `queue` and `status`. The next tick begins as after a crash, from disk."""
+        say(f"{error}\n  try: {error.hint or './farm.py doctor'}")
+        try:
+            self.stop()
+        except FarmError:  # a gate that cannot be ended: the recovery tries it again, and says so
+            self.gates = []
+        self.is_recovered, self.just_landed = False, None
+        self.trouble = str(error), error.hint or "./farm.py doctor"
+        self.publish(())
 
     def stop(self) -> None:
         """End the gates that run; they gave no verdict."""
@@ -3803,6 +3834,7 @@ class Farm:
         start_at = self.policy.start_at(self.merger_ends[-3:], now)
         if start_at is not None and start_at > now:
             return
+        os.makedirs(self.store.path("logs"), exist_ok=True)  # somebody may have tidied up
         with open(self.store.path("logs", "merger.log"), "ab") as log:
             argv = [os.path.join(SCRIPTS, "farm"), "--repo", self.repo, "merge", "--watch"]
             environment = {**os.environ, "FARM_AS_TOLD": "1", "FARM_PYTHON": sys.executable}

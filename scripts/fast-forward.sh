@@ -2,11 +2,12 @@
 # Usage: fast-forward.sh [-n] CHECKOUT OLD NEW
 # Move the branch that the work tree CHECKOUT is on from OLD to its descendant NEW, and its files along. Unrelated edits,
 # staged or not, are kept; ignored files are not overwritten; no hooks. -n only tells whether it would go through.
-# Prints, when it is in the way: blocked<TAB>path... (edited or untracked files, or CHECKOUT in the middle of a merge)
+# Prints, when it is in the way: blocked<TAB>path... (edited or untracked files, or CHECKOUT in the middle of a merge; no path
+#   for another git's lock)
 # Before git begins `farm-landing` in the git dir names the checkout and says whether it was clean; recover-landing.sh
 # needs that, and is called from here (it lies beside) when git fails half-way: a full disk, a lock on the branch.
 # Environment: FARM_LOCK_SECONDS, how long to wait for another git's locks (10)
-# Exit: 0 moved, 1 git failed or another git holds a lock, 2 usage, 5 blocked, nothing changed
+# Exit: 0 moved, 1 git failed, 2 usage, 5 blocked, nothing changed
 set -euo pipefail
 here=$(dirname "$0") mark=
 
@@ -57,7 +58,11 @@ wait_for_locks() {
   printf '%s\n%s\n' "$home" "$state" >"$mark"
   for lock in "$home/index.lock" "$home/HEAD.lock" "$common/$(git_there symbolic-ref HEAD).lock"; do
     while [ -e "$lock" ]; do
-      [ "$tries" -gt 0 ] || die "another git holds $lock" "ls -l $lock"
+      if [ "$tries" -eq 0 ]; then
+        printf 'farm: another git holds %s\n  try: ls -l %q, and remove it when no git is running\n' "$lock" "$lock" >&2
+        printf 'blocked\n'
+        exit 5
+      fi
       tries=$((tries - 1))
       sleep 0.1
     done

@@ -5,10 +5,10 @@
 # else by a fast-forward in that checkout, which keeps unrelated edits; with REMOTE it is pushed there with a lease first.
 # Prints one line: landed<TAB>NEW   already<TAB>sha (it contains NEW)   moved<TAB>sha (it is not at OLD)
 #   blocked<TAB>path... (nothing changed: these edited or untracked files are in the way, or a checkout in which a merge,
-#   rebase or bisect is under way, or a second checkout)
+#   rebase or bisect is under way, or a second checkout; no path: another git holds a lock)
 # Environment: FARM_LOCK_SECONDS, how long to wait for another git's locks (10)
 # Beside it: find-checkout.sh, fast-forward.sh, recover-landing.sh; for a remote push-branch.sh
-# Exit: 0 landed or already, 1 git failed or another git holds a lock, 2 usage or no repo, 3 no such branch or commit,
+# Exit: 0 landed or already, 1 git failed, 2 usage or no repo, 3 no such branch or commit,
 #   4 moved, 5 blocked
 set -euo pipefail
 here=$(dirname "$0") mark=
@@ -62,11 +62,17 @@ run_step() {
 }
 
 update_ref() {
-  local said
+  local said lock others=
   mark=$(git_here rev-parse --path-format=absolute --git-common-dir)/farm-landing
+  lock=${mark%/*}/$ref.lock
   trap 'rm -f "$mark"' EXIT
+  [ ! -e "$lock" ] || others=yes
   printf '\ndirty\n' >"$mark"
   said=$(git_here update-ref -m "farm: land" "$ref" "$new" "$old" 2>&1) && return
+  if [ -n "$others" ] && [ -e "$lock" ]; then # git has waited for it, and nothing has begun
+    printf 'farm: another git holds %s\n  try: ls -l %q, and remove it when no git is running\n' "$lock" "$lock" >&2
+    answer 5 blocked
+  fi
   trap - EXIT # as in fast-forward.sh, the mark goes when the lock of a killed git is gone
   "$here/recover-landing.sh" -C "$repo" -b "$target" -o "$old" -n "$new" >/dev/null || exit 1
   compare

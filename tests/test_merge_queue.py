@@ -549,7 +549,49 @@ def test_a_gate_that_cannot_be_ended_stops_the_merger_instead_of_holding_its_slo
 
     monkeypatch.setattr(farm, "end_gates", end_gates)
     with pytest.raises(farm.FarmError, match="could not be ended"):
-        merges.run(threading.Event(), forever=True)
+        merges.run(threading.Event(), forever=False)
+
+
+# ---------------------------------------------------------------------------------------------- what stops a merger that watches
+
+
+def lose_target(queue: Queue) -> Callable[[], object]:
+    git(queue.repo, "checkout", "-q", "--detach")
+    git(queue.repo, "branch", "-q", "-m", "main", "away")
+    return lambda: git(queue.repo, "branch", "-q", "-m", "away", "main")
+
+
+def leave_lock(queue: Queue) -> Callable[[], object]:
+    lock = queue.repo / ".git/index.lock"
+    lock.touch()
+    return lock.unlink
+
+
+@pytest.mark.parametrize("stop", [lose_target, leave_lock])
+def test_what_stops_a_merger_that_watches_is_shown_and_the_merger_goes_on_by_itself(
+    queue: Queue, stop: Callable[[Queue], Callable[[], object]]
+) -> None:
+    task_id = queue.ready(new_file("a"))
+    now = queue.folder / "merge_queue/now.json"
+    with queue.merging(queue.counted(GREEN), "--watch", "--into", "main") as merger:
+        wait_until(now.exists, 30, "the merger to begin")
+        mend = stop(queue)
+        second = queue.ready(new_file("b"), base="HEAD")
+        wait_until(lambda: json.loads(now.read_text())["trouble"], 60, "the trouble to be shown")
+        shown = json.loads(now.read_text())["trouble"]
+        mend()
+        wait_until(lambda: queue.states()[second] == "landed", 90, "the entry to land")
+        assert merger.poll() is None
+    assert shown[0] and shown[1]
+    assert queue.landed() == [task_id, second]
+
+
+def test_a_merger_makes_anew_what_somebody_has_removed_below_coordination(queue: Queue) -> None:
+    task_id = queue.ready(new_file("a"))
+    for name in ("results", "returns", "logs"):
+        shutil.rmtree(queue.folder / name)
+    queue.merge()
+    assert queue.landed() == [task_id]
 
 
 # ---------------------------------------------------------------------------------------------- slots

@@ -521,7 +521,10 @@ def test_land_is_blocked_by_a_second_checkout(repo: Repo, step: tuple[str, str],
 def test_land_leaves_a_locked_branch_and_its_lock_alone(repo: Repo, step: tuple[str, str]) -> None:
     lock = repo / ".git/refs/heads/main.lock"
     lock.touch()
-    assert land(repo, *step)[0] == 1
+    assert land(repo, *step) == (5, ["blocked"])
+    git(repo, "checkout", "-q", "--detach", "main")
+    assert land(repo, *step) == (5, ["blocked"])
+    git(repo, "checkout", "-q", "-B", "other", step[0])
     assert lock.exists()
     assert git(repo, "status", "--porcelain") == ""
 
