@@ -560,7 +560,7 @@ def test_a_log_is_rotated_without_losing_a_byte(farm):
 
     def numbers() -> list[int]:
         found = sorted(path.parent.glob(path.name + "*"), key=lambda path: path.name, reverse=True)
-        return [int(line) for one in found for line in one.read_bytes().split(b"\r\n") if line.isdigit()]
+        return [int(line) for line in b"".join(one.read_bytes() for one in found).split(b"\r\n") if line.isdigit()]
 
     wait_until(lambda: path.exists() and str(count).encode() + b"\r\n" in path.read_bytes()[-100:], 120, "the last line")
     assert path.with_name(path.name + ".1").exists() and path.stat().st_size < 33 << 20
