@@ -387,7 +387,7 @@ def check_tasks(campaign: Campaign, done: bool, seconds: float) -> None:
         campaign.check(f"{name}: landed", task["state"] == "landed", (task["state"], task["reason"]))
     released = collections.Counter(event["task"]["id"] for event in campaign.events() if event["event"] == "released")
     for name in ("failing", "overtaken", "limited"):
-        task = by_name[name]
+        task = by_title[name]
         campaign.check(
             f"{name}: given back and taken up again, and no attempt was counted",
             released[task["id"]] and not task["attempts"],
