@@ -5702,6 +5702,8 @@ def read_option(verb_name: str, name: str, kind: str, value: str, options: dict)
         raise UsageError(f"{verb_name}: --{name} needs a number{' of seconds' * (kind == '=s')}, not {value!r}")
     return value
 
+# ---------------------------------------------------------------------------------------------- verbs: tasks
+
 
 @verb("add TITLE [--prompt TEXT | --prompt-file F] | add -f FILE", "add one task, or many from a file (- for stdin)",
       "prompt= prompt-file= id= priority=# after=* path=* max-attempts=# time-limit=s budget=s f|file=",
@@ -5766,6 +5768,24 @@ def verb_tasks(call: Call) -> int:
             for r in records]
     print_table(rows, ["TASK", "STATE", "AGENT", "TRIES", "TITLE", "COMMIT OR REASON"])
     return 0
+
+
+@verb("cancel ID", "take a task out", "", "./farm.py cancel t-0007")
+def verb_cancel(call: Call) -> int:
+    with call.store.transaction() as tx:
+        TaskQueue(tx).cancel(call.one("task id"))
+    return 0
+
+
+@verb("retry ID", "let a failed or canceled task be claimed again", "", "./farm.py retry t-0007")
+def verb_retry(call: Call) -> int:
+    more = call.settings().max_attempts
+    with call.store.transaction() as tx:
+        TaskQueue(tx).retry(call.one("task id"), more)
+    return 0
+
+# ---------------------------------------------------------------------------------------------- verbs: an agent's moves
+# Called by agents, by run-agent.sh and its like, and by a CLI's hooks: their start is their cost.
 
 
 @verb("claim AGENT [--owner-pid PID] [--wait SECONDS] [--id ID]", "take the next task; prints its lock file as one line",
@@ -6061,20 +6081,7 @@ def answer_request(agent: str, repo: str, path: str) -> dict:
         code = main(["--repo", repo, *argv])
     return {"code": code, "stdout": out.getvalue(), "stderr": errors.getvalue()}
 
-
-@verb("cancel ID", "take a task out", "", "./farm.py cancel t-0007")
-def verb_cancel(call: Call) -> int:
-    with call.store.transaction() as tx:
-        TaskQueue(tx).cancel(call.one("task id"))
-    return 0
-
-
-@verb("retry ID", "let a failed or canceled task be claimed again", "", "./farm.py retry t-0007")
-def verb_retry(call: Call) -> int:
-    more = call.settings().max_attempts
-    with call.store.transaction() as tx:
-        TaskQueue(tx).retry(call.one("task id"), more)
-    return 0
+# ---------------------------------------------------------------------------------------------- verbs: locks
 
 
 def acquire_waiting(call: Call, agent: str, names: list[str], owner: Owner) -> None:
@@ -6165,6 +6172,8 @@ def fork_waiting(command: list[str]) -> tuple[int, int]:
     if os.read(read_end, 1):
         os.execvp(command[0], command)
     os._exit(Refused.exit_code)
+
+# ---------------------------------------------------------------------------------------------- verbs: merge queue and farm
 
 
 @verb("queue [--json]", "the merge queue", "json", "./farm.py queue")
@@ -6343,6 +6352,8 @@ def verb_clean(call: Call) -> int:
         if name.startswith("gate-") and not name.endswith(".tmp"):
             run_script("gate-slot.sh", "remove", os.path.join(folder, name))
     return result.code
+
+# ---------------------------------------------------------------------------------------------- verbs: see and steer
 
 
 @verb("status [--json] [--watch]", "agents, tasks, queue, loop; --watch: again and again, with keys", "json watch",
@@ -6548,6 +6559,9 @@ def verb_report(call: Call) -> int:
         say(problem)
     print(path)
     return DamagedState.exit_code if problems else 0
+
+# ---------------------------------------------------------------------------------------------- main
+# Help, completion, and the way from argv to a verb and its exit code.
 
 
 def usage_text() -> str:
