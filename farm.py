@@ -3131,7 +3131,7 @@ class MergeQueue:
         """
         steps = self.chain([self.tasks[task_id] for task_id in ids], self.base.commit)
         intent = {"schema": SCHEMA, "target": self.target, "old": self.base.commit, "new": steps[-1].commit,
-                  "entries": [[step.id, step.commit] for step in steps]}
+                  "entries": [[step.id, step.commit] for step in steps], "revs": [self.tasks[task_id].rev for task_id in ids]}
         self.store.write_durably(INTENT_FILE, (json.dumps(intent) + "\n").encode("utf-8"))
         has_moved = self.finish_landing(intent)
         self.just_landed = steps[-1]._replace(status="-") if has_moved and steps[-1].id not in self.store.snapshot().ready else None
@@ -3150,12 +3150,7 @@ class MergeQueue:
             self.trouble = (f"{where} has commits that {intent['target']} here has not, so nothing can be pushed",
                             f"git pull --ff-only {self.settings.remote} {intent['target']}; the queue goes on by itself")
         elif result.code == 5:
-            said = script_error("land.sh", result)
-            files = read_tsv(result.stdout)[0][1:] if result.stdout else []
-            what = f"the checkout of {intent['target']} has changes of its own in the way: {', '.join(files)}"
-            is_file = bool(files) and not any(map(os.path.isabs, files))  # else another git's lock, or a whole checkout
-            self.trouble = (what if is_file else str(said), "commit them or move them away; the queue goes on by itself" if
-                            is_file or not said.hint else said.hint)
+            self.trouble = describe_block(intent["target"], result)
         # It landed, or nothing was changed. An exit code other than these has raised: then the intent stays for `recover`.
         self.store.disk.unlink(self.store.path(INTENT_FILE))
         return self.trouble is None
@@ -3167,9 +3162,9 @@ class MergeQueue:
         """Move each (id, commit) from ready to landed; those recorded before a crash are passed over."""
         with self.store.transaction() as tx:
             for task_id, commit in entries:
-                task = tx.state.ready.get(task_id)
-                if task is None:  # recorded already, or canceled after the swap: what is in the target stays there
-                    continue
+                task = tx.state.ready.get(task_id) or tx.state.pending.get(task_id)
+                if task is None or task.state not in ("ready", "canceled"):  # recorded before a crash
+                    continue  # what was canceled a moment too late is in the target all the same, and said to be
                 tx.move(task._replace(state="landed", landed_commit=commit, landed_at=utc(CLOCK.now()), prompt="", reason=""),
                         "landed", "landed")
                 self.counts["landed"] += 1
@@ -3268,16 +3263,18 @@ class MergeQueue:
             say(str(script_error("pin-ref.sh", pinned)))
 
     def recover_landing(self, intent: dict) -> None:
-        """Finish a landing that was cut short. Where its commits or its target are gone there is none: what has landed all the
-        same is found in the target by the next tick.
+        """Finish a landing that was cut short. Before the swap it is dropped where its commits are gone, or where an entry was
+        canceled or submitted anew meanwhile, which may be days: the next tick plans anew, and no gate runs twice.
         """
         wait_for_landing(intent["new"])
-        run_script("land.sh", "recover", *self.landing_arguments(intent), allow=(0, 3))
-        say(f"finishing a landing that was cut short: {intent['old'][:10]} -> {intent['new'][:10]}")
-        try:
+        found = run_script("land.sh", "recover", *self.landing_arguments(intent), allow=(0, 3))
+        ready = self.store.snapshot().ready
+        now = [getattr(ready.get(task_id), "rev", 0) for task_id, _ in intent["entries"]]
+        if found.code == 0 and (found.stdout.startswith("landed") or now == intent.get("revs", now)):
+            say(f"finishing a landing that was cut short: {intent['old'][:10]} -> {intent['new'][:10]}")
             self.finish_landing(intent)
-        except NotFound as error:
-            say(f"{error}; it is planned anew")
+        else:
+            say(f"a landing that was cut short is planned anew: {intent['old'][:10]} -> {intent['new'][:10]}")
             self.store.disk.unlink(self.store.path(INTENT_FILE))
 
     def publish(self, queue: tuple) -> None:
@@ -3354,6 +3351,16 @@ class MergeQueue:
             gate.end_group()
             self.note_end(gate.ids, gate.tree, gate.slot, NO_VERDICT._replace(note="its merger was stopped"))
         self.gates = []
+
+
+def describe_block(target: str, result: ScriptResult) -> tuple[str, str]:
+    """What land.sh found in the way, and what to do: files, a whole checkout, or another git's lock."""
+    said = script_error("land.sh", result)
+    files = read_tsv(result.stdout)[0][1:] if result.stdout else []
+    if files and not any(map(os.path.isabs, files)):
+        return (f"the checkout of {target} has changes of its own in the way: {', '.join(files)}",
+                "commit them or move them away; the queue goes on by itself")
+    return str(said), said.hint or f"git status, in the checkout of {target}"
 
 
 INTENT_FILE = os.path.join("merge_queue", "landing.json")

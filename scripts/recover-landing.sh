@@ -86,7 +86,7 @@ recover() {
 }
 
 main() {
-  local repo=. target='' old='' new='' option ref common mark
+  local repo=. target='' old='' new='' option ref common mark old_scratch
   while getopts ':b:o:n:C:h' option; do
     case $option in
       b) target=$OPTARG ;;
@@ -102,6 +102,9 @@ main() {
   export LC_ALL=C GIT_OPTIONAL_LOCKS=0 GIT_LITERAL_PATHSPECS=1 ref=refs/heads/$target
   common=$(git -C "$repo" rev-parse --path-format=absolute --git-common-dir 2>/dev/null) || die "$repo is no git repo" "git init" 2
   mark=$common/farm-landing scratch=$common/farm-recover.$$
+  for old_scratch in "$common"/farm-recover.*; do
+    kill -0 "${old_scratch##*.}" 2>/dev/null || rm -rf "$old_scratch"
+  done
   trap 'rm -rf "$scratch"' EXIT
   mkdir -p "$scratch"
   recover

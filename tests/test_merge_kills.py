@@ -247,6 +247,23 @@ def test_a_landing_killed_under_a_living_merger_lands_once(queue: Queue, waiting
     assert find_violations(queue, {task_id: "landed"}) == []
 
 
+def test_work_that_is_canceled_after_a_power_cut_does_not_land(queue: Queue, waiting_git: Path) -> None:
+    canceled, other = queue.ready_all([new_file("f"), new_file("g")])
+    merge_up_to(queue, waiting_git, "before").kill("everything")
+    queue.ok("cancel", canceled)
+    finish(queue, careful(queue))
+    assert find_violations(queue, {canceled: "canceled", other: "landed"}) == []
+
+
+def test_work_that_is_canceled_in_the_middle_of_its_landing_is_landed(queue: Queue, waiting_git: Path) -> None:
+    task_id = queue.ready(new_file("f"))
+    victim = merge_up_to(queue, waiting_git, "before")
+    queue.ok("cancel", task_id)
+    (waiting_git / "before").unlink()
+    assert victim.process.wait(60) == 0
+    assert find_violations(queue, {task_id: "landed"}) == []
+
+
 @pytest.mark.parametrize("key", ["old", "new"])
 def test_an_intent_whose_commits_are_gone_stops_nothing(queue: Queue, waiting_git: Path, key: str) -> None:
     task_id = queue.ready(new_file("f"))

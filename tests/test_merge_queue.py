@@ -586,6 +586,26 @@ def test_what_stops_a_merger_that_watches_is_shown_and_the_merger_goes_on_by_its
     assert queue.landed() == [task_id, second]
 
 
+def test_a_merger_that_ends_again_and_again_is_started_again_and_again(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue.ready(new_file("a"))
+    settings, begun = farm.load_settings(str(queue.repo), {"gate": "true"}), []
+    loop = farm.Farm(farm.Store(str(queue.repo)), settings, "true", "main")
+
+    class Ended:
+        returncode = 1
+
+        def __init__(self, *_args, **_options):
+            begun.append(self)
+
+        def poll(self) -> int:
+            return self.returncode
+
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    for second in range(900):
+        loop.tend_merger(1e9 + second)
+    assert 100 < len(begun) < 500
+
+
 def test_a_merger_makes_anew_what_somebody_has_removed_below_coordination(queue: Queue) -> None:
     task_id = queue.ready(new_file("a"))
     for name in ("results", "returns", "logs"):

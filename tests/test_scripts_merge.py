@@ -677,6 +677,12 @@ def test_recovery_may_be_repeated(repo: Repo, step: tuple[str, str]) -> None:
     assert recover(repo, *step) == (0, ["clean", step[0]])
 
 
+def test_recovery_removes_the_scratch_of_a_killed_one(repo: Repo, step: tuple[str, str]) -> None:
+    (repo / ".git/farm-recover.999999999").mkdir()
+    recover(repo, *step)
+    assert list((repo / ".git").glob("farm-*")) == []
+
+
 def test_recovery_removes_the_lock_that_holds_the_new_commit(repo: Repo, step: tuple[str, str]) -> None:
     lock = repo / ".git/refs/heads/main.lock"
     lock.write_text(step[1] + "\n")
