@@ -3972,7 +3972,9 @@ class Farm:
 
     def tell_tmux(self) -> None:
         """The farm's counts on the status line of its own tmux server, when they have changed; every five seconds at the most."""
-        note = describe_counts(self.state, {name: self.turns.get(name, {}).get("state") == "waiting" for name in self.names})
+        is_paused = (self.store.read_json(FARM_FILE) or {}).get("mode") == "paused"
+        waits = {name: self.turns.get(name, {}).get("state") == "waiting" for name in self.names}
+        note = "paused \u00b7 " * is_paused + describe_counts(self.state, waits)
         if note != self.note and CLOCK.monotonic() - self.noted_at >= 5 and any(self.sessions):
             self.note, self.noted_at = note, CLOCK.monotonic()
             run_script("note-tmux.sh", "-L", self.socket, note, allow=(0, 1, 3), timeout=10)
@@ -4312,6 +4314,10 @@ def agent_record(name: str, session: Session | None, claim: Claim | None, told: 
             "processes": usage.processes if usage else 0, "preset": preset}
 
 
+# ---------------------------------------------------------------------------------------------- status
+# Who needs a person, what it is about, and what to type. What is slow (git, tmux, processes) gets a time limit or a share of a core.
+
+
 class WorkProbe:
     """probe-work.sh, begun early and read late. found: agent -> (commits, changed lines), as far as it has come."""
 
@@ -4387,7 +4393,7 @@ class Sight:
         return value
 
     def find_sessions(self, repo: str) -> dict[str, Session]:
-        """probe_sessions; where that is not to be had, `error` says why, and none is found: a status is an answer all the same."""
+        """probe_sessions; where that cannot be had, `error` says why, and none is found: a status is an answer all the same."""
         try:
             self.error = None
             return self.look("sessions", lambda: probe_sessions(farm_socket(repo), self.TMUX_SECONDS))
@@ -4602,6 +4608,9 @@ class Progress:
     def close(self) -> None:
         if self.is_terminal and self.last:
             self.stream.write("\n")
+
+
+# ---------------------------------------------------------------------------------------------- logs
 
 
 class LogReader:
@@ -6376,16 +6385,17 @@ def look(call: Call, sight: Sight | None = None) -> dict:
 
 
 def watch_status(call: Call) -> int:
-    """Until q or a signal; the farm goes on. In a pipe: the status every two seconds, when it has changed."""
-    should_stop = stop_on_signals()
-    if sys.stdout.isatty():
+    """Until q or a signal; the farm goes on. In a pipe: the status every two seconds, when it has changed; JSON: one line each."""
+    should_stop, as_json = stop_on_signals(), call.options.get("json")
+    if sys.stdout.isatty() and not as_json:
         return Watch(call, functools.partial(look, call), should_stop).run()
-    sight, last = Sight(0.003), []
+    sight, last = Sight(0.004), ""
     while not should_stop.is_set():
-        lines = status_text(look(call, sight), 0)
-        if lines != last:
-            print("\n".join(lines) + "\n", flush=True)
-            last = lines
+        status = look(call, sight)
+        text = dump_line(status) if as_json else "\n".join(status_text(status, 0)) + "\n"
+        if text != last:
+            print(text, flush=True)
+            last = text
         should_stop.wait(2)
     return 128 + should_stop.signal
 

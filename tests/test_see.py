@@ -215,6 +215,17 @@ def test_looking_at_work_takes_no_lock_of_git_and_writes_nothing(farm, monkeypat
     assert (farm.repo / ".git" / "index").read_bytes() == index
 
 
+@pytest.mark.parametrize("name", ["probe-work.sh", "overview-tmux.sh", "note-tmux.sh", "attach-tmux.sh"])
+def test_a_scripts_header_is_its_help_and_bad_options_are_usage_errors(name, sandbox):
+    shown = run([SCRIPTS / name, "-h"], check=True).stdout
+    assert shown.startswith(f"Usage: {name}") and "Exit: 0 " in shown
+    assert run([SCRIPTS / name, "-z"]).returncode == 2
+    empty = sandbox.root / "empty"
+    empty.mkdir()
+    words = {"probe-work.sh": ["-b", "main"], "overview-tmux.sh": ["-L", "x"]}.get(name, ["-L", "x", "y"])
+    assert run(["/bin/bash", SCRIPTS / name, *words], env={"PATH": str(empty)}).returncode == 6
+
+
 @pytest.fixture
 def broken_git(sandbox, monkeypatch) -> None:
     """A git that never answers."""
@@ -411,11 +422,16 @@ def test_watch_survives_a_restart_of_the_farm_and_damage(farm, screen):
     farm.ok("down", "--now", timeout=120)
 
 
-def test_watch_writes_nothing(farm, screen):
+def test_watch_writes_nothing_and_leaves_every_index_alone(farm, screen):
     farm.ok("add", "a task")
     farm.claim(A)
+    worktree = farm.repo.parent / "repo-farm" / f"{A}-worktree"
+    git(farm.repo, "worktree", "add", "-q", "-b", f"farm/{A}/t-0001", worktree)
+    (worktree / "README.md").write_text("one\ntwo\n")
+    (farm.folder / "farm.json").write_text(json.dumps({"mode": "down", "settings": {"into": "main"}}))
     before = bytes_below(farm.repo, but=())
     one = watch(screen)
+    one.wait_for(f"{A} .* t-0001 *3 *0 ")
     one.wait_for("(?s)tasks: claimed 1.*tasks: claimed 1")
     one.type("q")
     one.end()
@@ -469,6 +485,15 @@ def test_watch_in_a_pipe_prints_what_changes(farm):
         assert process.stdout.readline() == "tasks: pending 1\n"
         process.terminate()
         assert "\x1b" not in process.stdout.read()
+
+
+def test_watch_as_json_is_a_document_a_line(farm):
+    farm.ok("add", "a task")
+    with farm.start("status", "--watch", "--json") as process:
+        assert json.loads(process.stdout.readline())["tasks"] == {"pending": 1}
+        farm.ok("add", "another")
+        assert json.loads(process.stdout.readline())["tasks"] == {"pending": 2}
+        process.terminate()
 
 
 @pytest.mark.parametrize(
