@@ -4393,7 +4393,7 @@ class Sight:
         return value
 
     def find_sessions(self, repo: str) -> dict[str, Session]:
-        """probe_sessions; where that cannot be had, `error` says why, and none is found: a status is an answer all the same."""
+        """probe_sessions; where that cannot be had, `error` says why and none is found: a status answers all the same."""
         try:
             self.error = None
             return self.look("sessions", lambda: probe_sessions(farm_socket(repo), self.TMUX_SECONDS))
@@ -4507,9 +4507,8 @@ def next_steps(status: dict, problems: list[str], state: State) -> list[tuple[st
     if status["trouble"]:
         steps.append(tuple(status["trouble"]))
     if status["mode"] == "paused":
-        is_spent = "budget" in status["reason"]
-        steps.append((status["reason"] or "the farm is paused: no new work is handed out",
-                      "./farm.py up" if is_spent else "./farm.py resume"))
+        why, _, command = status["reason"].partition("; to go on: ")
+        steps.append((why or "the farm is paused: no new work is handed out", command or "./farm.py resume"))
     if not status["loop"]["alive"]:
         stopped = "no loop runs: nothing is started, restarted or merged"
         steps.append((stopped, "./farm.py up") if status["tasks"] else ("there is no task yet", "./farm.py add 'what to do'"))
