@@ -4008,6 +4008,7 @@ class Farm:
                 except psutil.Error:
                     continue
             doomed = [process for process, name in find_by_environment(FARM_REPO=self.repo) if name in names]
+        end_all_gates(worktrees_folder(self.repo, self.settings))
         return self.down(0)
 
     def down(self, grace_seconds: float, hurry=lambda: False) -> list[str]:
@@ -4159,9 +4160,9 @@ def one_width(line: str, width: int) -> str:
     """A line cut to `width` columns of a terminal, with an ellipsis."""
     if text_width(line) <= width:
         return line
-    while text_width(line) > width - 1:
+    while line and text_width(line) > width - 1:
         line = line[:-1]
-    return line + "\u2026"
+    return (line + "\u2026")[:max(0, width)]
 
 
 def text_width(text: str) -> int:
@@ -4173,10 +4174,17 @@ def text_width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
 
 
+def terminal_size() -> tuple[int, int]:
+    """Columns and lines; 80 and 24 where the terminal does not say (0 and 0)."""
+    columns, lines = os.get_terminal_size(1)
+    return columns or 80, lines or 24
+
+
 def terminal_width() -> int:
+    """Columns for a table; COLUMNS in the environment goes first."""
     import shutil
 
-    return shutil.get_terminal_size().columns
+    return max(20, shutil.get_terminal_size().columns)
 
 
 def fit_columns(rows: list[list], headers: list[str], spare: tuple, width: int) -> list[int]:
@@ -4315,7 +4323,7 @@ def agent_record(name: str, session: Session | None, claim: Claim | None, told: 
 
 
 # ---------------------------------------------------------------------------------------------- status
-# Who needs a person, what it is about, and what to type. What is slow (git, tmux, processes) gets a time limit or a share of a core.
+# Who needs a person, why, and what to type. What is slow (git, tmux, processes) gets a time limit or a share of a core.
 
 
 class WorkProbe:
@@ -4791,7 +4799,7 @@ class Watch:
 
     def refresh(self) -> None:
         """Draw when something has changed, the terminal has another size, or two seconds are over."""
-        size, now = os.get_terminal_size(1), CLOCK.monotonic()
+        size, now = terminal_size(), CLOCK.monotonic()
         seen = (size, self.typed, self.call.store.signature(), int(now / self.LOOK_SECONDS))
         if seen == self.drawn or now < self.next_at and seen[:2] == self.drawn[:2]:
             return

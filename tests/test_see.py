@@ -398,6 +398,21 @@ def test_watch_follows_the_size_of_the_terminal(farm, screen):
     assert len(last) <= 12 and max(map(len, last)) <= 60 and any("more" in line for line in last)
 
 
+@pytest.mark.parametrize(("columns", "lines"), [(0, 0), (1, 1), (5, 2), (20, 4)])
+def test_watch_draws_on_a_terminal_of_any_size(farm, screen, columns, lines):
+    farm.ok("add", "a task")
+    farm.claim(A)
+    one = screen("status", "--watch", columns=columns, lines=lines)
+    one.wait_for(r"\x1b\[H.")
+    one.type("q")
+    assert one.end() == 0
+
+
+@pytest.mark.parametrize("width", range(-1, 8))
+def test_a_line_is_cut_to_any_width(width):
+    assert toolkit.text_width(toolkit.one_width("a\u65e5b\u672cc", width)) <= max(0, width)
+
+
 def test_watch_waits_for_a_farm_that_is_not_there_yet(farm, screen):
     one = watch(screen)
     up(farm, 1, "sleep 1000")
@@ -772,6 +787,17 @@ def test_estop_stops_what_ignores_every_signal_and_loses_nothing(farm, sandbox):
     up(farm, 3, "true")
     wait_until(lambda: json.loads(farm("status", "--json").stdout)["loop"]["alive"], message="the farm again")
     farm.ok("down", "--now", timeout=120)
+
+
+def test_estop_ends_a_stubborn_gate_and_its_work_stays_submitted(farm, sandbox):
+    farm.ok("add", "a task")
+    before = git(farm.repo, "rev-parse", "main")
+    gate = f"touch {sandbox.root}/gate; trap '' TERM HUP INT; while :; do sleep 1; done"
+    farm.ok("up", "-n", "1", "--agent", "echo x > x", "--gate", gate, timeout=120)
+    wait_until((sandbox.root / "gate").exists, 60, "the gate")
+    farm.ok("estop", timeout=120)
+    assert [p.cmdline() for p in find_processes(sandbox.token)] == []
+    assert (farm.task("t-0001")["state"], git(farm.repo, "rev-parse", "main")) == ("ready", before)
 
 
 def test_estop_leaves_a_shell_alone_that_only_names_the_repo(farm):
