@@ -4198,11 +4198,21 @@ def fit_columns(rows: list[list], headers: list[str], spare: tuple, width: int) 
     return kept
 
 
+def local_times(text: str) -> str:
+    """Stored times within a text as the reader's clock has them: `14:02`, with the day when that is not today."""
+    def local(match) -> str:
+        then, today = time.localtime(epoch(match[0])), time.localtime(CLOCK.now())
+        return time.strftime("%H:%M" if then[:3] == today[:3] else "%Y-%m-%d %H:%M", then)
+
+    return re.sub(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", local, text)
+
+
 def table_lines(rows: list[list], headers: list[str], spare: tuple, width: int) -> list[str]:
     """A table cut to `width` (columns named in `spare` go first); width 0: tab-separated, without a head, all columns."""
     rows = [[re.sub("[\u200e\u200f\u202a-\u202e\u2066-\u2069]", "", one_line(str(cell))) for cell in row] for row in rows]
     if not width:
         return ["\t".join(row) for row in rows]
+    rows = [list(map(local_times, row)) for row in rows]
     tabulate = import_package("tabulate")
     tabulate.MIN_PADDING = 0  # else a column is two wider than its head
     kept = fit_columns(rows, headers, spare, width)
@@ -4580,7 +4590,7 @@ def status_text(status: dict, width: int, height: int = 0) -> list[str]:
     """Agents that need a person first, then counts, then what to type next: lines of `width` (0: tab-separated), at most
     `height` of them (0: all).
     """
-    below = [one_width(line, width) if width else line for line in status_lines(status)]
+    below = [one_width(local_times(line), width) if width else line for line in status_lines(status)]
     rows = [agent_row(record) for record in sorted(status["agents"], key=state_rank)]
     room = max(2, height - len(below) - 2) if height else len(rows)
     table = table_lines(rows[:room], COLUMNS, SPARE_COLUMNS, width) if rows else []

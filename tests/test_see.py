@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import psutil
@@ -130,6 +131,25 @@ def show(capsys, monkeypatch, agents: list, columns: int = 0, **fields) -> list[
 
 
 # ---------------------------------------------------------------------------------------------- status
+
+
+def test_times_within_texts_are_the_readers_on_a_terminal_and_utc_in_a_pipe(farm, screen, capsys, monkeypatch):
+    why = "claude: usage limit until 2026-03-01T22:30:00Z (5-hour limit)"
+    monkeypatch.setattr(toolkit.CLOCK, "now", lambda: toolkit.epoch("2026-03-01T20:00:00Z"))
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    assert why in show(capsys, monkeypatch, [record(A, "limited", cause=why)])[0]
+    shown = show(capsys, monkeypatch, [record(A, "limited", cause=why)], 150)
+    monkeypatch.undo()
+    time.tzset()
+    assert "until 07:30 (" in shown[1] and "until 07:30 (" in shown[-1]
+
+
+def test_the_table_of_locks_has_the_readers_times(farm, screen):
+    farm.lock(A, "schema")
+    one = screen("locks", env={**os.environ, "TZ": "Asia/Tokyo"})
+    one.end()
+    assert re.search(r"schema +\d+ +alive +\d\d:\d\d\r\n", one.read())
 
 
 def test_those_who_need_a_person_come_first_and_unknown_states_last(capsys, monkeypatch):
@@ -478,6 +498,20 @@ def test_a_number_attaches_and_detaching_comes_back(farm, screen):
     mark = len(one.read())
     one.type("\x02d")
     one.wait_for("q leave", mark)
+    one.type("q")
+    assert one.end() == 0
+    farm.ok("down", "--now", timeout=120)
+
+
+def test_p_pauses_and_resumes(farm, screen):
+    up(farm, 1, "true")
+    one = watch(screen)
+    one.wait_for("loop: running")
+    one.type("p")
+    one.wait_for("paused")
+    mark = len(one.read())
+    one.type("p")
+    one.wait_for(r"loop: running \(pid \d+\)\x1b", mark)
     one.type("q")
     assert one.end() == 0
     farm.ok("down", "--now", timeout=120)
