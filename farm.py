@@ -3979,7 +3979,9 @@ class Farm:
 
     def tell_tmux(self) -> None:
         """The farm's counts on the status line of its own tmux server, when they have changed; every five seconds at the most."""
-        note = describe_counts(self.state, {name: self.turns.get(name, {}).get("state") == "waiting" for name in self.names})
+        is_paused = (self.store.read_json(FARM_FILE) or {}).get("mode") == "paused"
+        waits = {name: self.turns.get(name, {}).get("state") == "waiting" for name in self.names}
+        note = "paused \u00b7 " * is_paused + describe_counts(self.state, waits)
         if note != self.note and CLOCK.monotonic() - self.noted_at >= 5 and any(self.sessions):
             self.note, self.noted_at = note, CLOCK.monotonic()
             run_script("note-tmux.sh", "-L", self.socket, note, allow=(0, 1, 3), timeout=10)
@@ -4013,6 +4015,7 @@ class Farm:
                 except psutil.Error:
                     continue
             doomed = [process for process, name in find_by_environment(FARM_REPO=self.repo) if name in names]
+        end_all_gates(worktrees_folder(self.repo, self.settings))
         return self.down(0)
 
     def down(self, grace_seconds: float, hurry=lambda: False) -> list[str]:
@@ -4164,9 +4167,9 @@ def one_width(line: str, width: int) -> str:
     """A line cut to `width` columns of a terminal, with an ellipsis."""
     if text_width(line) <= width:
         return line
-    while text_width(line) > width - 1:
+    while line and text_width(line) > width - 1:
         line = line[:-1]
-    return line + "\u2026"
+    return (line + "\u2026")[:max(0, width)]
 
 
 def text_width(text: str) -> int:
@@ -4178,10 +4181,17 @@ def text_width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
 
 
+def terminal_size() -> tuple[int, int]:
+    """Columns and lines; 80 and 24 where the terminal does not say (0 and 0)."""
+    columns, lines = os.get_terminal_size(1)
+    return columns or 80, lines or 24
+
+
 def terminal_width() -> int:
+    """Columns for a table; COLUMNS in the environment goes first."""
     import shutil
 
-    return shutil.get_terminal_size().columns
+    return max(20, shutil.get_terminal_size().columns)
 
 
 def fit_columns(rows: list[list], headers: list[str], spare: tuple, width: int) -> list[int]:
@@ -4195,11 +4205,21 @@ def fit_columns(rows: list[list], headers: list[str], spare: tuple, width: int) 
     return kept
 
 
+def local_times(text: str) -> str:
+    """Stored times within a text as the reader's clock has them: `14:02`, with the day when that is not today."""
+    def local(match) -> str:
+        then, today = time.localtime(epoch(match[0])), time.localtime(CLOCK.now())
+        return time.strftime("%H:%M" if then[:3] == today[:3] else "%Y-%m-%d %H:%M", then)
+
+    return re.sub(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", local, text)
+
+
 def table_lines(rows: list[list], headers: list[str], spare: tuple, width: int) -> list[str]:
     """A table cut to `width` (columns named in `spare` go first); width 0: tab-separated, without a head, all columns."""
     rows = [[re.sub("[\u200e\u200f\u202a-\u202e\u2066-\u2069]", "", one_line(str(cell))) for cell in row] for row in rows]
     if not width:
         return ["\t".join(row) for row in rows]
+    rows = [list(map(local_times, row)) for row in rows]
     tabulate = import_package("tabulate")
     tabulate.MIN_PADDING = 0  # else a column is two wider than its head
     kept = fit_columns(rows, headers, spare, width)
@@ -4319,6 +4339,10 @@ def agent_record(name: str, session: Session | None, claim: Claim | None, told: 
             "processes": usage.processes if usage else 0, "preset": preset}
 
 
+# ---------------------------------------------------------------------------------------------- status
+# Who needs a person, why, and what to type. What is slow (git, tmux, processes) gets a time limit or a share of a core.
+
+
 class WorkProbe:
     """probe-work.sh, begun early and read late. found: agent -> (commits, changed lines), as far as it has come."""
 
@@ -4394,7 +4418,7 @@ class Sight:
         return value
 
     def find_sessions(self, repo: str) -> dict[str, Session]:
-        """probe_sessions; where that is not to be had, `error` says why, and none is found: a status is an answer all the same."""
+        """probe_sessions; where that cannot be had, `error` says why and none is found: a status answers all the same."""
         try:
             self.error = None
             return self.look("sessions", lambda: probe_sessions(farm_socket(repo), self.TMUX_SECONDS))
@@ -4508,9 +4532,8 @@ def next_steps(status: dict, problems: list[str], state: State) -> list[tuple[st
     if status["trouble"]:
         steps.append(tuple(status["trouble"]))
     if status["mode"] == "paused":
-        is_spent = "budget" in status["reason"]
-        steps.append((status["reason"] or "the farm is paused: no new work is handed out",
-                      "./farm.py up" if is_spent else "./farm.py resume"))
+        why, _, command = status["reason"].partition("; to go on: ")
+        steps.append((why or "the farm is paused: no new work is handed out", command or "./farm.py resume"))
     if not status["loop"]["alive"]:
         stopped = "no loop runs: nothing is started, restarted or merged"
         steps.append((stopped, "./farm.py up") if status["tasks"] else ("there is no task yet", "./farm.py add 'what to do'"))
@@ -4574,7 +4597,7 @@ def status_text(status: dict, width: int, height: int = 0) -> list[str]:
     """Agents that need a person first, then counts, then what to type next: lines of `width` (0: tab-separated), at most
     `height` of them (0: all).
     """
-    below = [one_width(line, width) if width else line for line in status_lines(status)]
+    below = [one_width(local_times(line), width) if width else line for line in status_lines(status)]
     rows = [agent_row(record) for record in sorted(status["agents"], key=state_rank)]
     room = max(2, height - len(below) - 2) if height else len(rows)
     table = table_lines(rows[:room], COLUMNS, SPARE_COLUMNS, width) if rows else []
@@ -4609,6 +4632,9 @@ class Progress:
     def close(self) -> None:
         if self.is_terminal and self.last:
             self.stream.write("\n")
+
+
+# ---------------------------------------------------------------------------------------------- logs
 
 
 class LogReader:
@@ -4790,7 +4816,7 @@ class Watch:
 
     def refresh(self) -> None:
         """Draw when something has changed, the terminal has another size, or two seconds are over."""
-        size, now = os.get_terminal_size(1), CLOCK.monotonic()
+        size, now = terminal_size(), CLOCK.monotonic()
         seen = (size, self.typed, self.call.store.signature(), int(now / self.LOOK_SECONDS))
         if seen == self.drawn or now < self.next_at and seen[:2] == self.drawn[:2]:
             return
@@ -6383,16 +6409,17 @@ def look(call: Call, sight: Sight | None = None) -> dict:
 
 
 def watch_status(call: Call) -> int:
-    """Until q or a signal; the farm goes on. In a pipe: the status every two seconds, when it has changed."""
-    should_stop = stop_on_signals()
-    if sys.stdout.isatty():
+    """Until q or a signal; the farm goes on. In a pipe: the status every two seconds, when it has changed; JSON: one line each."""
+    should_stop, as_json = stop_on_signals(), call.options.get("json")
+    if sys.stdout.isatty() and not as_json:
         return Watch(call, functools.partial(look, call), should_stop).run()
-    sight, last = Sight(0.003), []
+    sight, last = Sight(0.004), ""
     while not should_stop.is_set():
-        lines = status_text(look(call, sight), 0)
-        if lines != last:
-            print("\n".join(lines) + "\n", flush=True)
-            last = lines
+        status = look(call, sight)
+        text = dump_line(status) if as_json else "\n".join(status_text(status, 0)) + "\n"
+        if text != last:
+            print(text, flush=True)
+            last = text
         should_stop.wait(2)
     return 128 + should_stop.signal
 

@@ -731,3 +731,11 @@ def test_a_browser_runs_the_pages_script_and_says_times_in_the_readers_zone(busy
     page = Page(re.sub(r"^.*?(?=<html)", "", browse(busy.repo / "page.html", "--dump-dom", TZ="Asia/Tokyo"), flags=re.DOTALL))
     assert "times in Asia/Tokyo" in page.words()
     assert page.all("time")[0][1] == "2026-03-01 21:00"
+
+
+def test_a_browser_prints_the_page_on_few_sheets(busy):
+    busy.page()
+    sheets = busy.repo / "page.pdf"
+    browse(busy.repo / "page.html", f"--print-to-pdf={sheets}", "--no-pdf-header-footer")
+    data = sheets.read_bytes()
+    assert data.startswith(b"%PDF") and 1 <= len(re.findall(rb"/Type\s*/Page\b", data)) <= 3

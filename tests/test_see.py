@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import psutil
@@ -132,6 +133,25 @@ def show(capsys, monkeypatch, agents: list, columns: int = 0, **fields) -> list[
 # ---------------------------------------------------------------------------------------------- status
 
 
+def test_times_within_texts_are_the_readers_on_a_terminal_and_utc_in_a_pipe(farm, screen, capsys, monkeypatch):
+    why = "claude: usage limit until 2026-03-01T22:30:00Z (5-hour limit)"
+    monkeypatch.setattr(toolkit.CLOCK, "now", lambda: toolkit.epoch("2026-03-01T20:00:00Z"))
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    assert why in show(capsys, monkeypatch, [record(A, "limited", cause=why)])[0]
+    shown = show(capsys, monkeypatch, [record(A, "limited", cause=why)], 150)
+    monkeypatch.undo()
+    time.tzset()
+    assert "until 07:30 (" in shown[1] and "until 07:30 (" in shown[-1]
+
+
+def test_the_table_of_locks_has_the_readers_times(farm, screen):
+    farm.lock(A, "schema")
+    one = screen("locks", env={**os.environ, "TZ": "Asia/Tokyo"})
+    one.end()
+    assert re.search(r"schema +\d+ +alive +\d\d:\d\d\r\n", one.read())
+
+
 def test_those_who_need_a_person_come_first_and_unknown_states_last(capsys, monkeypatch):
     states = ["unheard-of", "stopped", "idle", "working", "starting", "limited", "dead", "parked", "stuck", "waiting"]
     agents = [record(f"agent-{number:03d}", state) for number, state in enumerate(states, 1)]
@@ -213,6 +233,17 @@ def test_looking_at_work_takes_no_lock_of_git_and_writes_nothing(farm, monkeypat
     done = run([SCRIPTS / "probe-work.sh", "-C", farm.repo, "-b", "main"], input=rows)
     assert (done.returncode, done.stdout, done.stderr) == (0, "a\t0\t0\n", "")
     assert (farm.repo / ".git" / "index").read_bytes() == index
+
+
+@pytest.mark.parametrize("name", ["probe-work.sh", "overview-tmux.sh", "note-tmux.sh", "attach-tmux.sh"])
+def test_a_scripts_header_is_its_help_and_bad_options_are_usage_errors(name, sandbox):
+    shown = run([SCRIPTS / name, "-h"], check=True).stdout
+    assert shown.startswith(f"Usage: {name}") and "Exit: 0 " in shown
+    assert run([SCRIPTS / name, "-z"]).returncode == 2
+    empty = sandbox.root / "empty"
+    empty.mkdir()
+    words = {"probe-work.sh": ["-b", "main"], "overview-tmux.sh": ["-L", "x"]}.get(name, ["-L", "x", "y"])
+    assert run(["/bin/bash", SCRIPTS / name, *words], env={"PATH": str(empty)}).returncode == 6
 
 
 @pytest.fixture
@@ -387,6 +418,21 @@ def test_watch_follows_the_size_of_the_terminal(farm, screen):
     assert len(last) <= 12 and max(map(len, last)) <= 60 and any("more" in line for line in last)
 
 
+@pytest.mark.parametrize(("columns", "lines"), [(0, 0), (1, 1), (5, 2), (20, 4)])
+def test_watch_draws_on_a_terminal_of_any_size(farm, screen, columns, lines):
+    farm.ok("add", "a task")
+    farm.claim(A)
+    one = screen("status", "--watch", columns=columns, lines=lines)
+    one.wait_for(r"\x1b\[H.")
+    one.type("q")
+    assert one.end() == 0
+
+
+@pytest.mark.parametrize("width", range(-1, 8))
+def test_a_line_is_cut_to_any_width(width):
+    assert toolkit.text_width(toolkit.one_width("a\u65e5b\u672cc", width)) <= max(0, width)
+
+
 def test_watch_waits_for_a_farm_that_is_not_there_yet(farm, screen):
     one = watch(screen)
     up(farm, 1, "sleep 1000")
@@ -411,11 +457,16 @@ def test_watch_survives_a_restart_of_the_farm_and_damage(farm, screen):
     farm.ok("down", "--now", timeout=120)
 
 
-def test_watch_writes_nothing(farm, screen):
+def test_watch_writes_nothing_and_leaves_every_index_alone(farm, screen):
     farm.ok("add", "a task")
     farm.claim(A)
+    worktree = farm.repo.parent / "repo-farm" / f"{A}-worktree"
+    git(farm.repo, "worktree", "add", "-q", "-b", f"farm/{A}/t-0001", worktree)
+    (worktree / "README.md").write_text("one\ntwo\n")
+    (farm.folder / "farm.json").write_text(json.dumps({"mode": "down", "settings": {"into": "main"}}))
     before = bytes_below(farm.repo, but=())
     one = watch(screen)
+    one.wait_for(f"{A} .* t-0001 *3 *0 ")
     one.wait_for("(?s)tasks: claimed 1.*tasks: claimed 1")
     one.type("q")
     one.end()
@@ -452,6 +503,20 @@ def test_a_number_attaches_and_detaching_comes_back(farm, screen):
     farm.ok("down", "--now", timeout=120)
 
 
+def test_p_pauses_and_resumes(farm, screen):
+    up(farm, 1, "true")
+    one = watch(screen)
+    one.wait_for("loop: running")
+    one.type("p")
+    one.wait_for("paused")
+    mark = len(one.read())
+    one.type("p")
+    one.wait_for(r"loop: running \(pid \d+\)\x1b", mark)
+    one.type("q")
+    assert one.end() == 0
+    farm.ok("down", "--now", timeout=120)
+
+
 def test_m_merges(farm, screen):
     farm.ok("add", "a task")
     farm.submit(A, {"a.txt": "a"})
@@ -469,6 +534,15 @@ def test_watch_in_a_pipe_prints_what_changes(farm):
         assert process.stdout.readline() == "tasks: pending 1\n"
         process.terminate()
         assert "\x1b" not in process.stdout.read()
+
+
+def test_watch_as_json_is_a_document_a_line(farm):
+    farm.ok("add", "a task")
+    with farm.start("status", "--watch", "--json") as process:
+        assert json.loads(process.stdout.readline())["tasks"] == {"pending": 1}
+        farm.ok("add", "another")
+        assert json.loads(process.stdout.readline())["tasks"] == {"pending": 2}
+        process.terminate()
 
 
 @pytest.mark.parametrize(
@@ -747,6 +821,17 @@ def test_estop_stops_what_ignores_every_signal_and_loses_nothing(farm, sandbox):
     up(farm, 3, "true")
     wait_until(lambda: json.loads(farm("status", "--json").stdout)["loop"]["alive"], message="the farm again")
     farm.ok("down", "--now", timeout=120)
+
+
+def test_estop_ends_a_stubborn_gate_and_its_work_stays_submitted(farm, sandbox):
+    farm.ok("add", "a task")
+    before = git(farm.repo, "rev-parse", "main")
+    gate = f"touch {sandbox.root}/gate; trap '' TERM HUP INT; while :; do sleep 1; done"
+    farm.ok("up", "-n", "1", "--agent", "echo x > x", "--gate", gate, timeout=120)
+    wait_until((sandbox.root / "gate").exists, 60, "the gate")
+    farm.ok("estop", timeout=120)
+    assert [p.cmdline() for p in find_processes(sandbox.token)] == []
+    assert (farm.task("t-0001")["state"], git(farm.repo, "rev-parse", "main")) == ("ready", before)
 
 
 def test_estop_leaves_a_shell_alone_that_only_names_the_repo(farm):
