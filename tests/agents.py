@@ -1,10 +1,11 @@
 """Real coding CLIs, unattended: ten Claude Code sessions take twenty tasks to main, and the other CLIs one each.
 
-    python tests/agents.py [--clis FOLDER] [--seconds 480] [-n AGENTS] [--only claude|others] [--keep]
+    python tests/agents.py [--clis FOLDER] [--seconds 480] [-n AGENTS] [--only claude|reboot|login|others] [--keep]
 
 The CLIs come from npm into FOLDER (default: .venv/agents) and talk to tests/stand_in.py on 127.0.0.1; their HOME, the repo and
 tmux are throw-away ones. On the way: a permission question, a failing API, a usage limit, a kill -9, a conflict, agents that do
-not submit. Prints a line a check; exit 1 when one failed. Skipped, with the reason, where npm cannot install Claude Code.
+not submit, a reboot, a missing login. Prints a line a check; exit 1 when one failed. Skipped, with the reason, where npm cannot
+install Claude Code.
 """
 
 from __future__ import annotations
@@ -486,6 +487,72 @@ def check_end(campaign: Campaign) -> None:
     campaign.check("clean removes every worktree", clean.returncode == 0, clean.stderr)
 
 
+# ---------------------------------------------------------------------------------------------- a reboot
+
+
+def run_reboot(campaign: Campaign) -> None:
+    """Every process of the farm is killed at once while five sessions are in the middle of a turn; then `up`."""
+    agents = min(5, campaign.options.n)
+    names = [f"rebooted_{number}" for number in range(agents)]
+    for name in names:
+        script = [*function_script(name, "text"), "SLEEP 20", f"RUN {GATE}", "COMMIT Add it", "SUBMIT"]
+        campaign.farm("add", f"Reboot {name}", "--prompt", "\n".join(script))
+    up = ["up", "-n", str(agents), "--agent", "claude", "--gate", GATE]
+    campaign.farm(*up)
+    folder = campaign.folder / "textkit-farm"
+    written = campaign.wait_for(lambda: len(list(folder.glob("agent-*-worktree/tests/test_rebooted_*.py"))) == agents, 60)
+    campaign.check(f"reboot: {agents} sessions were in the middle of their turns", written)
+    for process in campaign.processes():
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    at = time.time()
+    campaign.wait_for(lambda: not campaign.processes(), 10)
+    campaign.check("reboot: up starts the farm again", campaign.farm(*up).returncode == 0)
+    campaign.wait_for(lambda: all(task["state"] == "landed" for task in reboot_tasks(campaign)), 120)
+    left = [(task["title"], task["state"], task["reason"]) for task in reboot_tasks(campaign) if task["state"] != "landed"]
+    campaign.check("reboot: every task landed", not left, left)
+    for name in names:
+        check_conversation(campaign, f"reboot, {name}", f"Reboot {name}", at)
+    campaign.farm("down")
+
+
+def reboot_tasks(campaign: Campaign) -> list[dict]:
+    return [task for task in campaign.json("tasks") if task["title"].startswith("Reboot")]
+
+
+# ---------------------------------------------------------------------------------------------- a missing login
+
+
+def run_login(campaign: Campaign) -> None:
+    """Nobody is logged in; then a person logs in and types `up`."""
+    token = campaign.env.pop("CLAUDE_CODE_OAUTH_TOKEN")
+    for number in range(3):
+        script = [*function_script(f"login_{number}", "text"), "SUBMIT"]
+        campaign.farm("add", f"Login {number}", "--prompt", "\n".join(script))
+    up = ["up", "-n", "2", "--agent", "claude", "--gate", GATE]
+    campaign.farm(*up)
+    said = campaign.wait_for(lambda: all("not logged in" in agent["cause"] for agent in campaign.agents()), 60)
+    campaign.check("login: every agent says that it is not logged in", said, [agent["cause"] for agent in campaign.agents()])
+    end = int(time.time() + 86400) * 1000
+    login = {
+        "accessToken": token,
+        "refreshToken": "none",
+        "expiresAt": end,
+        "scopes": ["user:inference"],
+        "subscriptionType": "max",
+    }
+    (campaign.home / ".claude/.credentials.json").write_text(json.dumps({"claudeAiOauth": login}))
+    campaign.farm(*up)
+
+    def tasks() -> list[dict]:
+        return [task for task in campaign.json("tasks") if task["title"].startswith("Login")]
+
+    campaign.wait_for(lambda: all(task["state"] == "landed" for task in tasks()), 60)
+    good = all(task["state"] == "landed" and task["attempts"] == 0 for task in tasks())
+    campaign.check("login: after it and `up` every task landed, and no attempt was counted", good, tasks())
+    campaign.farm("down")
+
+
 # ---------------------------------------------------------------------------------------------- the other CLIs
 
 
@@ -522,18 +589,22 @@ def run_others(campaign: Campaign, names: list[str]) -> None:
 
 def run_campaign(folder: Path, options: argparse.Namespace) -> int:
     clis = Path(options.clis).resolve()
-    wanted = list(PACKAGES) if options.only != "claude" else ["claude"]
+    wanted = list(PACKAGES) if options.only in (None, "others") else ["claude"]
     answers = install_all(clis, wanted)
     if answers["claude"]:
         raise Skipped(answers["claude"])
     campaign = Campaign(folder, clis, options)
     try:
-        if options.only != "others":
+        if options.only in (None, "claude"):
             run_claude(campaign)
+        if options.only in (None, "reboot"):
+            run_reboot(campaign)
         for name in wanted:
             if answers[name]:
                 print(f"skip {name}: {answers[name]}")
-        if options.only != "claude":
+        if options.only in (None, "login"):
+            run_login(campaign)
+        if options.only in (None, "others"):
             run_others(campaign, ["claude-print", *(name for name in wanted[1:] if not answers[name])])
     finally:
         campaign.end()
@@ -547,7 +618,7 @@ def main() -> int:
     parser.add_argument("--clis", default=str(ROOT / ".venv/agents"), help="where the CLIs are, or are installed")
     parser.add_argument("--seconds", type=float, default=480, help="the campaign ends after so many")
     parser.add_argument("-n", type=int, default=10, help="interactive sessions")
-    parser.add_argument("--only", choices=("claude", "others"), help="a part of it")
+    parser.add_argument("--only", choices=("claude", "reboot", "login", "others"), help="a part of it")
     parser.add_argument("--keep", action="store_true", help="keep the scratch folder")
     options = parser.parse_args()
     for name in [name for name in os.environ if re.match("FARM_|GIT_|TMUX", name)]:
