@@ -202,6 +202,10 @@ def load_settings(repo: str, flags: dict | None = None, remembered: dict | None 
     return Settings(**values)
 
 
+def worktrees_folder(repo: str, settings: Settings) -> str:
+    return os.path.abspath(os.path.join(repo, settings.worktrees)) if settings.worktrees else repo + "-farm"
+
+
 def find_repo(start: str) -> str:
     """The main worktree of the repo that `start` is in (a linked worktree names its own through .git).
 
@@ -1715,6 +1719,7 @@ def write_prompt(store: Store, claim: Claim, settings: Settings, *, resumes: boo
               "gate": gate, "reason": task.reason or "the farm was stopped", "history": describe_history(store, task)}
     template = RESUME_TEMPLATE if resumes else read_template(store.repo, settings)
     text = re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)  # a brace of the user's own stays
+    text = "Task:\n" * text.startswith("/") + text  # CLIs take a slash at the start for a command of their own
     path = store.path("prompts", f"{task.id}.{task.attempts + 1}{'.resumed' * resumes}.md")
     with open(path, "w", encoding="utf-8", errors="replace") as file:
         file.write(text)
@@ -1883,6 +1888,7 @@ def cli_settings(settings: Settings) -> dict:
 # ---------------------------------------------------------------------------------------------- turns
 # What a CLI's hooks have told of the attempt it is at, and the farm's own word that it is over: files in the agent's mailbox.
 
+IDLE_SECONDS = 5.0
 SENT_BACK = """\
 Your task {task} is not submitted yet. If the work is done, commit it, then run  farm submit {agent} --fence {fence}
 If it cannot be done:  farm fail {agent} --fence {fence} --why "the reason in a sentence"
@@ -1929,6 +1935,35 @@ def note_turn(store: Store, agent: str, fence: str, event: dict) -> dict | None:
     if turn["state"] == "over" and os.environ.get("FARM_PRESET") != "claude-print":  # which ends by itself, its result comes last
         ring(store.path("mailbox", agent, "bell"), b"over\n")
     return None
+
+
+def agent_home(repo: str, settings: Settings, agent: str) -> str:
+    """The HOME that an agent's CLI has."""
+    return os.path.join(worktrees_folder(repo, settings), "homes", agent) if settings.agent_home else os.path.expanduser("~")
+
+
+def read_cli_session(store: Store, agent: str, home: str) -> dict:
+    """What Claude Code itself says of the process at work (sessions/PID.json); empty when that is nothing, or of another one."""
+    folder = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
+    try:
+        with open(store.path("mailbox", agent, "pid"), encoding="ascii") as file:
+            pid = int(file.read())
+        told = next(read_json_lines(os.path.join(folder, "sessions", f"{pid}.json")), {})
+    except (OSError, ValueError):
+        return {}
+    return told if told.get("procStart") == start_of(pid) and type(told.get("statusUpdatedAt")) is int else {}
+
+
+def read_turn(store: Store, agent: str, fence: str, home: str) -> dict:
+    """The turn of the claim `fence`. Esc fires no hook: a CLI that says it is idle in the middle of a turn waits for a person."""
+    turn = read_mail(store, agent, TURN_FILE, fence)
+    if turn.get("state") != "working":
+        return turn
+    told = read_cli_session(store, agent, home)
+    idle_since = told.get("statusUpdatedAt", 0) / 1000
+    if told.get("status") != "idle" or not epoch(turn["at"]) - 1 <= idle_since < CLOCK.now() - IDLE_SECONDS:
+        return turn
+    return {**turn, "at": utc(idle_since), "state": "waiting", "message": "interrupted: it waits for a person's word"}
 
 
 def describe_event(event: dict) -> str:
@@ -2240,7 +2275,8 @@ def find_limit(store: Store, preset: str, now: float) -> str:
     limit = read_limits(store).get(preset) if preset else None
     if not limit or limit["until"] and limit["until"] <= utc(now):
         return ""
-    until = f" until {limit['until']}" if limit["until"] else ", until a person mends it and types ./farm.py up"
+    login = " (a login by environment variable: ./farm.py down first)" if limit["cause"] == "not logged in" else ""
+    until = f" until {limit['until']}" if limit["until"] else f", until a person mends it and types ./farm.py up{login}"
     return f"{preset}: {limit['cause']}{until} ({one_line(limit['said'], 80)})"
 
 
@@ -2402,6 +2438,37 @@ def end_cause(session: Session | None) -> str:
     if session.exit_status is None:  # tmux has seen the pane close and has not yet been told how
         return "its process is gone"
     return "done" if session.exit_status == 0 else f"crashed with exit code {session.exit_status}"
+
+
+START_SECONDS = 120.0  # a CLI that has not taken its prompt by then asks something on its screen
+
+
+def session_state(session: Session | None, told: dict, usage: Usage | None, claim: Claim | None, turn: dict, preset: str) -> str:
+    """An agent's state, best source first: the process tree, the loop's notes, its CLI's hooks."""
+    if session is None or session.dead:
+        return "parked" if told.get("parked") else "stopped" if session is None and not told.get("cause") else "dead"
+    if usage and usage.is_zombie:
+        return "zombie"
+    if claim is None or not claim.task:
+        return "idle"
+    if turn.get("state") == "waiting":
+        return "waiting"
+    if told.get("still_since"):
+        return "stuck"
+    has_hooks = preset in PRESETS and PRESETS[preset].reader == "claude-transcript"
+    if turn or not has_hooks:
+        return "working"
+    return "starting" if CLOCK.now() - epoch(claim.claimed_at) < START_SECONDS else "waiting"
+
+
+def explain_state(state: str, session: Session | None, told: dict, claim: Claim | None, turn: dict) -> tuple[str, str]:
+    """(since when, in UTC, and why) an agent is in its state."""
+    since, cause = claim.claimed_at if claim else told.get("since", ""), told.get("cause", "")
+    if state == "waiting":
+        return turn.get("at", since), turn.get("message", "") or "it has not taken its prompt: look at its screen"
+    if state == "stuck":
+        return told["still_since"], "no output, and nothing runs"
+    return since, cause or (end_cause(session) if session and session.dead else "")
 
 
 class RestartPolicy:
@@ -3490,10 +3557,6 @@ def agent_names(count: int) -> list[str]:
     return [f"agent-{number:03d}" for number in range(1, count + 1)]
 
 
-def worktrees_folder(repo: str, settings: Settings) -> str:
-    return os.path.abspath(os.path.join(repo, settings.worktrees)) if settings.worktrees else repo + "-farm"
-
-
 def worktree_of(repo: str, settings: Settings, agent: str) -> str:
     return os.path.join(worktrees_folder(repo, settings), agent + "-worktree")
 
@@ -3790,7 +3853,8 @@ class Farm:
 
     def note_turns(self, claim: Claim) -> None:
         """An event in the history when an agent begins or ends to wait for a person."""
-        name, turn = claim.agent, read_mail(self.store, claim.agent, TURN_FILE, claim.fence)
+        name = claim.agent
+        turn = read_turn(self.store, name, claim.fence, agent_home(self.repo, self.settings, name))
         before, self.turns[name] = self.turns.get(name, {}), turn
         waits = [mail.get("state") == "waiting" and mail.get("fence") == claim.fence for mail in (before, turn)]
         if waits[0] != waits[1]:
@@ -4291,42 +4355,11 @@ def describe_queue(state: State, records: list[dict], activity: dict) -> str:
     return " \u00b7 ".join(parts) + (f"\n{trouble[0]}\n  try: {trouble[1]}" if trouble else "")
 
 
-START_SECONDS = 120.0  # a CLI that has not taken its prompt by then asks something on its screen
-
-
-def session_state(session: Session | None, told: dict, usage: Usage | None, claim: Claim | None, turn: dict, preset: str) -> str:
-    """An agent's state, best source first: the process tree, the loop's notes, its CLI's hooks."""
-    if session is None or session.dead:
-        return "parked" if told.get("parked") else "stopped" if session is None and not told.get("cause") else "dead"
-    if usage and usage.is_zombie:
-        return "zombie"
-    if claim is None or not claim.task:
-        return "idle"
-    if turn.get("state") == "waiting":
-        return "waiting"
-    if told.get("still_since"):
-        return "stuck"
-    has_hooks = preset in PRESETS and PRESETS[preset].reader == "claude-transcript"
-    if turn or not has_hooks:
-        return "working"
-    return "starting" if CLOCK.now() - epoch(claim.claimed_at) < START_SECONDS else "waiting"
-
-
-def explain_state(state: str, session: Session | None, told: dict, claim: Claim | None, turn: dict) -> tuple[str, str]:
-    """(since when, in UTC, and why) an agent is in its state."""
-    since, cause = claim.claimed_at if claim else told.get("since", ""), told.get("cause", "")
-    if state == "waiting":
-        return turn.get("at", since), turn.get("message", "") or "it has not taken its prompt: look at its screen"
-    if state == "stuck":
-        return told["still_since"], "no output, and nothing runs"
-    return since, cause or (end_cause(session) if session and session.dead else "")
-
-
 def agent_record(name: str, session: Session | None, claim: Claim | None, told: dict, usage: Usage | None, store: Store,
                  settings: Settings, preset: str = "") -> dict:
     """One agent as `status --json` shows it; the process tree speaks before anything else."""
     task = claim.get_task() if claim else None
-    turn = read_mail(store, name, TURN_FILE, claim.fence) if task else {}
+    turn = read_turn(store, name, claim.fence, agent_home(store.repo, settings, name)) if task else {}
     state = session_state(session, told, usage, claim, turn, preset)
     limit = find_limit(store, preset, CLOCK.now()) if state == "idle" else ""
     state = "limited" if limit else state
@@ -4507,7 +4540,7 @@ def agent_number(name: str) -> str:
 # What a person can do about an agent in each state of trouble; the order is that of `status`.
 STEPS_OF = {"waiting": ("waits for a person", "attach {0}"), "stuck": ("is stuck", "attach {0}"),
             "parked": ("is parked", "logs {0} && ./farm.py up"), "dead": ("ended", "logs {0}"), "failed": ("failed", "logs {0}"),
-            "zombie": ("is a zombie", "logs {0}"), "limited": ("is at its usage limit", "logs {0}")}
+            "zombie": ("is a zombie", "logs {0}"), "limited": ("", "")}
 STATE_ORDER = (*STEPS_OF, "starting", "working", "idle", "stopped")
 
 
@@ -4525,7 +4558,9 @@ def next_steps(status: dict, problems: list[str], state: State) -> list[tuple[st
     steps = [(problem, "./farm.py doctor") for problem in problems]
     for record in sorted(status["agents"], key=state_rank):
         words, command = STEPS_OF.get(record["state"], ("", ""))
-        if words:
+        if record["state"] == "limited":  # one line for all whom it holds up
+            steps += [(record["cause"], "./farm.py up")] if (record["cause"], "./farm.py up") not in steps else []
+        elif words:
             why = record["cause"]
             steps.append((f"{record['agent']} {words}" + (f": {why}" if why else ""),
                           "./farm.py " + command.format(agent_number(record["agent"]))))

@@ -620,6 +620,29 @@ def test_doctor_says_which_clis_are_there_and_what_would_block_them(claude, sand
     assert "does not trust" in farm(claude, "doctor").stdout
 
 
+def test_a_title_that_begins_with_a_slash_is_no_command_of_the_cli(store):
+    with store.transaction() as tx:
+        toolkit.TaskQueue(tx).add([toolkit.Task(title="/clear the cache", priority=9)], 3)
+    text = Path(toolkit.write_prompt(store, claim(store, "agent-001"), settings_of())).read_text()
+    assert text.startswith("Task:\n/clear the cache\n")
+
+
+@pytest.mark.parametrize(("status", "since", "is_ours", "state"), [
+    ("idle", -10, True, "waiting"), ("idle", -2, True, "working"), ("busy", -10, True, "working"), ("idle", -10, False, "working"),
+    ("idle", -40, True, "working"),
+])
+def test_a_cli_that_says_it_is_idle_in_mid_turn_waits_for_a_person(store, sandbox, clock, status, since, is_ours, state):
+    """Esc fires no hook. A word from before the turn's last event, or of another process, is worth nothing."""
+    hook(store, "UserPromptSubmit")
+    clock.seconds += 30
+    Path(store.path("mailbox", "agent-001", "pid")).write_text(f"{os.getpid()}\n")
+    told = {"status": status, "statusUpdatedAt": int((clock.now() + since) * 1000),
+            "procStart": toolkit.start_of(os.getpid()) if is_ours else "1"}
+    (sandbox.home / ".claude/sessions").mkdir(parents=True)
+    (sandbox.home / f".claude/sessions/{os.getpid()}.json").write_text(json.dumps(told))
+    assert toolkit.read_turn(store, "agent-001", "t-0002.2", str(sandbox.home))["state"] == state
+
+
 # ---------------------------------------------------------------------------------------------- what holds a preset up
 
 
