@@ -1224,7 +1224,10 @@ def names_exclude(a: str, b: str) -> bool:
 
 
 class LockRegistry:
-    """Who holds what, and who of them is dead. Every method takes an open Transaction."""
+    """Who holds what, and who of them is dead. Every method needs an open Transaction, and its changes are durable at its end.
+
+    An agent has one lock file, one owner, at most one task and any number of named locks; paths of its task count as names.
+    """
 
     def __init__(self, tx: Transaction):
         self.tx = tx
@@ -1353,7 +1356,7 @@ def is_kept_for_another(task: Task, agent: str, now: str) -> bool:
 
 
 class TaskQueue:
-    """The moves of a task between pending, claimed and ready. Every method takes an open Transaction."""
+    """The moves of a task between pending, claimed and ready. Every method needs an open Transaction."""
 
     def __init__(self, tx: Transaction):
         self.tx = tx
@@ -1426,7 +1429,7 @@ class TaskQueue:
             if holder:
                 raise Refused(describe_holder(holder), "./farm.py locks")
             self.state.get_task(task_id)
-        tasks = [task for task in self.claimable(agent) if task_id in ("", task.id)]
+        tasks = [task for task in self.claimable(agent) if task_id in ("", task.id)]  # by name, it still waits its time
         if not tasks:
             raise NotFound(f"task {task_id} cannot be claimed now" if task_id else "no task can be claimed now",
                            "./farm.py tasks")
@@ -2739,7 +2742,7 @@ class Verdicts:
         return os.path.join("results", f"{tree[:16]}-{self.key}.{ending}")
 
     def evidence(self, tree: str) -> Evidence:
-        """Greens and reds of a tree. Without a gate every tree counts as green."""
+        """Greens and reds of a tree. Without a gate every tree counts as green. Raises DamagedState for a hand-broken file."""
         if not self.gate:
             return Evidence(1, 0)
         if tree not in self.memo:
@@ -2770,7 +2773,11 @@ class Verdicts:
 
 
 class Gate:
-    """One run of the gate on one tree, in a slot: a process group of its own, time-out, bounded output."""
+    """One run of the gate on one tree, in a slot: a process group of its own, time-out, bounded output.
+
+    ids: the entries whose chain it tests, () for the target. diagnosis: the returned task that runs alone. Two threads fill in
+    `verdict` (or `failure`) and set `is_done` last; the merger reads them after that, and starts, abandons and ends it.
+    """
 
     def __init__(self, slot: int, ids: tuple, commit: str, tree: str, diagnosis: Task | None = None):
         self.slot, self.ids, self.commit, self.tree, self.diagnosis = slot, ids, commit, tree, diagnosis
@@ -2781,7 +2788,11 @@ class Gate:
         self.failure: Exception | None = None
 
     def start(self, folder: str, settings: Settings, log: str, wake) -> None:
-        """Run the gate in `folder` (a worktree at the commit) on a thread of its own; `wake` is set when it is over."""
+        """Run the gate in `folder` (a worktree at the commit) on a thread of its own; `wake` is set when it is over.
+
+        It sees the caller's environment without FARM_*, but FARM_PORT, FARM_SLOT (the folder, by which its processes are found)
+        and a TMPDIR of its own. Standard input is /dev/null; both outputs go to `log`.
+        """
         import shutil
         import subprocess
         import threading
@@ -3503,8 +3514,8 @@ def find_open_gates(store: Store) -> list[dict]:
             place = begun[event["slot"], event["tree"]]
             place.append(event) if event["event"] == "gate-started" else place.pop()
         except (ValueError, KeyError, TypeError, IndexError):
-            continue  # a line that a killed writer tore
-    return [event for place in begun.values() for event in place]
+            continue  # a line that a killed writer tore, or a hand has edited: history stops nothing
+    return [event for place in begun.values() for event in place if isinstance(event.get("ids"), list)]
 
 
 def end_all_gates(slots_folder: str) -> None:

@@ -459,6 +459,16 @@ def test_each_gate_of_a_merger_that_was_ended_has_its_end_in_the_history_after_t
     assert (open_gates, set(gate_events(queue).values())) == (name == "SIGKILL", {0})
 
 
+def test_torn_and_edited_lines_of_the_history_stop_no_merger(queue: Queue) -> None:
+    task_id = queue.ready(new_file("a"))
+    lines = ['{"event": "gate-started", "slot": 1, "tree": "t"}', '{"event": "gate-started", "slot": [1], "tree": {}, "ids": 1}',
+             '{"event": "gate-started", "slot": 1', '{"event": "gate-ended", "slot": 2, "tree": "t"}', '["event": "gate-"]']
+    with (queue.folder / "events.jsonl").open("a") as file:
+        file.write("\n".join(lines) + "\n")
+    queue.merge()
+    assert queue.landed() == [task_id]
+
+
 # ---------------------------------------------------------------------------------------------- odd gates
 
 
