@@ -3654,6 +3654,7 @@ class Farm:
         self.probed_at = 0.0
         self.blocked = ""
         self.note, self.noted_at, self.notices = "", -math.inf, []
+        self.sight, self.work = Sight(0.005), {}
 
     # -- start
 
@@ -3992,7 +3993,7 @@ class Farm:
     def tell(self) -> None:
         """What a person should know and was not told yet: once each, remembered in told.json over restarts of the loop."""
         try:
-            news, told = self.find_news(), (self.store.read_json(TOLD_FILE) or {}).get("told", [])
+            news, told = self.find_news(), read_note(self.store, TOLD_FILE).get("told")
             told = told if is_texts(told) else []
             for key, event in news.items():
                 if key not in told:
@@ -4000,6 +4001,7 @@ class Farm:
             if set(news) != set(told):
                 self.store.write_durably(TOLD_FILE, (dump_line({"schema": SCHEMA, "told": list(news)}) + "\n").encode("utf-8"))
             self.tell_tmux()
+            self.count_work()
         except (OSError, FarmError) as error:
             say(f"nobody could be told what happened: {error}")
 
@@ -4060,6 +4062,18 @@ class Farm:
         if note != self.note and CLOCK.monotonic() - self.noted_at >= 5 and any(self.sessions):
             self.note, self.noted_at = note, CLOCK.monotonic()
             run_script("note-tmux.sh", "-L", self.socket, note, allow=(0, 1, 3), timeout=10)
+
+    def count_work(self) -> None:
+        """Commits and changed lines of all at work, for a `status` that cannot wait for git; at half a percent of a core."""
+        self.sight.begin_work(self.store, self.state, self.settings._replace(into=self.target))
+        held = {f"{claim.agent}/{claim.task['id']}" for claim in self.state.claims.values() if claim.task}
+        work = {name: pair for name, pair in self.sight.find_work().items() if name in held}
+        if work != self.work:
+            self.work = work
+            temp = self.store.path(f".{WORK_FILE}.tmp")
+            with open(temp, "w", encoding="utf-8") as file:
+                file.write(dump_line({"schema": SCHEMA, "work": work}) + "\n")
+            os.replace(temp, self.store.path(WORK_FILE))
 
     # -- stop
 
@@ -4159,7 +4173,7 @@ class Farm:
         return kept
 
 
-TOLD_FILE = "told.json"
+TOLD_FILE, WORK_FILE = "told.json", "work.json"
 NOTICE_SECONDS = 60.0
 
 
@@ -4388,13 +4402,16 @@ def agent_record(name: str, session: Session | None, claim: Claim | None, told: 
 
 
 class WorkProbe:
-    """probe-work.sh, begun early and read late. found: agent -> (commits, changed lines), as far as it has come."""
+    """probe-work.sh, begun early and read late. found: AGENT/TASK -> [commits, changed lines], as far as it has come.
+
+    seconds: of CPU that it took, or of time where it had to be ended.
+    """
 
     def __init__(self, store: Store, state: State, settings: Settings):
         import subprocess
 
-        rows = [[claim.agent, f"farm/{claim.agent}/{claim.task['id']}", worktree_of(store.repo, settings, claim.agent)]
-                for claim in state.claims.values() if claim.task]
+        rows = [[f"{claim.agent}/{claim.task['id']}", f"farm/{claim.agent}/{claim.task['id']}",
+                 worktree_of(store.repo, settings, claim.agent)] for claim in state.claims.values() if claim.task]
         self.found, self.begun_at, self.seconds, self.rest, self.process = {}, CLOCK.monotonic(), 0.0, b"", None
         if rows and settings.into:
             argv = ["bash", os.path.join(SCRIPTS, "probe-work.sh"), "-C", store.repo, "-b", settings.into]
@@ -4407,36 +4424,38 @@ class WorkProbe:
             except BrokenPipeError:
                 pass  # git is missing: nothing is found
 
-    def read(self, limit: float, *, wait: bool) -> dict[str, tuple[int, int]]:
+    def read(self, limit: float, *, wait: bool) -> dict[str, list]:
         """What is known now; wait: what is known when all is, or `limit` seconds after the beginning. Then the rest is ended."""
         import select
 
         while self.process:
             left = self.begun_at + limit - CLOCK.monotonic()
             if left <= 0:
-                self.end()
+                self.end(is_late=True)
             elif not select.select([self.process.stdout], [], [], left if wait else 0)[0]:
                 if not wait:
                     break
             elif data := os.read(self.process.stdout.fileno(), 65536):
                 *lines, self.rest = (self.rest + data).split(b"\n")
-                self.found.update((name, (int(commits), int(changed))) for name, commits, changed in
+                self.found.update((name, [int(commits), int(changed)]) for name, commits, changed in
                                   (line.decode().split("\t") for line in lines))
             else:
                 self.end()
         return self.found
 
-    def end(self) -> None:
-        """End what still runs of it, by its process group."""
+    def end(self, *, is_late: bool = False) -> None:
+        """Note what it has taken; what still runs of it is ended, by its process group."""
         import signal
 
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
+        if is_late:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass
         self.process.stdout.close()
-        self.process.wait()
-        self.process, self.seconds = None, CLOCK.monotonic() - self.begun_at
+        _, self.process.returncode, used = os.wait4(self.process.pid, 0)
+        self.seconds = CLOCK.monotonic() - self.begun_at if is_late else used.ru_utime + used.ru_stime
+        self.process = None
 
 
 class Sight:
@@ -4473,13 +4492,28 @@ class Sight:
     def begin_work(self, *place) -> None:
         """Begin to count commits and lines, if it is time."""
         if self.work is None or not self.work.process and self.share and \
-                CLOCK.monotonic() > self.work.begun_at + self.work.seconds * (1 + (os.cpu_count() or 1) / self.share):
+                CLOCK.monotonic() > self.work.begun_at + max(2.0, self.work.seconds / self.share):
             found = self.work.found if self.work else {}
             self.work = WorkProbe(*place)
             self.work.found = found
 
-    def find_work(self) -> dict[str, tuple[int, int]]:
+    def find_work(self) -> dict[str, list]:
         return self.work.read(self.SLOW_WORK_SECONDS, wait=False) if self.share else self.work.read(self.WORK_SECONDS, wait=True)
+
+
+def read_note(store: Store, name: str) -> dict:
+    """A file of the loop's that is worth nothing when it is damaged: it is written anew."""
+    try:
+        return store.read_json(name) or {}
+    except DamagedState:
+        return {}
+
+
+def read_work(store: Store) -> dict[str, list]:
+    """What the loop has counted a while ago, as in WorkProbe.found: better than nothing where git takes its time."""
+    found = read_note(store, WORK_FILE).get("work")
+    pairs = found.items() if isinstance(found, dict) else ()
+    return {name: pair for name, pair in pairs if isinstance(pair, list) and [type(part) for part in pair] == [int, int]}
 
 
 def measure_sessions(sessions: dict[str, Session]) -> dict[str, Usage]:
@@ -4503,10 +4537,12 @@ def agent_records(store: Store, state: State, settings: Settings, sight: Sight) 
     is_up = (store.read_json(FARM_FILE) or {}).get("mode") in ("running", "stopping", "paused")
     names = {*state.claims, *sessions, *(agent_names(settings.n) if is_up else ())} - {CONTROL}
     presets = dict(zip(agent_names(settings.n), share_agents(settings), strict=False))
-    records, work, spending = [], sight.find_work(), sight.look("spending", lambda: read_spending(store))
+    records, work = [], {**read_work(store), **sight.find_work()}
+    spending = sight.look("spending", lambda: read_spending(store))
     for name in sorted(names):
         preset = presets.get(name, "") if presets.get(name, "") in PRESETS else ""
-        claim, (commits, lines) = state.claims.get(name), work.get(name, (None, None))
+        claim = state.claims.get(name)
+        commits, lines = work.get(f"{name}/{claim.task.get('id')}" if claim else "", (None, None))
         record = agent_record(name, sessions.get(name), claim, told.get(name, {}), usages.get(name), store, settings, preset)
         record.update(title=claim.task.get("title", "") if claim else "", commits=commits, changed_lines=lines,
                       cost_usd=round(cost_of_claim(store, claim, spending), 4) if claim else 0.0)

@@ -265,6 +265,31 @@ def test_a_git_that_does_not_answer_leaves_a_dash_and_no_process(farm, broken_gi
     assert [process for process in find_processes(sandbox.token) if "7654321" in process.cmdline()] == []
 
 
+def test_where_git_takes_its_time_what_the_loop_has_counted_is_shown(farm, broken_git):
+    farm.ok("add", "a task"), farm.ok("add", "another")
+    farm.claim(A), farm.claim(B)
+    work = {f"{A}/t-0001": [2, 30], f"{B}/t-0009": [5, 50], "x": "y"}
+    (farm.folder / "work.json").write_text(json.dumps({"schema": 1, "work": work}))
+    counts = {name: (agent["commits"], agent["changed_lines"]) for name, agent in agents_of(farm).items()}
+    assert counts == {A: (2, 30), B: (None, None)}, "what was counted for another task is not this one's"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"work": 3}', '{"work": {"agent-001/t-0001": [1, "x"]}}'])
+def test_nonsense_in_what_the_loop_has_counted_is_passed_over(farm, broken_git, text):
+    farm.ok("add", "a task")
+    farm.claim(A)
+    (farm.folder / "work.json").write_text(text)
+    assert agents_of(farm)[A]["commits"] is None and answers(farm)
+
+
+def test_the_loop_counts_work_now_and_then(farm):
+    farm.ok("add", "a task")
+    up(farm, 1, "echo a >x && git add x && git commit -qm x && sleep 1000")
+    wait_until(lambda: (farm.folder / "work.json").exists() and '"agent-001/t-0001": [1, 1]' in (
+        farm.folder / "work.json").read_text(), 60, "its count")
+    farm.ok("down", "--now", timeout=120)
+
+
 # -- a farm in any state
 
 
