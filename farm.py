@@ -1342,7 +1342,7 @@ RESUME_SECONDS = 120.0  # for so long an interrupted task is kept for the agent 
 
 
 def with_conversation(task: Task, agent: str, conversation: str) -> Task:
-    return task._replace(conversation={"agent": agent, "id": conversation}) if conversation else task
+    return task._replace(conversation={**task.conversation, "agent": agent, "id": conversation}) if conversation else task
 
 
 def kept_conversation(task: Task, now: float) -> dict:
@@ -1414,10 +1414,10 @@ class TaskQueue:
                  and not (task.paths and registry.find_conflict(agent, ["path:" + glob for glob in task.paths]))]
         return sorted(tasks, key=lambda task: (task.conversation.get("agent") != agent, -task.priority, task.seq))
 
-    def claim(self, agent: str, owner: Owner, task_id: str = "", conversation: str = "") -> Claim:
+    def claim(self, agent: str, owner: Owner, task_id: str = "", conversation: dict | None = None) -> Claim:
         """Lease the best task, or `task_id`, to `agent`; the same claim again when its owner asks twice.
 
-        conversation: the id for a new one; an interrupted one of the same agent keeps its own.
+        conversation: {"preset"} of the agent, with an "id" for a new one; an interrupted one of the same agent and preset is kept.
 
         Raises NotFound when there is none, Refused when the task or the agent's lock file is held.
         """
@@ -1434,8 +1434,8 @@ class TaskQueue:
             raise NotFound(f"task {task_id} cannot be claimed now" if task_id else "no task can be claimed now",
                            "./farm.py tasks")
         task, kept = tasks[0], tasks[0].conversation
-        if conversation and not (kept.get("id") and kept.get("agent") == agent):
-            task = task._replace(conversation={"agent": agent, "id": conversation})
+        if conversation and not (kept.get("id") and (kept.get("agent"), kept.get("preset")) == (agent, conversation["preset"])):
+            task = task._replace(conversation={"agent": agent, **conversation})
         return self.tx.claim(task, own)
 
     def get_claimed(self, agent: str, fence: str, verb: str) -> Task | None:
@@ -1767,13 +1767,14 @@ PRESETS = {
     "codex": Preset('codex exec --json {permissions} -- "$FARM_PROMPT" </dev/null',
                     'codex exec {permissions} resume --json "$FARM_CONVERSATION" "$FARM_PROMPT" </dev/null',
                     CODEX_PERMISSIONS, "codex", "", 1.0, "0.169.0"),
-    "gemini": Preset(GEMINI, GEMINI.replace("--skip", '--resume "$FARM_CONVERSATION" --skip'),
+    "gemini": Preset(GEMINI.replace("--skip", '--session-id "$FARM_CONVERSATION" --skip'),
+                     GEMINI.replace("--skip", '--resume "$FARM_CONVERSATION" --skip'),
                      GEMINI_PERMISSIONS, "gemini", "", 1.0, "0.61.0"),
     "opencode": Preset('opencode run --format json {permissions} -- "$FARM_PROMPT" </dev/null',
                        'opencode run --format json {permissions} --session "$FARM_CONVERSATION" -- "$FARM_PROMPT" </dev/null',
                        {"all": "--auto"}, "opencode", "", 1.0, "1.18.33"),
     "aider": Preset('aider --yes-always --no-check-update --no-pretty --message-file "$FARM_PROMPT_FILE" </dev/null', "", {}, "",
-                    "", 1.0, ""),
+                    "", 1.0, "0.86.2"),
 }
 
 Launch = collections.namedtuple("Launch", "preset start resume")  # preset: a name of PRESETS, or empty for a command
@@ -2112,9 +2113,10 @@ def find_transcript(preset: Preset, conversation: str) -> str:
 
 
 def can_resume(preset: Preset, claim: Claim) -> bool:
-    """Whether the claim's conversation has begun, so that the CLI goes on in it."""
-    conversation = claim.task.get("conversation", {}).get("id", "")
-    return bool(preset.resume and conversation and (not preset.transcript or find_transcript(preset, conversation)))
+    """Whether the claim's conversation is one that was interrupted, so that the CLI goes on in it."""
+    conversation = claim.task.get("conversation", {})
+    is_begun = preset.resume and conversation.get("id") and "until" in conversation
+    return bool(is_begun and (not preset.transcript or find_transcript(preset, conversation["id"])))
 
 
 def read_spent(store: Store, agent: str, preset_name: str, conversation: str) -> Spent:
@@ -2122,9 +2124,12 @@ def read_spent(store: Store, agent: str, preset_name: str, conversation: str) ->
     preset = PRESETS.get(preset_name)
     if preset is None or not preset.reader:
         return Spent()
-    is_transcript = preset.reader == "claude-transcript"
-    path = find_transcript(preset, conversation) if is_transcript else store.path("mailbox", agent, "output")
-    return READERS[preset.reader](path)
+    if preset.reader == "claude-transcript":
+        return read_claude_transcript(find_transcript(preset, conversation))
+    spent = READERS[preset.reader](store.path("mailbox", agent, "output"))
+    if spent == Spent() and preset.transcript:  # it was killed before it could tell
+        return read_claude_transcript(find_transcript(preset, conversation))
+    return spent
 
 
 USAGE_FILE = "usage.jsonl"
@@ -2160,8 +2165,8 @@ def describe_overrun(task: Task, settings: Settings, cost_usd: float) -> str:
 
 def describe_farm_overrun(settings: Settings, cost_usd: float) -> str:
     budget = settings.budget
-    over = f"the farm's budget of ${budget:.2f} is used up (${cost_usd:.2f}); to go on: FARM_BUDGET={2 * budget:g} ./farm.py up"
-    return over if budget and cost_usd >= budget else ""
+    way_on = f"to go on: FARM_BUDGET={budget + cost_usd:.2f} ./farm.py up"
+    return f"the farm's budget of ${budget:.2f} is used up (${cost_usd:.2f}); {way_on}" if budget and cost_usd >= budget else ""
 
 
 def sum_spending(lines: list[dict]) -> dict:
@@ -5960,7 +5965,7 @@ def claim_once(call: Call, agent: str, owner: Owner, watch: LeaseWatch, settings
     limit = find_limit(call.store, preset, CLOCK.now())
     if limit:
         raise NotFound(f"no new work is handed out: {limit}", "./farm.py status")
-    rescues, conversation = None, new_conversation() if preset and PRESETS[preset].transcript else ""
+    rescues, conversation = None, new_conversation(preset)
     while True:
         with call.store.transaction() as tx:
             if rescues is not None or not LockRegistry(tx).has_dead_owner():
@@ -5969,8 +5974,14 @@ def claim_once(call: Call, agent: str, owner: Owner, watch: LeaseWatch, settings
         rescues = rescue_dead_owners(call.store, settings)  # rarely; no git may run under the mutex
 
 
-def new_conversation() -> str:
-    """A random UUID (RFC 4122, version 4); importing uuid takes longer than the rest of a claim."""
+def new_conversation(preset: str) -> dict:
+    """{"preset"}, with a random UUID as "id" where the CLI lets the farm choose it; empty for a command."""
+    chooses = bool(preset) and "$FARM_CONVERSATION" in PRESETS[preset].start
+    return {"preset": preset, **({"id": random_uuid()} if chooses else {})} if preset else {}
+
+
+def random_uuid() -> str:
+    """RFC 4122, version 4; importing uuid takes longer than the rest of a claim."""
     digits = bytearray(os.urandom(16))
     digits[6], digits[8] = digits[6] & 0x0F | 0x40, digits[8] & 0x3F | 0x80
     text = digits.hex()
@@ -6093,7 +6104,7 @@ def verb_hook(call: Call) -> int:
 def verb_judge(call: Call) -> int:
     agent, fence, preset = call.agent(), fence_of(call), os.environ.get("FARM_PRESET", "")
     spent = read_spent(call.store, agent, preset, os.environ.get("FARM_CONVERSATION", ""))
-    tail = describe_tail(sys.stdin.buffer.read().decode("utf-8", "replace")) if preset != "claude" else "see its log"
+    tail = describe_tail(sys.stdin.buffer.read().decode("utf-8", "replace")) if not preset else "see its log"
     outcome = judge_end(call.options.get("code", 0), read_mail(call.store, agent, TURN_FILE, fence),
                         read_mail(call.store, agent, ENDING_FILE, fence), spent, tail)
     if preset:

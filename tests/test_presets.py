@@ -195,9 +195,10 @@ def store(make_repo):
     return store
 
 
-def claim(store, agent: str, conversation: str = "") -> toolkit.Claim:
+def claim(store, agent: str, conversation: str = "", preset: str = "claude") -> toolkit.Claim:
     with store.transaction() as tx:
-        return toolkit.TaskQueue(tx).claim(agent, toolkit.identify(os.getpid()), "", conversation)
+        told = {"preset": preset, "id": conversation} if conversation else {"preset": preset}
+        return toolkit.TaskQueue(tx).claim(agent, toolkit.identify(os.getpid()), "", told)
 
 
 def give_back(store, held: toolkit.Claim, **options) -> None:
@@ -233,6 +234,20 @@ def test_an_attempt_that_came_to_an_end_leaves_no_conversation(store, clock):
     held = claim(store, "agent-001", "c-1")
     with store.transaction() as tx:
         assert toolkit.TaskQueue(tx).fail("agent-001", held.fence, "no idea").conversation == {}
+
+
+def test_a_conversation_is_nothing_to_another_cli(store, clock):
+    give_back(store, claim(store, "agent-001", "c-1"))
+    taken = claim(store, "agent-001", preset="codex")
+    assert taken.task["conversation"] == {"agent": "agent-001", "preset": "codex"}
+    assert toolkit.can_resume(toolkit.PRESETS["codex"], taken) is False
+
+
+def test_only_an_interrupted_conversation_goes_on(store, clock):
+    fresh = claim(store, "agent-001", "c-1", "gemini")
+    assert toolkit.can_resume(toolkit.PRESETS["gemini"], fresh) is False
+    give_back(store, fresh)
+    assert toolkit.can_resume(toolkit.PRESETS["gemini"], claim(store, "agent-001", "c-2", "gemini")) is True
 
 
 def test_a_conversation_whose_id_the_cli_tells_at_its_end_is_kept(store, clock):
@@ -476,9 +491,9 @@ def test_a_question_is_shown_first_and_the_farm_waits_for_its_answer(claude):
     start(claude)
     waiting = wait_for_agent(claude, "waiting")
     assert waiting["cause"] == "Bash make deploy" and waiting["task"] == "t-0001"
+    wait_until(lambda: "agent-waits" in [event["event"] for event in events(claude)], 30, "the loop to note it")
     (claude / "go").touch()
     wait_for_states(claude, {"landed": 1})
-    assert "agent-waits" in [event["event"] for event in events(claude)]
     down(claude)
 
 
@@ -575,7 +590,7 @@ def test_a_farm_that_is_over_its_budget_pauses(claude):
     assert states(claude) == {"landed": 2, "pending": 7}
     told = farm(claude, "claim", "agent-007", "--owner-pid", str(os.getpid()))
     assert told.returncode == 3 and "paused" in told.stderr
-    assert "FARM_BUDGET=0.8 ./farm.py up" in status(claude)["reason"]
+    assert "FARM_BUDGET=0.90 ./farm.py up" in status(claude)["reason"]
     start(claude, FARM_BUDGET="100")
     wait_for_states(claude, {"landed": 9})
     down(claude)
