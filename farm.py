@@ -1703,9 +1703,7 @@ def describe_history(store: Store, task: Task) -> str:
 
 
 def read_template(repo: str, settings: Settings) -> str:
-    """The prompt's template: the user's own file, or the farm's. Raises UsageError when the file cannot be read."""
-    if not settings.prompt_template:
-        return PROMPT_TEMPLATE
+    """The user's own prompt template. Raises UsageError when it cannot be read."""
     path = os.path.join(repo, os.path.expanduser(settings.prompt_template))
     try:
         with open(path, encoding="utf-8") as file:
@@ -1720,8 +1718,10 @@ def write_prompt(store: Store, claim: Claim, settings: Settings, *, resumes: boo
     values = {"body": f"{task.title}\n\n{task.prompt}".strip(), "title": task.title, "agent": claim.agent, "task": task.id,
               "attempt": str(task.attempts + 1), "branch": f"farm/{claim.agent}/{task.id}", "fence": claim.fence,
               "gate": gate, "reason": task.reason or "the farm was stopped", "history": describe_history(store, task)}
-    template = RESUME_TEMPLATE if resumes else read_template(store.repo, settings)
-    text = re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)  # a brace of the user's own stays
+    if settings.prompt_template and not resumes:  # a brace of the user's own stays
+        text = re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), read_template(store.repo, settings))
+    else:
+        text = (RESUME_TEMPLATE if resumes else PROMPT_TEMPLATE).format(**values)
     text = "Task:\n" * text.startswith("/") + text  # CLIs take a slash at the start for a command of their own
     path = store.path("prompts", f"{task.id}.{task.attempts + 1}{'.resumed' * resumes}.md")
     with open(path, "w", encoding="utf-8", errors="replace") as file:
@@ -3587,6 +3587,20 @@ def rescue_dead_owners(store: Store, settings: Settings) -> dict[str, str]:
     return rescues
 
 
+def take_over(store: Store, settings: Settings, watch: LeaseWatch, move):
+    """`move(tx)` in a transaction in which dead owners hold nothing any more.
+
+    Their unsaved work is kept first, outside of it: no git runs under the mutex.
+    """
+    rescues = None
+    while True:
+        with store.transaction() as tx:
+            if rescues is not None or not LockRegistry(tx).has_dead_owner():
+                LockRegistry(tx).expire(watch.is_lapsed, rescues)
+                return move(tx)
+        rescues = rescue_dead_owners(store, settings)
+
+
 def rescue(repo: str, agent: str, worktree: str) -> str:
     """Snapshot what is uncommitted in a worktree; the ref, or empty when there was nothing.
 
@@ -3704,8 +3718,15 @@ class Farm:
         return read_tsv(result.stdout)
 
     def up(self) -> tuple[int, int]:
-        """Worktrees, sessions, and the loop in tmux; (started, adopted). Run again: adopts what runs, repairs what does not."""
+        """Worktrees, sessions, and the loop in tmux; (started, adopted). Run again: adopts what runs, repairs what does not.
+
+        A loop and a merger that were told something else (another gate, say) start anew; sessions go on with what they have.
+        """
+        before = self.store.read_part(FARM_FILE, "settings")
         self.remember("running")
+        if before not in ({}, self.settings_to_keep()) and find_recorded(self.store.path("loop.lock")):
+            say("the settings have changed: the loop and the merger start anew")
+            self.stop_loop_and_merger()
         self.prepare()
         self.end_strays()
         self.expire()
@@ -3727,8 +3748,7 @@ class Farm:
         At a start by a person every CLI gets its chance again, and interrupted tasks are kept for their agents from now on.
         """
         with self.store.transaction() as tx:
-            kept = {**self.settings._asdict(), "into": self.target}
-            data = {"schema": SCHEMA, "mode": mode, "reason": reason, "settings": kept}
+            data = {"schema": SCHEMA, "mode": mode, "reason": reason, "settings": self.settings_to_keep()}
             tx.store.write_durably(FARM_FILE, (dump_line(data) + "\n").encode("utf-8"))
             if mode == "running":
                 text = dump_line(cli_settings(self.settings)) + "\n"
@@ -3737,17 +3757,20 @@ class Farm:
                     forget_limits(tx)
                 TaskQueue(tx).keep_for_agents(self.names)
 
+    def settings_to_keep(self) -> dict:
+        return {**self.settings._asdict(), "into": self.target}
+
     # -- the loop
 
     def tick(self) -> None:
         now = CLOCK.now()
+        self.tend_merger(now)  # needs nothing of the others: what is wrong with an agent keeps no finished work from main
         self.probe()
         self.reap(now)
         self.expire()
         self.restart(now)
         self.watch_agents(now)
         self.admit(now)
-        self.tend_merger(now)
         self.save()
         self.tell()
 
@@ -3824,7 +3847,6 @@ class Farm:
 
     def watch_agents(self, now: float) -> None:
         """What agents at work have told or used up: who waits for a person, whose time or money is over, who stands still."""
-        self.read_bounds()
         busy = [claim for claim in self.state.claims.values() if claim.task and claim.agent in self.names]
         spending = read_spending(self.store)
         live = {claim.agent: live_cost(self.store, claim, spending) for claim in busy}
@@ -3838,12 +3860,6 @@ class Farm:
                 say(f"{claim.agent}: {over[1]}")
                 end_attempt(self.store, claim.agent, claim.fence, *over)
         self.watch_budget(sum_spending(spending)["cost_usd"] + sum(live.values()))
-
-    def read_bounds(self) -> None:
-        """Time and money as the last `up` was told: a person may raise them while this loop runs."""
-        told = self.store.read_part(FARM_FILE, "settings")
-        names = [name for name in ("budget", "task_budget", "task_seconds") if name in told]
-        self.settings = self.settings._replace(**{name: convert_setting(name, told[name], FARM_FILE) for name in names})
 
     def note_stillness(self, claim: Claim, now: float) -> None:
         """`still_since`: an agent at work whose output and whole process tree have stood still for STILL_SECONDS.
@@ -5965,13 +5981,8 @@ def claim_once(call: Call, agent: str, owner: Owner, watch: LeaseWatch, settings
     limit = find_limit(call.store, preset, CLOCK.now())
     if limit:
         raise NotFound(f"no new work is handed out: {limit}", "./farm.py status")
-    rescues, conversation = None, new_conversation(preset)
-    while True:
-        with call.store.transaction() as tx:
-            if rescues is not None or not LockRegistry(tx).has_dead_owner():
-                LockRegistry(tx).expire(watch.is_lapsed, rescues)
-                return TaskQueue(tx).claim(agent, owner, call.options.get("id", ""), conversation)
-        rescues = rescue_dead_owners(call.store, settings)  # rarely; no git may run under the mutex
+    task_id, conversation = call.options.get("id", ""), new_conversation(preset)
+    return take_over(call.store, settings, watch, lambda tx: TaskQueue(tx).claim(agent, owner, task_id, conversation))
 
 
 def new_conversation(preset: str) -> dict:
@@ -6212,14 +6223,12 @@ def answer_request(agent: str, repo: str, path: str) -> dict:
 
 def acquire_waiting(call: Call, agent: str, names: list[str], owner: Owner) -> None:
     """Hold all names, waiting up to --wait seconds. Raises Refused."""
-    watch, deadline = LeaseWatch(call.settings().lease_seconds), CLOCK.monotonic() + call.options.get("wait", 0)
+    settings, deadline = call.settings(), CLOCK.monotonic() + call.options.get("wait", 0)
+    watch = LeaseWatch(settings.lease_seconds)
     while True:
         before = call.store.signature()
         try:
-            with call.store.transaction() as tx:
-                registry = LockRegistry(tx)
-                registry.expire(watch.is_lapsed)
-                registry.acquire(agent, names, owner)
+            take_over(call.store, settings, watch, lambda tx: LockRegistry(tx).acquire(agent, names, owner))
             return
         except Refused:
             if CLOCK.monotonic() >= deadline:
@@ -6406,7 +6415,8 @@ def open_farm(call: Call) -> Farm:
     target = target_of(call, settings)
     settings = settings._replace(n=count_agents(settings, call.options.get("n")))
     launches = resolve_agents(call.repo, settings)
-    read_template(call.repo, settings)
+    if settings.prompt_template:
+        read_template(call.repo, settings)
     call.store.ensure_folders()
     return Farm(call.store, settings, launches, target)
 

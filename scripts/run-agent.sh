@@ -9,7 +9,9 @@ scripts=$FARM_HOME/scripts
 # shellcheck disable=SC2153  # FARM_AGENT_NAME and FARM_AGENT_HOME are two
 mailbox=$FARM_REPO/coordination/mailbox/$FARM_AGENT_NAME
 export PATH="$scripts:$PATH" GIT_TERMINAL_PROMPT=0 TMPDIR=${FARM_WORKTREES:-$FARM_WORKTREE}/tmp/$FARM_AGENT_NAME
-export GIT_CONFIG_COUNT=4 GIT_CONFIG_KEY_0=gc.auto GIT_CONFIG_VALUE_0=0 GIT_CONFIG_KEY_1=maintenance.auto GIT_CONFIG_VALUE_1=false \
+# What an agent has committed outlives a power cut: git's default leaves new objects to the file system.
+export GIT_CONFIG_COUNT=5 GIT_CONFIG_KEY_4=core.fsync GIT_CONFIG_VALUE_4=committed
+export GIT_CONFIG_KEY_0=gc.auto GIT_CONFIG_VALUE_0=0 GIT_CONFIG_KEY_1=maintenance.auto GIT_CONFIG_VALUE_1=false \
   GIT_CONFIG_KEY_2=core.filesRefLockTimeout GIT_CONFIG_VALUE_2=10000 GIT_CONFIG_KEY_3=core.packedRefsTimeout GIT_CONFIG_VALUE_3=30000
 
 FARM_SESSION=$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')

@@ -99,6 +99,33 @@ def test_up_twice_adopts_what_runs(make_repo):
     down(repo)
 
 
+def test_an_up_with_another_gate_reaches_the_merger_that_runs(make_repo):
+    repo = make_repo()
+    add_tasks(repo, 1)
+    up(repo, 1)
+    wait_for_states(repo, {"landed": 1})
+    before = live_pids(repo)
+    assert "start anew" in up(repo, 1, gate="! test -e t-0002.txt").stderr
+    add_tasks(repo, 1, title="one that the new gate refuses", max_attempts=1)
+    wait_for_states(repo, {"landed": 1, "failed": 1})
+    assert live_pids(repo) == before
+    down(repo)
+
+
+def test_a_lock_that_a_dead_agents_claim_ends_for_keeps_its_unsaved_work(make_repo):
+    repo = make_repo()
+    add_tasks(repo, 1)
+    run([ROOT / "scripts/mk-worktrees.sh", "-C", repo, "-n", "1"], check=True)
+    owner = subprocess.Popen(["sleep", "60"])
+    farm(repo, "claim", "agent-001", "--owner-pid", str(owner.pid), check=True)
+    (repo.parent / "repo-farm/agent-001-worktree/unsaved.txt").write_text("precious\n")
+    owner.kill()
+    owner.wait()
+    farm(repo, "lock", "agent-002", "schema", "--owner-pid", str(os.getpid()), check=True)
+    rescue = tasks(repo)[0]["rescue"]
+    assert git(repo, "show", f"{rescue}:unsaved.txt") == "precious"
+
+
 def test_two_ups_at_once_make_one_farm(make_repo):
     repo = make_repo()
     argv = [sys.executable, str(ROOT / "farm.py"), "--repo", str(repo), "up", "-n", "4", "--agent", AGENT, "--gate", "true"]
