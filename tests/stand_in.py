@@ -51,6 +51,9 @@ ERROR_KINDS = {
     429: "rate_limit_error",
     529: "overloaded_error",
 }
+GEMINI_ROUTE = json.dumps(
+    {"reasoning": "x", "model_choice": "flash", "next_speaker": "user", "complexity_reasoning": "x", "complexity_score": 1}
+)
 USAGE = {"input": 1200, "output": 80}
 
 
@@ -262,8 +265,79 @@ def claude_items(body: dict) -> list[tuple[str, str, int]]:
     return items
 
 
-def result_items(messages: list[dict], text_key: str, is_result) -> list[tuple[str, str, int]]:
-    return [(message.get("role") or "", text_of(message.get(text_key)), int(is_result(message))) for message in messages]
+def claude_message(model: str, content: list[dict], stop_reason: str) -> dict:
+    usage = {"input_tokens": USAGE["input"], "output_tokens": USAGE["output"]}
+    usage |= {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
+    message = {"id": "msg_" + uuid.uuid4().hex[:24], "type": "message", "role": "assistant", "model": model, "content": content}
+    return {**message, "stop_reason": stop_reason, "stop_sequence": None, "usage": usage}
+
+
+def claude_events(message: dict) -> list[dict]:
+    """The same message as a stream."""
+    started = {**message, "content": [], "stop_reason": None, "usage": {**message["usage"], "output_tokens": 1}}
+    events = [{"type": "message_start", "message": started}]
+    for index, block in enumerate(message["content"]):
+        if block["type"] == "text":
+            empty, delta = {"type": "text", "text": ""}, {"type": "text_delta", "text": block["text"]}
+        else:
+            empty, delta = {**block, "input": {}}, {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
+        events.append({"type": "content_block_start", "index": index, "content_block": empty})
+        events.append({"type": "content_block_delta", "index": index, "delta": delta})
+        events.append({"type": "content_block_stop", "index": index})
+    end = {"stop_reason": message["stop_reason"], "stop_sequence": None}
+    events.append({"type": "message_delta", "delta": end, "usage": {"output_tokens": USAGE["output"]}})
+    return [*events, {"type": "message_stop"}]
+
+
+def codex_items(body: dict) -> list[tuple[str, str, int]]:
+    items = []
+    for item in body.get("input") or []:
+        text = text_of(item.get("content")) if item.get("type", "message") == "message" else ""
+        items.append((item.get("role") or "", text, int(str(item.get("type")).endswith("call_output"))))
+    return items
+
+
+def codex_text(text: str) -> dict:
+    content = [{"type": "output_text", "text": text, "annotations": []}]
+    return {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "content": content}
+
+
+def codex_call(reply: dict, tools: set[str]) -> dict:
+    """A call of whichever shell tool this version offers."""
+    line = shell_line(reply["word"], reply["argument"])
+    given = {"exec_command": {"cmd": line}, "shell_command": {"command": line}, "shell": {"command": ["bash", "-lc", line]}}
+    name = next((name for name in given if name in tools), "exec_command")
+    ids = {"id": "fc_" + uuid.uuid4().hex, "call_id": "call_" + uuid.uuid4().hex}
+    return {"type": "function_call", **ids, "name": name, "arguments": json.dumps(given[name]), "status": "completed"}
+
+
+def chat_message(reply: dict, tools: set[str]) -> dict:
+    """A call of the shell tool, or text; for a CLI without tools (aider), the files of the script as blocks."""
+    if reply["word"] and tools:
+        name = next((name for name in ("bash", "shell", "run_shell_command") if name in tools), "bash")
+        given = json.dumps({"command": shell_line(reply["word"], reply["argument"]), "description": "step"})
+        call = {
+            "index": 0,
+            "id": "call_" + uuid.uuid4().hex[:20],
+            "type": "function",
+            "function": {"name": name, "arguments": given},
+        }
+        return {"role": "assistant", "content": None, "tool_calls": [call]}
+    blocks = [f"{path.strip()}\n```\n{text}\n```" for path, text in written_files(reply["prompt"])]
+    return {"role": "assistant", "content": reply["text"] if tools else "\n".join(blocks) or "A session"}
+
+
+def gemini_items(body: dict) -> list[tuple[str, str, int]]:
+    items = []
+    for content in body.get("contents") or []:
+        parts = content.get("parts") or []
+        items.append((content.get("role") or "user", text_of(parts), sum("functionResponse" in part for part in parts)))
+    return items
+
+
+def written_files(prompt: str) -> list[tuple[str, str]]:
+    files = [argument.partition("::") for word, argument, _ in parse_script(prompt)[0] if word == "WRITE"]
+    return [(path, text.replace("\\n", "\n")) for path, _, text in files]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -392,112 +466,28 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def send_claude(self, body: dict, content: list[dict], stop_reason: str, *, drop: bool = False) -> None:
-        usage = {
-            "input_tokens": USAGE["input"],
-            "output_tokens": USAGE["output"],
-            "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": 0,
-        }
-        message = {
-            "id": "msg_" + uuid.uuid4().hex[:24],
-            "type": "message",
-            "role": "assistant",
-            "model": body.get("model") or "fake",
-            "content": content,
-            "stop_reason": stop_reason,
-            "stop_sequence": None,
-            "usage": usage,
-        }
+        message = claude_message(body.get("model") or "fake", content, stop_reason)
         if not body.get("stream"):
             return self.send_json(200, message)
-        events = [
-            {"type": "message_start", "message": dict(message, content=[], stop_reason=None, usage=dict(usage, output_tokens=1))}
-        ]
-        for index, block in enumerate(content):
-            empty = {"type": "text", "text": ""} if block["type"] == "text" else dict(block, input={})
-            delta = (
-                {"type": "text_delta", "text": block["text"]}
-                if block["type"] == "text"
-                else {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
-            )
-            events += [
-                {"type": "content_block_start", "index": index, "content_block": empty},
-                {"type": "content_block_delta", "index": index, "delta": delta},
-                {"type": "content_block_stop", "index": index},
-            ]
-        events += [
-            {
-                "type": "message_delta",
-                "delta": {"stop_reason": stop_reason, "stop_sequence": None},
-                "usage": {"output_tokens": USAGE["output"]},
-            },
-            {"type": "message_stop"},
-        ]
-        return self.send_events(events, named=True, drop=drop)
+        return self.send_events(claude_events(message), named=True, drop=drop)
 
     # -- Codex
 
     def answer_codex(self, body: dict) -> None:
-        items = [
-            (
-                item.get("role") or "",
-                text_of(item.get("content")) if item.get("type", "message") == "message" else "",
-                int(str(item.get("type")).endswith("call_output")),
-            )
-            for item in body.get("input") or []
-        ]
         tools = {tool.get("name") or tool.get("type") for tool in body.get("tools") or []}
-        reply = self.ask(items, str(body.get("prompt_cache_key") or ""), model=body.get("model"))
+        reply = self.ask(codex_items(body), str(body.get("prompt_cache_key") or ""), model=body.get("model"))
         if reply["refusal"]:
             return self.refuse_openai(*reply["refusal"])
-        item = {
-            "type": "message",
-            "id": "msg_1",
-            "role": "assistant",
-            "status": "completed",
-            "content": [{"type": "output_text", "text": reply["text"], "annotations": []}],
-        }
-        if reply["word"]:
-            line = shell_line(reply["word"], reply["argument"])
-            name = next((name for name in ("exec_command", "shell_command", "shell") if name in tools), "exec_command")
-            given = {
-                "exec_command": {"cmd": line},
-                "shell_command": {"command": line},
-                "shell": {"command": ["bash", "-lc", line]},
-            }[name]
-            item = {
-                "type": "function_call",
-                "id": "fc_" + uuid.uuid4().hex,
-                "call_id": "call_" + uuid.uuid4().hex,
-                "name": name,
-                "arguments": json.dumps(given),
-                "status": "completed",
-            }
-        usage = {
-            "input_tokens": USAGE["input"],
-            "output_tokens": USAGE["output"],
-            "total_tokens": USAGE["input"] + USAGE["output"],
-            "input_tokens_details": {"cached_tokens": 0},
-            "output_tokens_details": {"reasoning_tokens": 0},
-        }
-        response = {
-            "id": "resp_" + uuid.uuid4().hex,
-            "object": "response",
-            "model": body.get("model"),
-            "status": "completed",
-            "output": [item],
-            "usage": usage,
-        }
-        return self.send_events(
-            [
-                {"type": "response.created", "response": dict(response, status="in_progress", output=[], usage=None)},
-                {"type": "response.output_item.added", "output_index": 0, "item": item},
-                {"type": "response.output_item.done", "output_index": 0, "item": item},
-                {"type": "response.completed", "response": response},
-            ],
-            named=True,
-            drop=reply["drop"],
-        )
+        item = codex_call(reply, tools) if reply["word"] else codex_text(reply["text"])
+        usage = {"input_tokens": USAGE["input"], "output_tokens": USAGE["output"], "total_tokens": sum(USAGE.values())}
+        base = {"id": "resp_" + uuid.uuid4().hex, "object": "response", "model": body.get("model")}
+        events = [
+            {"type": "response.created", "response": dict(base, status="in_progress", output=[], usage=None)},
+            {"type": "response.output_item.added", "output_index": 0, "item": item},
+            {"type": "response.output_item.done", "output_index": 0, "item": item},
+            {"type": "response.completed", "response": dict(base, status="completed", output=[item], usage=usage)},
+        ]
+        return self.send_events(events, named=True, drop=reply["drop"])
 
     def refuse_openai(self, status: int, message: str, reset: float) -> None:
         error = {"message": message, "type": "invalid_request_error" if status < 429 else "server_error", "code": None}
@@ -515,91 +505,45 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_chat(self, body: dict) -> None:
         tools = {tool["function"]["name"] for tool in body.get("tools") or []}
-        items = result_items(body.get("messages") or [], "content", lambda message: message.get("role") == "tool")
+        items = [
+            (message.get("role") or "", text_of(message.get("content")), int(message.get("role") == "tool"))
+            for message in body.get("messages") or []
+        ]
         reply = self.ask(items, "", model=body.get("model"), tools=len(tools))
         if reply["refusal"]:
             return self.refuse_openai(*reply["refusal"])
-        text, calls = reply["text"], None
-        if reply["word"] and tools:
-            name = next((name for name in ("bash", "shell", "run_shell_command") if name in tools), "bash")
-            given = {"command": shell_line(reply["word"], reply["argument"]), "description": "step"}
-            calls = [
-                {
-                    "index": 0,
-                    "id": "call_" + uuid.uuid4().hex[:20],
-                    "type": "function",
-                    "function": {"name": name, "arguments": json.dumps(given)},
-                }
-            ]
-        elif not tools:
-            text = (
-                "\n".join(f"{path.strip()}\n```\n{content}\n```" for path, content in written_files(reply["prompt"])) or "A session"
-            )
-        message = {"role": "assistant", "content": None, "tool_calls": calls} if calls else {"role": "assistant", "content": text}
+        message = chat_message(reply, tools)
+        finish = "tool_calls" if message.get("tool_calls") else "stop"
         usage = {"prompt_tokens": USAGE["input"], "completion_tokens": USAGE["output"], "total_tokens": sum(USAGE.values())}
         base = {"id": "chat-" + uuid.uuid4().hex, "created": int(time.time()), "model": body.get("model")}
-        finish = "tool_calls" if calls else "stop"
         if not body.get("stream"):
-            return self.send_json(
-                200,
-                dict(
-                    base, object="chat.completion", choices=[{"index": 0, "message": message, "finish_reason": finish}], usage=usage
-                ),
-            )
-        chunk = dict(base, object="chat.completion.chunk")
-        return self.send_events(
-            [
-                dict(chunk, choices=[{"index": 0, "delta": message, "finish_reason": None}]),
-                dict(chunk, choices=[{"index": 0, "delta": {}, "finish_reason": finish}], usage=usage),
-                "[DONE]",
-            ],
-            named=False,
-            drop=reply["drop"],
-        )
+            choices = [{"index": 0, "message": message, "finish_reason": finish}]
+            return self.send_json(200, {**base, "object": "chat.completion", "choices": choices, "usage": usage})
+        base["object"] = "chat.completion.chunk"
+        first = {**base, "choices": [{"index": 0, "delta": message, "finish_reason": None}]}
+        last = {**base, "choices": [{"index": 0, "delta": {}, "finish_reason": finish}], "usage": usage}
+        return self.send_events([first, last, "[DONE]"], named=False, drop=reply["drop"])
 
     # -- Gemini CLI
 
     def answer_gemini(self, body: dict) -> None:
-        items = [
-            (
-                content.get("role") or "user",
-                text_of(content.get("parts")),
-                sum("functionResponse" in part for part in content.get("parts") or []),
-            )
-            for content in body.get("contents") or []
-        ]
         tools = {item["name"] for tool in body.get("tools") or [] for item in tool.get("functionDeclarations") or []}
-        reply = self.ask(items, "", tools=len(tools))
+        reply = self.ask(gemini_items(body), "", tools=len(tools))
         if reply["refusal"]:
             return self.refuse_gemini(*reply["refusal"])
         part = {"text": reply["text"]}
         if (body.get("generationConfig") or {}).get("responseMimeType") == "application/json":
-            part = {
-                "text": json.dumps(
-                    {
-                        "reasoning": "x",
-                        "model_choice": "flash",
-                        "next_speaker": "user",
-                        "complexity_reasoning": "x",
-                        "complexity_score": 1,
-                    }
-                )
-            }
+            part = {"text": GEMINI_ROUTE}
         elif reply["word"] and tools:
-            part = {
-                "functionCall": {
-                    "name": "run_shell_command",
-                    "args": {"command": shell_line(reply["word"], reply["argument"]), "description": "step"},
-                }
-            }
+            given = {"command": shell_line(reply["word"], reply["argument"]), "description": "step"}
+            part = {"functionCall": {"name": "run_shell_command", "args": given}}
+        counts = zip(
+            ("promptTokenCount", "candidatesTokenCount", "totalTokenCount"), (*USAGE.values(), sum(USAGE.values())), strict=True
+        )
         response = {
             "candidates": [{"content": {"role": "model", "parts": [part]}, "finishReason": "STOP", "index": 0}],
             "modelVersion": "fake",
-            "usageMetadata": {
-                "promptTokenCount": USAGE["input"],
-                "candidatesTokenCount": USAGE["output"],
-                "totalTokenCount": sum(USAGE.values()),
-            },
+            "usageMetadata": dict(counts),
         }
         return self.send_events([response], named=False) if "stream" in self.path else self.send_json(200, response)
 
@@ -619,11 +563,6 @@ class Handler(BaseHTTPRequestHandler):
             )
             error["details"] = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{seconds}s"}]
         self.send_json(status, {"error": error})
-
-
-def written_files(prompt: str) -> list[tuple[str, str]]:
-    files = [argument.partition("::") for word, argument, _ in parse_script(prompt)[0] if word == "WRITE"]
-    return [(path, text.replace("\\n", "\n")) for path, _, text in files]
 
 
 # ---------------------------------------------------------------------------------------------- the server
