@@ -1483,13 +1483,13 @@ class TaskQueue:
         task = with_conversation(task._replace(rescue=rescue or task.rescue), agent, conversation)
         return self.give_back(task, why, "fail", retry=retry, start=start, resume=resume)
 
-    def release(self, agent: str, fence: str, rescue: str = "", conversation: str = "") -> Task:
+    def release(self, agent: str, fence: str, why: str = "", rescue: str = "", conversation: str = "") -> Task:
         """Give a task back unharmed: no attempt is counted; the next one goes on from its branch."""
         task = self.get_claimed(agent, fence, "release")
         if task is None:
             return self.state.get_task(fence.rpartition(".")[0])
         task = with_conversation(task._replace(rescue=rescue or task.rescue), agent, conversation)
-        return self.give_back(task, task.reason, "release", counts=False, start=f"farm/{agent}/{task.id}", resume=True)
+        return self.give_back(task, why or task.reason, "release", counts=False, start=f"farm/{agent}/{task.id}", resume=True)
 
     def give_back(self, task: Task, reason: str, ended_by: str, *, counts: bool = True, retry: bool = True,
                   start: str = "", resume: bool = False) -> Task:
@@ -1892,10 +1892,11 @@ def cli_settings(settings: Settings) -> dict:
 # ---------------------------------------------------------------------------------------------- turns
 # What a CLI's hooks have told of the attempt it is at, and the farm's own word that it is over: files in the agent's mailbox.
 
-IDLE_SECONDS = 5.0
+IDLE_SECONDS, BACKGROUND_SECONDS = 5.0, 1800.0
 SENT_BACK = """\
 Your task {task} is not submitted yet. If the work is done, commit it, then run  farm submit {agent} --fence {fence}
 If it cannot be done:  farm fail {agent} --fence {fence} --why "the reason in a sentence"
+If a command of yours runs in the background, wait for it first, or stop it.
 Nobody reads questions here: decide yourself."""
 
 
@@ -1922,7 +1923,8 @@ def note_turn(store: Store, agent: str, fence: str, event: dict) -> dict | None:
     """Write a hook's event to turn.json; the answer for the CLI, when there is one.
 
     The first Stop of a task that is still claimed is sent back with what is missing; the next ends the CLI, and the farm decides
-    from the branch. event: the hook's JSON (hook_event_name, message, error, tool_name, ...).
+    from the branch; but one that waits for a command of its own in the background wakes by itself, and gets BACKGROUND_SECONDS.
+    event: the hook's JSON (hook_event_name, message, error, tool_name, background_tasks, ...).
     """
     name, before = str(event.get("hook_event_name", "")), read_mail(store, agent, TURN_FILE, fence)
     if name not in TURN_STATES or name == "Notification" and event.get("notification_type") != "elicitation_dialog":
@@ -1930,8 +1932,9 @@ def note_turn(store: Store, agent: str, fence: str, event: dict) -> dict | None:
     turn = {**before, "at": utc(CLOCK.now()), "fence": fence, "event": name, "state": TURN_STATES[name],
             "message": one_line(describe_event(event), 300)}
     claim = store.read_claim(os.path.join(LOCK_FOLDER, agent + ".lock"))
-    goes_back = name == "Stop" and claim is not None and claim.fence == fence and not before.get("sent_back")
-    if goes_back:
+    is_early = name == "Stop" and claim is not None and claim.fence == fence
+    goes_back = is_early and not before.get("sent_back")
+    if goes_back or is_early and event.get("background_tasks"):
         turn.update(state="working", sent_back=True)
     write_mail(store, agent, TURN_FILE, turn)
     if goes_back:
@@ -1939,6 +1942,13 @@ def note_turn(store: Store, agent: str, fence: str, event: dict) -> dict | None:
     if turn["state"] == "over" and os.environ.get("FARM_PRESET") != "claude-print":  # which ends by itself, its result comes last
         ring(store.path("mailbox", agent, "bell"), b"over\n")
     return None
+
+
+def end_waiting_turn(store: Store, agent: str, turn: dict, now: float) -> None:
+    """End a turn that has waited long enough for its commands in the background (a server that nobody stops, say)."""
+    if turn.get("event") == "Stop" and turn.get("state") == "working" and now - epoch(turn["at"]) > BACKGROUND_SECONDS:
+        write_mail(store, agent, TURN_FILE, {**turn, "state": "over"})
+        ring(store.path("mailbox", agent, "bell"), b"over\n")
 
 
 def agent_home(repo: str, settings: Settings, agent: str) -> str:
@@ -1961,7 +1971,7 @@ def read_cli_session(store: Store, agent: str, home: str) -> dict:
 def read_turn(store: Store, agent: str, fence: str, home: str) -> dict:
     """The turn of the claim `fence`. Esc fires no hook: a CLI that says it is idle in the middle of a turn waits for a person."""
     turn = read_mail(store, agent, TURN_FILE, fence)
-    if turn.get("state") != "working":
+    if turn.get("state") != "working" or turn.get("event") == "Stop":
         return turn
     told = read_cli_session(store, agent, home)
     idle_since = told.get("statusUpdatedAt", 0) / 1000
@@ -3854,6 +3864,7 @@ class Farm:
             self.agents[name].pop("still_since", None)
         for claim in busy:
             self.note_turns(claim)
+            end_waiting_turn(self.store, claim.agent, self.turns[claim.agent], now)
             self.note_stillness(claim, now)
             over = self.find_excess(claim, cost_of_task(spending, claim.task["id"]) + live[claim.agent], now)
             if over and not read_mail(self.store, claim.agent, ENDING_FILE, claim.fence):
@@ -6030,12 +6041,12 @@ def verb_renew(call: Call) -> int:
     return 0
 
 
-@verb("release AGENT --fence F", "give a task back; no attempt is counted", "fence= rescue= conversation=",
+@verb("release AGENT --fence F", "give a task back; no attempt is counted", "fence= why= rescue= conversation=",
       "farm release agent-001 --fence t-0001.2")
 def verb_release(call: Call) -> int:
     with call.store.transaction() as tx:
-        TaskQueue(tx).release(call.agent(), fence_of(call), call.options.get("rescue", ""),
-                              call.options.get("conversation", ""))
+        TaskQueue(tx).release(call.agent(), fence_of(call), one_line(call.options.get("why", ""), 500),
+                              call.options.get("rescue", ""), call.options.get("conversation", ""))
     return 0
 
 

@@ -55,7 +55,7 @@ main() {
   case $move:$cause in
     submit:*)
       if words=$(commit_rest 2>&1); then submit "$why"; else give_up "what it left could not be committed: $words"; fi ;;
-    release:*) farm release "$FARM_AGENT_NAME" --fence "$FARM_FENCE" --rescue "$(save_rest)" \
+    release:*) farm release "$FARM_AGENT_NAME" --fence "$FARM_FENCE" --why "$cause: $why" --rescue "$(save_rest)" \
       --conversation "$conversation" 2>/dev/null || true ;;
     resume:*) give_up "$why" "$FARM_BRANCH" --resume --conversation "$conversation" ;;
     fail:budget) give_up "$why" "$FARM_BRANCH" --no-retry ;;

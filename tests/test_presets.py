@@ -274,6 +274,18 @@ def test_the_first_stop_of_a_claimed_task_is_sent_back_and_the_second_ends_the_t
     assert turn(store)["state"] == "over"
 
 
+def test_a_stop_that_waits_for_the_background_is_not_the_end_until_it_takes_too_long(store, clock):
+    fence = claim(store, "agent-001").fence
+    hook(store, "Stop", fence=fence)
+    assert hook(store, "Stop", fence=fence, background_tasks=[{"id": "b1"}]) is None
+    for seconds, state in ((0, "working"), (toolkit.BACKGROUND_SECONDS - 1, "working"), (2, "over")):
+        clock.seconds += seconds
+        toolkit.end_waiting_turn(store, "agent-001", turn(store), clock.now())
+        assert turn(store)["state"] == state
+    assert hook(store, "Stop", fence=fence) is None
+    assert turn(store)["state"] == "over"
+
+
 def test_a_stop_after_submit_ends_the_turn_at_once(store):
     assert hook(store, "Stop") is None
     assert turn(store)["state"] == "over"
@@ -506,6 +518,8 @@ def test_a_usage_limit_parks_the_preset_until_the_reset_and_counts_for_nothing(c
     (claude / "limited").unlink()
     wait_for_states(claude, {"landed": 2})
     assert [task["attempts"] for task in tasks(claude)] == [0, 0]
+    prompts = "".join(path.read_text() for path in (claude / "coordination/prompts").glob("*.resumed.md"))
+    assert "You were interrupted (usage limit: rate_limit: You've hit your 5-hour limit" in prompts
     assert "resumed" in (claude / "t-0001.txt").read_text() + (claude / "t-0002.txt").read_text()
     down(claude)
 
