@@ -449,6 +449,8 @@ def mounted(world: World) -> Iterator[World]:
     stand_ins = {
         "os": world.system, "fcntl": world.system.fcntl, "boot_id": lambda: world.boot, "pid_namespace": lambda: "namespace",
         "start_of": lambda pid: world.alive.get(pid, ""), "spawn_script": lambda *_: "c0ffee\n",
+        # No git moves a pin here, and one process runs at a time: any descriptor will do for the lock around it.
+        "hold_pin": lambda store, _task_id: world.system.open(store.path(".lock"), os.O_RDWR | os.O_CREAT),
         "say": world.said.append,
         "CLOCK": SimpleNamespace(now=lambda: world.now, monotonic=lambda: world.now),
         "time": SimpleNamespace(**{**vars(time), "sleep": lambda _seconds: None}),

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import chaos
 import psutil
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, wait_until
 
 A = "agent-001"
 
@@ -157,7 +157,9 @@ def test_bytes_that_the_same_run_overwrote_or_never_finished_are_excused(ground)
 def sleeping(environment: dict) -> Iterator[psutil.Process]:
     with subprocess.Popen(["sleep", "600"], env=environment) as child:
         try:
-            yield psutil.Process(child.pid)
+            process = psutil.Process(child.pid)
+            wait_until(lambda: environment.items() <= process.environ().items(), message="the kernel to show its environment")
+            yield process
         finally:
             child.kill()
 

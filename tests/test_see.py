@@ -63,6 +63,12 @@ class Screen:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
+    def detach(self) -> None:
+        """Ctrl-b d, as slowly as a hand: what comes within a millisecond tmux takes for a paste, and hands it on."""
+        self.type("\x02")
+        time.sleep(0.05)
+        self.type("d")
+
     def end(self, timeout: float = 30) -> int:
         """Its exit code, once it has ended by itself."""
         wait_until(lambda: self.read() is None or self.process.poll() is not None, timeout, "its end")
@@ -521,7 +527,7 @@ def test_a_number_attaches_and_detaching_comes_back(farm, screen):
     one.type("1")
     one.wait_for("here I am")
     mark = len(one.read())
-    one.type("\x02d")
+    one.detach()
     one.wait_for("q leave", mark)
     one.type("q")
     assert one.end() == 0
@@ -695,7 +701,7 @@ def test_attach_shows_the_agent_and_takes_keys(three, screen):
     one.wait_for("here is agent-002")
     one.type("hello\r")
     one.wait_for("got hello")
-    one.type("\x02d")
+    one.detach()
     assert one.end() == 0
 
 
@@ -707,7 +713,7 @@ def test_attach_from_another_tmux_goes_there_and_comes_back(three, tmux, sandbox
     one.wait_for("here is agent-002")
     assert "agent-002" in tmux("list-clients", "-F", "#{client_session}"), "it is nested"
     assert run([*mine, "list-clients"]).stdout == ""
-    one.type("\x02d")
+    one.detach()
     wait_until(lambda: "mine" in run([*mine, "list-clients", "-F", "#{client_session}"]).stdout, message="the way back")
     run([*mine, "kill-server"])
     one.end()
@@ -732,7 +738,7 @@ def test_the_overview_shows_all_agents_and_only_looks(three, screen, tmux):
     assert [line for line in listed if not line.startswith("overview")] == before.splitlines(), "an agent's pane has moved"
     assert len([line for line in listed if line.startswith("overview")]) == 3
     assert sorted(agents_of(three)) == [A, B, C]
-    one.type("\x02d")
+    one.detach()
     assert one.end() == 0
     wait_until(lambda: "overview" not in tmux("list-sessions"), message="the end of an overview that nobody looks at")
     assert "nobody gets this" not in three.ok("logs", "--all")
