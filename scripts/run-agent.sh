@@ -14,14 +14,16 @@ export GIT_CONFIG_COUNT=5 GIT_CONFIG_KEY_4=core.fsync GIT_CONFIG_VALUE_4=committ
 export GIT_CONFIG_KEY_0=gc.auto GIT_CONFIG_VALUE_0=0 GIT_CONFIG_KEY_1=maintenance.auto GIT_CONFIG_VALUE_1=false \
   GIT_CONFIG_KEY_2=core.filesRefLockTimeout GIT_CONFIG_VALUE_2=10000 GIT_CONFIG_KEY_3=core.packedRefsTimeout GIT_CONFIG_VALUE_3=30000
 
-FARM_SESSION=$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')
+# Fifty of these start at once: no process that is not needed.
+read -r FARM_SESSION 2>/dev/null </proc/sys/kernel/random/uuid || FARM_SESSION=$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')
 export FARM_SESSION
 
 say() { printf '%s\n' "farm: $*" >&2; }
 
 open_bell() {
-  mkdir -p "$mailbox" "$TMPDIR"
-  [ -p "$mailbox/bell" ] || { rm -f "$mailbox/bell"; mkfifo "$mailbox/bell"; }
+  if [ ! -d "$mailbox" ] || [ ! -d "$TMPDIR" ]; then mkdir -p "$mailbox" "$TMPDIR"; fi
+  if [ -e "$mailbox/bell" ] && [ ! -p "$mailbox/bell" ]; then rm -f "$mailbox/bell"; fi
+  [ -p "$mailbox/bell" ] || mkfifo "$mailbox/bell"
   exec 9<>"$mailbox/bell"
 }
 
