@@ -2149,8 +2149,10 @@ def note_spent(store: Store, line: dict, spent: Spent) -> None:
     """One line an attempt in usage.jsonl. A resumed conversation's line holds all of it: readers take the last."""
     line = {"at": utc(CLOCK.now()), **line, "tokens_in": spent.tokens_in, "tokens_out": spent.tokens_out,
             "cost_usd": round(spent.cost_usd, 6)}
-    with open(store.path(USAGE_FILE), "a", encoding="utf-8") as file:
-        file.write(dump_line(line) + "\n")
+    try:
+        store.disk.append(store.path(USAGE_FILE), (dump_line(line) + "\n").encode("utf-8"))
+    except OSError as error:  # what becomes of the attempt does not hang on it
+        say(f"{store.path(USAGE_FILE)}: {os.strerror(error.errno)}; the cost of {line['fence']} is not counted")
 
 
 def read_spending(store: Store) -> list[dict]:
@@ -3680,7 +3682,6 @@ class Farm:
         self.leases = LeaseWatch(settings.lease_seconds)
         self.merger = None
         self.merger_ends: list[float] = []
-        self.probed_at = 0.0
         self.blocked = ""
         self.note, self.noted_at, self.notices = "", -math.inf, []
         self.sight, self.work = Sight(0.005), {}

@@ -706,3 +706,23 @@ def test_limits_that_cannot_be_read_are_damage_like_any_other_state(store):
     Path(store.path(toolkit.LIMITS_FILE)).write_text('{"presets": []}')
     with pytest.raises(toolkit.DamagedState, match=r"limits\.json"):
         toolkit.find_limit(store, "claude", NOW)
+
+
+def spend(store, fence: str, **more) -> None:
+    line = {"task": fence.partition(".")[0], "agent": "agent-001", "fence": fence, **more}
+    toolkit.note_spent(store, line, toolkit.Spent(5, 1, 0.5))
+
+
+def test_a_line_that_a_kill_has_torn_costs_no_other_line(store):
+    spend(store, "t-0001.2")
+    path = Path(store.path(toolkit.USAGE_FILE))
+    path.write_bytes(path.read_bytes() + path.read_bytes()[:40])
+    spend(store, "t-0002.2")
+    assert toolkit.sum_spending(toolkit.read_spending(store))["cost_usd"] == 1.0
+
+
+def test_an_attempt_is_judged_although_its_cost_cannot_be_written(store, capsys):
+    os.mkdir(store.path(toolkit.USAGE_FILE))
+    spend(store, "t-0001.2")
+    assert "the cost of t-0001.2 is not counted" in capsys.readouterr().err
+    assert toolkit.read_spending(store) == []
