@@ -14,11 +14,21 @@ REPO   ?= .
 # the git repo to work on; ../app works without copying anything there
 A      ?= 1
 # which agent: 3 means agent-003
+GOAL   ?=
+# what make plan is to reach
+YES    ?=
+# 1: add the plan's tasks at once
+T      ?=
+# which task: make show T=t-0007
 DEST   ?=
 # where install-into copies the toolkit to
 SECONDS ?= 60
 # how long chaos lasts
-TOOLKIT := $(shell f='$(lastword $(MAKEFILE_LIST))'; [ -e "$$f" ] || f='$(strip $(MAKEFILE_LIST))'; cd "$$(dirname "$$f")" && pwd -P)
+ONLY   ?=
+# which groups of bench rows, as a pattern: make bench ONLY=verbs
+FULL   ?=
+# 1: bench at full size, for some ten minutes more
+TOOLKIT := $(shell f='$(lastword $(MAKEFILE_LIST))'; [ -e "$$f" ] || f='$(strip $(MAKEFILE_LIST))'; CDPATH= cd "$$(dirname "$$f")" && pwd -P)
 # where farm.py and scripts/ are (make itself splits a path at its spaces, so the shell finds it)
 PYTHON ?= python3
 # the interpreter that .venv is made from
@@ -31,7 +41,7 @@ quote   = '$(subst ','\'',$(value $(1)))'
 option  = $(if $(value $(2)),$(1) $(call quote,$(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help pictures setup test-setup demo farm add status watch attach overview logs merge pause resume stop estop clean report doctor test test-agents lint bench chaos install-into
+.PHONY: help pictures setup test-setup demo farm add plan status watch show attach overview logs merge pause resume stop estop clean report doctor test test-agents lint bench chaos year install-into
 
 ##@ Use
 help: ## print this help
@@ -41,16 +51,20 @@ help: ## print this help
 setup: ## check the tools, make .venv with the run-time packages
 	@bash '$(TOOLKIT)/scripts/make-venv.sh' '$(VENV)' '$(PYTHON)' '$(TOOLKIT)/farm.py'
 demo: setup ## a throw-away repo, ten scripted agents, twelve tasks: see it work in half a minute
-	@$(PY) '$(TOOLKIT)/tests/demo.py'
+	@$(PY) '$(TOOLKIT)/tests/campaigns/demo.py'
 farm: setup ## start N agents on REPO: make farm N=10 TASKS=tasks.md AGENT=claude GATE='make test'
 	@$(if $(value TASKS),$(FARM) add -f $(call quote,TASKS))
 	@$(FARM) up $(if $(and $(findstring :,$(value AGENT)),$(filter file,$(origin N))),,-n $(call quote,N)) $(call option,--into,BASE) $(call option,--agent,AGENT) $(call option,--gate,GATE)
 add: setup ## add the tasks of a file: make add TASKS=tasks.md
 	@$(FARM) add -f $(call quote,TASKS)
+plan: setup ## one agent makes a list of tasks: make plan GOAL='...' AGENT=claude YES=1
+	@$(FARM) plan $(call quote,GOAL) $(call option,--agent,AGENT) $(if $(value YES),--yes)
 status: setup ## agents, tasks, merge queue, loop
 	@$(FARM) status
 watch: setup ## the same, again and again, with keys; q leaves
 	@$(FARM) status --watch
+show: setup ## all of one task: make show T=t-0007
+	@$(FARM) show $(call quote,T)
 attach: setup ## go into an agent's session: make attach A=3 (leave with Ctrl-b d)
 	@$(FARM) attach $(call quote,A)
 overview: setup ## look at all agents at once, tiled (leave with Ctrl-b d)
@@ -76,18 +90,20 @@ doctor: setup ## what is missing or damaged, and the command that mends it
 
 ##@ Work on the toolkit
 test: test-setup ## the whole test suite
-	@cd '$(TOOLKIT)' && $(PY) -m pytest -q -n 2 tests
+	@cd '$(TOOLKIT)' && $(PY) -m pytest -q -n 3 tests/test_isolation.py tests
 test-agents: test-setup ## ten sessions of the real Claude Code (from npm) through the farm, no network but npm
-	@$(PY) '$(TOOLKIT)/tests/agents.py'
+	@$(PY) '$(TOOLKIT)/tests/campaigns/agents.py'
 lint: test-setup ## ruff, and shellcheck where it is installed
-	@cd '$(TOOLKIT)' && '$(VENV)/bin/ruff' check farm.py tests
-	@cd '$(TOOLKIT)' && if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh tests/*.sh .ci/run; else echo 'shellcheck is not installed: scripts were not checked'; fi
+	@cd '$(TOOLKIT)' && '$(VENV)/bin/ruff' check farm.py tests && '$(VENV)/bin/ruff' format --quiet --line-length 100 --diff farm.py
+	@cd '$(TOOLKIT)' && if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh scripts/*/*.sh tests/campaigns/*.sh .ci/run; else echo 'shellcheck is not installed: scripts were not checked'; fi
 bench: test-setup ## measure the speed figures beside their floors
-	@$(PY) '$(TOOLKIT)/tests/bench.py'
+	@$(PY) '$(TOOLKIT)/tests/campaigns/bench.py' $(if $(value FULL),--full) $(call option,--only,ONLY)
+year: test-setup ## COUNT tasks (10,000) through a farm: nothing grows with what has landed
+	@$(PY) '$(TOOLKIT)/tests/campaigns/year.py' $(call option,--tasks,COUNT)
 chaos: test-setup ## kill everything at random for SECONDS, then check that nothing was lost
-	@$(PY) '$(TOOLKIT)/tests/chaos.py' --seconds $(SECONDS) -n $(N)
+	@$(PY) '$(TOOLKIT)/tests/campaigns/chaos.py' --seconds $(SECONDS) -n $(N)
 pictures: test-setup ## make the README's pictures anew (needs Chromium)
-	@$(PY) '$(TOOLKIT)/tests/pictures.py'
+	@$(PY) '$(TOOLKIT)/tests/campaigns/pictures.py'
 install-into: ## copy farm.py and scripts/ into another repo: make install-into DEST=../app
 	@bash '$(TOOLKIT)/scripts/install-into.sh' $(call quote,DEST)
 

@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
 # Usage: check-tools.sh [TOOL...]
-# Checks the programs that the farm needs (default: git tmux make python3): there, and new enough. Silent when all is well.
-# FARM_PYTHON names another python3.
-# Exit: 0 ok, 2 usage, 6 a tool is missing or too old; stderr says which, the version found and needed, and how to install it
+# Checks the programs that the farm needs (default: git tmux make python3): there, and new enough.
+# Silent when all is well. FARM_PYTHON names another python3.
+# Exit: 0 ok, 2 usage, 6 a tool is missing or too old; stderr says which, the version found and
+#   needed, and how to install it
 set -euo pipefail
+# What names another repo (a hook's, an alias's, yadm's) or leads cd astray is not this script's.
+ours='CONFIG_|SSH|AUTHOR_[NE]|COMMITTER_[NE]|HTTP_|SSL_|PROXY_|LFS_'
+ours="^GIT_($ours|(ASKPASS|ALLOW_PROTOCOL|TERMINAL_PROMPT|EXEC_PATH)\$)"
+for v in ${!GIT_@} CDPATH; do [[ $v =~ $ours ]] || unset "$v"; done
 export LC_ALL=C
 
 install_line() {
   local apt=$1 dnf=$2 brew=$3
-  printf '  try: apt install %s   or: dnf install %s   or: brew install %s\n' "$apt" "$dnf" "$brew" >&2
+  printf '  try: apt install %s   or: dnf install %s   or: brew install %s\n' "$apt" "$dnf" \
+    "$brew" >&2
 }
 
 install_hint() {
@@ -18,7 +24,8 @@ install_hint() {
   esac
 }
 
-# Sets needed, and words: what the tool says of itself. No forks but the tool's own: this runs at each `up`.
+# Sets needed, and words: what the tool says of itself. No forks but the tool's own: this runs at
+# each `up`.
 ask() {
   words=
   case $1 in
@@ -39,7 +46,8 @@ find_version() {
 
 is_at_least() {
   local have_major=${1%%.*} have_minor=${1#*.} need_major=${2%%.*} need_minor=${2#*.}
-  [ "$have_major" -gt "$need_major" ] || { [ "$have_major" -eq "$need_major" ] && [ "$have_minor" -ge "$need_minor" ]; }
+  [ "$have_major" -gt "$need_major" ] ||
+    { [ "$have_major" -eq "$need_major" ] && [ "$have_minor" -ge "$need_minor" ]; }
 }
 
 check() {
@@ -61,7 +69,7 @@ check() {
 
 main() {
   local tool status=0
-  [ "${1:-}" != -h ] || { sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; exit 0; }
+  [ "${1:-}" != -h ] || { sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; exit 0; }
   [ $# -gt 0 ] || set -- git tmux make python3
   for tool in "$@"; do check "$tool" || status=$?; done
   exit "$status"

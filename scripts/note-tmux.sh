@@ -1,25 +1,37 @@
 #!/usr/bin/env bash
 # Usage: note-tmux.sh [-L SOCKET] [-C REPO] TEXT
-# Shows TEXT at the right of the status line of every session of the farm's tmux server, and of no other server: it is
-# an option there, so that drawing it costs no process. Prints nothing.
+# Shows TEXT at the right of the status line of every session of the farm's tmux server, and of no
+# other server: it is an option there, so that drawing it costs no process. Prints nothing.
 # Exit: 0 ok, 1 tmux failed, 2 usage, 3 no server runs, 6 no tmux
 set -euo pipefail
+# What names another repo (a hook's, an alias's, yadm's) or leads cd astray is not this script's.
+ours='CONFIG_|SSH|AUTHOR_[NE]|COMMITTER_[NE]|HTTP_|SSL_|PROXY_|LFS_'
+ours="^GIT_($ours|(ASKPASS|ALLOW_PROTOCOL|TERMINAL_PROMPT|EXEC_PATH)\$)"
+for v in ${!GIT_@} CDPATH; do [[ $v =~ $ours ]] || unset "$v"; done
 
-say() { printf 'farm: %s\n' "$1" >&2; if [ -n "${2-}" ]; then printf '  try: %s\n' "$2" >&2; fi; }
-fail() { say "$2" "${3-}"; exit "$1"; }
+say() { printf '%s\n' "farm: $1" ${2:+"  try: $2"} >&2; } # WHAT [HINT]
+fail() { say "$2" "${3-}"; exit "$1"; } # CODE WHAT [HINT]
 
-find_socket() { # REPO -> the tmux socket's name of the farm of this repo
-  local found name
-  found=$(git -C "$1" rev-parse --git-common-dir 2>&1) || fail 2 "${found#fatal: }" 'note-tmux.sh -C REPO, or -L SOCKET'
-  case $found in /*) ;; *) found=$1/$found ;; esac
-  found=$(CDPATH='' cd -P -- "$found" && pwd -P)
-  found=${found%/.git} name=${found##*/} name=${name//[^A-Za-z0-9_-]/-}
-  found=$(printf %s "$found" | git hash-object --stdin)
-  printf 'farm-%s-%s' "${name:0:30}" "${found:0:4}"
+# Sets server, how tmux reaches the farm's own: by SOCKET (a name or a path), else as spawn-tmux.sh
+# has written down, else by the name that it would give it.
+find_server() { # REPO SOCKET
+  local socket=$2 name owner='' common=''
+  if [ -z "$socket" ]; then
+    common=$(git -C "$1" rev-parse --git-common-dir 2>&1) ||
+      fail 2 "${common#fatal: }" 'note-tmux.sh -C REPO, or -L SOCKET'
+    common=$(cd -P -- "$1" && cd -P -- "$common" && pwd -P)
+    IFS=$'\t' read -r socket _ owner 2>/dev/null <"$common/farm/tmux" || :
+    if [ "$owner" != "$common" ] || ! [ -d "${socket%/*}" ]; then
+      name=${common%/.git} socket=$(printf %s "$name" | git hash-object --stdin)
+      name=${name##*/} name=${name//[^A-Za-z0-9_-]/-}
+      socket=farm-${name:0:30}-${socket:0:4}
+    fi
+  fi
+  case $socket in */*) server=(-S "$socket") ;; *) server=(-L "$socket") ;; esac
 }
 
 main() {
-  local socket='' repo=. option said
+  local server=() socket='' repo=. option said
   while getopts L:C:h option; do
     case $option in
       L) socket=$OPTARG ;; C) repo=$OPTARG ;;
@@ -29,12 +41,17 @@ main() {
   done
   shift $((OPTIND - 1))
   if [ $# -ne 1 ]; then fail 2 'which text?' 'note-tmux.sh "3 at work"'; fi
-  command -v tmux >/dev/null || fail 6 'tmux is missing' 'apt-get install tmux | dnf install tmux | brew install tmux'
-  if [ -z "$socket" ]; then socket=$(find_socket "$repo") || exit; fi
+  command -v tmux >/dev/null ||
+    fail 6 'tmux is missing' 'apt-get install tmux | dnf install tmux | brew install tmux'
+  find_server "$repo" "$socket"
   # shellcheck disable=SC2016  # tmux expands the format: the option's text is shown as it is
-  if ! said=$(tmux -u -L "$socket" set-option -g @farm_note "${1//\#/}" \; set-option -g status-right-length 120 \; \
+  if ! said=$(tmux -u "${server[@]}" set-option -g @farm_note "${1//\#/}" \; \
+    set-option -g status-right-length 120 \; \
     set-option -g status-right ' #{@farm_note} ' 2>&1); then
-    case $said in *'no server running'* | *'No such file'* | *'onnection refused'* | *'server exited'*) exit 3 ;; esac
+    case $said in
+      *'no server running'* | *'No such file'* | *'onnection refused'*) exit 3 ;;
+      *'server exited'* | *'no current target'*) exit 3 ;;
+    esac
     fail 1 "tmux: $said"
   fi
 }

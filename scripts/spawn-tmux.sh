@@ -1,49 +1,82 @@
 #!/usr/bin/env bash
-# Usage: mk-worktrees.sh -n 10 | spawn-tmux.sh -c COMMAND [-L SOCKET] [-l LOGDIR] [-e KEY=VALUE]... [-C REPO]
-# Starts one tmux session for each line of stdin (name<TAB>branch<TAB>path, more columns are ignored) on the farm's
-# own tmux server. Its pane runs `bash -c COMMAND` in the worktree with FARM_AGENT_NAME, FARM_WORKTREE, FARM_BRANCH
-# and each KEY=VALUE set; it stays when COMMAND ends, so that the exit status can be read, and what it prints is
-# appended to LOGDIR/name.log (default: logs/ beside the worktree). A session that still runs is left alone.
+# Usage: spawn-tmux.sh -c COMMAND [-L SOCKET] [-l LOGDIR] [-e KEY=VALUE]... [-C REPO] <ROWS
+#        mk-worktrees.sh -n 10 | spawn-tmux.sh -c COMMAND
+# Starts one tmux session for each line of stdin (name<TAB>branch<TAB>path, more columns are
+# ignored) on the farm's own tmux server. Its pane runs `bash -c COMMAND` in the worktree with
+# FARM_AGENT_NAME, FARM_WORKTREE, FARM_BRANCH and each KEY=VALUE set; it stays when COMMAND ends, so
+# that the exit status can be read, and what it prints is appended to LOGDIR/name.log (default:
+# logs/ beside the worktree). A session that still runs is left alone.
 # Prints one line a session: name<TAB>pane_id<TAB>pid<TAB>started|running|respawned
 # Exit: 0 ok, 1 some line could not be started, 2 usage, 6 no tmux
 set -euo pipefail
+# What names another repo (a hook's, an alias's, yadm's) or leads cd astray is not this script's.
+ours='CONFIG_|SSH|AUTHOR_[NE]|COMMITTER_[NE]|HTTP_|SSL_|PROXY_|LFS_'
+ours="^GIT_($ours|(ASKPASS|ALLOW_PROTOCOL|TERMINAL_PROMPT|EXEC_PATH)\$)"
+for v in ${!GIT_@} CDPATH; do [[ $v =~ $ours ]] || unset "$v"; done
 file=''
 
-say() { printf 'farm: %s\n' "$1" >&2; if [ -n "${2-}" ]; then printf '  try: %s\n' "$2" >&2; fi; }
-fail() { say "$2" "${3-}"; exit "$1"; }
+say() { printf '%s\n' "farm: $1" ${2:+"  try: $2"} >&2; } # WHAT [HINT]
+fail() { say "$2" "${3-}"; exit "$1"; } # CODE WHAT [HINT]
 
-find_socket() { # REPO -> the tmux socket's name of the farm of this repo
-  local found name
-  found=$(git -C "$1" rev-parse --git-common-dir 2>&1) || fail 2 "${found#fatal: }" 'spawn-tmux.sh -C REPO, or -L SOCKET'
-  case $found in /*) ;; *) found=$1/$found ;; esac
-  found=$(CDPATH='' cd -P -- "$found" && pwd -P)
-  found=${found%/.git} name=${found##*/} name=${name//[^A-Za-z0-9_-]/-}
-  found=$(printf %s "$found" | git hash-object --stdin)
-  printf 'farm-%s-%s' "${name:0:30}" "${found:0:4}"
+# Sets server, how tmux reaches the farm's own: by SOCKET (a name or a path), else as spawn-tmux.sh
+# has written down, else by the name that it would give it.
+find_server() { # REPO SOCKET
+  local socket=$2 name owner='' common=''
+  if [ -z "$socket" ]; then
+    common=$(git -C "$1" rev-parse --git-common-dir 2>&1) ||
+      fail 2 "${common#fatal: }" 'spawn-tmux.sh -C REPO, or -L SOCKET'
+    common=$(cd -P -- "$1" && cd -P -- "$common" && pwd -P)
+    IFS=$'\t' read -r socket _ owner 2>/dev/null <"$common/farm/tmux" || :
+    if [ "$owner" != "$common" ] || ! [ -d "${socket%/*}" ]; then
+      name=${common%/.git} socket=$(printf %s "$name" | git hash-object --stdin)
+      name=${name##*/} name=${name//[^A-Za-z0-9_-]/-}
+      socket=farm-${name:0:30}-${socket:0:4}
+    fi
+  fi
+  case $socket in */*) server=(-S "$socket") ;; *) server=(-L "$socket") ;; esac
 }
 
 quote() { # TEXT -> sets quoted: one word for tmux's parser, whatever the text is
-  quoted=${1//\\/\\\\} quoted=${quoted//\"/\\\"} quoted=${quoted//\$/\\\$} quoted=${quoted//$'\n'/\\n}
-  quoted=\"${quoted//$'\r'/\\r}\"
+  quoted=${1//\\/\\\\} quoted=${quoted//\"/\\\"} quoted=${quoted//\$/\\\$}
+  quoted=${quoted//$'\n'/\\n} quoted=\"${quoted//$'\r'/\\r}\"
 }
 
 quote_format() { quote "${1//\#/##}"; } # where tmux would expand #{...}
 
-# What a pane's pipe runs: append to $f until the end; at 16 to 32 MiB rename it to $f.1, that to $f.2 ... $f.9. dd takes
-# from the pipe no more than it writes, so that no byte is lost in between.
+# What a pane's pipe runs: append to $f until the end; at 16 to 32 MiB rename it to $f.1, that to
+# $f.2 ... $f.9. dd takes from the pipe no more than it writes, so that no byte is lost in between.
+# Where the folder is gone it takes what comes.
 # shellcheck disable=SC2016  # the pipe's own shell expands it
-keep_log='export LC_ALL=C; while :; do case $(dd bs=16384 count=1024 2>&1 >>"$f") in 0+0*) exit ;; esac
-  [ "$(wc -c <"$f")" -gt 16777216 ] || continue
-  i=9; while [ $i -gt 1 ]; do j=$((i - 1)); [ ! -e "$f.$j" ] || mv -f "$f.$j" "$f.$i"; i=$j; done; mv -f "$f" "$f.1"; done'
+keep_log='export LC_ALL=C; while :; do
+  if [ -d "${f%/*}" ]; then said=$(dd bs=16384 count=1024 2>&1 >>"$f")
+  else said=$(dd bs=16384 count=1 2>&1 >/dev/null); fi
+  case $said in 0+0*) exit ;; *records*) ;; *) sleep 1 ;; esac
+  [ -e "$f" ] && [ "$(wc -c <"$f")" -gt 16777216 ] || continue
+  i=9; while [ $i -gt 1 ]; do j=$((i - 1)); [ ! -e "$f.$j" ] || mv -f "$f.$j" "$f.$i"; i=$j; done
+  mv -f "$f" "$f.1"; done'
 
-quote_pipe() { # FILE -> sets quoted: a tmux word that appends to FILE; tmux expands % and #, then a shell reads it
+quote_pipe() { # FILE -> sets quoted: a tmux word that appends to it, after tmux and then a shell
   local word=${1//\'/\'\\\'\'}
   quote_format "f='${word//%/%%}'; $keep_log"
 }
 
-list_panes() { tmux -u -L "$socket" "$@" list-panes -a -F '#{session_name} #{pane_id} #{pane_pid} #{pane_dead} #{@farm_path}'; }
+# Where the server listens, for another TMUX_TMPDIR; its pid, for when somebody tidies /tmp.
+note_server() {
+  local common said form="#{socket_path}"$'\t'"#{pid}"
+  common=$(git -C "$repo" rev-parse --git-common-dir 2>/dev/null) || return 0
+  common=$(cd -P -- "$repo" && cd -P -- "$common" && pwd -P)
+  said=$(tmux "${server[@]}" display-message -p "$form" 2>/dev/null)$'\t'$common || return 0
+  if [ "$(cat "$common/farm/tmux" 2>/dev/null)" = "$said" ]; then return; fi
+  mkdir -p -- "$common/farm" && printf '%s\n' "$said" >"$common/farm/tmux.$$" &&
+    mv -f -- "$common/farm/tmux.$$" "$common/farm/tmux"
+}
 
-find_pane() { # LIST NAME -> sets pane, pid, dead of the session's own pane (not of one that a person split off)
+list_panes() { # COMMAND...: these first
+  local form='#{session_name} #{pane_id} #{pane_pid} #{pane_dead} #{@farm_path}'
+  tmux -u "${server[@]}" "$@" list-panes -a -F "$form"
+}
+
+find_pane() { # LIST NAME -> sets pane, pid, dead of the session's own, not of one split off
   local name path
   while IFS=' ' read -r name pane pid dead path; do
     if [ "$name" = "$2" ] && [ -n "$path" ]; then return; fi
@@ -51,12 +84,14 @@ find_pane() { # LIST NAME -> sets pane, pid, dead of the session's own pane (not
   return 1
 }
 
-print_commands() { # NAME PATH BRANCH: what makes (or, with a dead pane in $pane, revives) this session
+# What makes (or, with a dead pane in $pane, revives) this session.
+print_commands() { # NAME PATH BRANCH ESCAPED_PATH
   local word target quoted escaped=$4
   quote_format "$2"
   if [ -n "$pane" ]; then target=$pane; printf 'respawn-pane -t %s -c %s' "$pane" "$quoted"
   else target="=$1:"; printf 'new-session -d -s %s -x 200 -y 50 -c %s' "$1" "$quoted"; fi
-  for word in env "FARM_AGENT_NAME=$1" "FARM_WORKTREE=$2" "FARM_BRANCH=$3" ${settings[@]+"${settings[@]}"} bash -c "$command"; do
+  for word in env "FARM_AGENT_NAME=$1" "FARM_WORKTREE=$2" "FARM_BRANCH=$3" \
+    ${settings[@]+"${settings[@]}"} bash -c "$command"; do
     quote "$word"
     printf ' %s' "$quoted"
   done
@@ -69,9 +104,9 @@ print_commands() { # NAME PATH BRANCH: what makes (or, with a dead pane in $pane
 plan() { # reads stdin -> names, states, and the commands on descriptor 8
   local name branch escaped path rest pane pid dead
   while IFS=$'\t' read -r name branch escaped rest || [ -n "$name" ]; do
-    case $name in '' | *[!A-Za-z0-9_-]*) say "no session can be called '$name'"; code=1; continue ;; esac
+    [[ $name =~ ^[A-Za-z0-9_-]+$ ]] || { say "no session can be called '$name'"; code=1; continue; }
     printf -v path %b "$escaped"
-    if ! [ -d "$path" ] || ! [ -x "$path" ]; then say "$name: no such folder: $path" mk-worktrees.sh; code=1; continue; fi
+    [ -x "$path/." ] || { say "$name: no such folder: $path" mk-worktrees.sh; code=1; continue; }
     if find_pane "$before" "$name"; then
       names+=("$name")
       if [ "$dead" = 0 ]; then states+=(running); continue; fi
@@ -85,19 +120,20 @@ plan() { # reads stdin -> names, states, and the commands on descriptor 8
 }
 
 main() {
-  local command='' socket='' logs='' repo=. option settings=() names=() states=() before after code=0 i pane pid dead
+  local server=() command='' socket='' logs='' repo=. option settings=() names=() states=() before
+  local after code=0 i pane pid dead
   while getopts c:L:l:e:C:h option; do
     case $option in
       c) command=$OPTARG ;; L) socket=$OPTARG ;; l) logs=$OPTARG ;; C) repo=$OPTARG ;;
-      e) settings+=("$OPTARG"); case $OPTARG in [A-Za-z_]*=*) ;; *) fail 2 "-e wants KEY=VALUE, not '$OPTARG'" ;; esac ;;
-      h) sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; exit 0 ;;
-      *) exit 2 ;;
+      e) settings+=("$OPTARG"); [[ $OPTARG =~ ^[A-Za-z_].*= ]] || fail 2 "-e wants KEY=VALUE" ;;
+      h) sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; exit 0 ;; *) exit 2 ;;
     esac
   done
   if [ -z "$command" ]; then fail 2 'no command for the sessions' 'spawn-tmux.sh -c claude'; fi
-  command -v tmux >/dev/null || fail 6 'tmux is missing' 'apt-get install tmux | dnf install tmux | brew install tmux'
-  if [ -z "$socket" ]; then socket=$(find_socket "$repo") || exit; fi
-  if [ -n "$logs" ]; then mkdir -p -- "$logs" && logs=$(CDPATH='' cd -P -- "$logs" && pwd -P); fi
+  command -v tmux >/dev/null ||
+    fail 6 'tmux is missing' 'apt-get install tmux | dnf install tmux | brew install tmux'
+  find_server "$repo" "$socket"
+  [ -z "$logs" ] || logs=$(mkdir -p -- "$logs" && cd -P -- "$logs" && pwd -P)
   before=$(list_panes 2>/dev/null) || before=''
   file=$(mktemp "${TMPDIR:-/tmp}/farm-spawn.XXXXXX")
   trap 'rm -f "$file"' EXIT
@@ -105,10 +141,9 @@ main() {
   plan 8>>"$file"
   after=$(list_panes -f /dev/null start-server \; source-file "$file" \;) || code=1
   for ((i = 0; i < ${#names[@]}; i++)); do
-    if ! find_pane "$after" "${names[i]}"; then say "${names[i]}: no session"; code=1; continue; fi
+    find_pane "$after" "${names[i]}" || { say "${names[i]}: no session"; code=1; continue; }
     printf '%s\t%s\t%s\t%s\n' "${names[i]}" "$pane" "$pid" "${states[i]}"
   done
-  return "$code"
+  note_server && return "$code"
 }
-
 main "$@"

@@ -1,191 +1,47 @@
-"""What every test stands on: a private environment, throw-away repos, and a reaper that fails a test which leaks.
-
-Helpers are imported (`from conftest import ROOT, SCRIPTS, git, run, wait_until`), fixtures are asked for by name.
-"""
+"""What every test stands on: a private environment, throw-away repos and farms, and a reaper that fails a test which leaks."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
 import pytest
+from attempt_calls import Clock
+from farm_calls import FARM, Caller, copy_repo
+from merge_calls import Queue, find_gate_processes
+from merge_scripts import MakeRepo, Repo
+from report_story import Story, make_busy, make_hostile
+from sandbox import (
+    Sandbox,
+    commit_files,
+    describe_leftovers,
+    end_leftovers,
+    find_processes,
+    git,
+    make_writable_and_retry,
+    set_environment,
+    wait_until,
+)
+from screens import Screen, agents_of, up
+from worked import Worked
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ROOT / "scripts"
+import farm as toolkit
+
 GRACE_SECONDS = 3.0
-INHERITED_PREFIXES = ("FARM_", "GIT_", "TMUX", "XDG_", "PYTHON")
-
-GIT_CONFIG = """\
-[user]
-    name = Test Person
-    email = test@example.org
-[init]
-    defaultBranch = main
-[protocol "file"]
-    allow = always
-"""
 
 
-@dataclass(frozen=True)
-class Sandbox:
-    """The folders of one test: `root` holds all the others and is short, for the sake of socket paths."""
-
-    root: Path
-    home: Path
-    work: Path
-    tmux: Path
-    token: str
-
-
-def run(
-    argv: Sequence[str | Path],
-    *,
-    cwd: Path | str | None = None,
-    env: Mapping[str, str] | None = None,
-    input: str | None = None,
-    check: bool = False,
-    timeout: float = 60,
-) -> subprocess.CompletedProcess[str]:
-    """Run a command and capture its text; `env` is laid over the test's environment; no input means /dev/null."""
-    done = subprocess.run(
-        [str(arg) for arg in argv],
-        cwd=cwd,
-        env={**os.environ, **(env or {})},
-        input=input,
-        stdin=subprocess.DEVNULL if input is None else None,
-        check=False,
-        capture_output=True,
-        encoding="utf-8",
-        errors="surrogateescape",
-        timeout=timeout,
-    )
-    if check and done.returncode != 0:
-        pytest.fail(f"{done.args} exited {done.returncode}\n{done.stdout}{done.stderr}")
-    return done
-
-
-def git(repo: Path | str, *args: str | Path, input: str | None = None) -> str:
-    """Run git in `repo`, fail the test when it fails, and return its output without the last newline."""
-    return run(["git", "-C", repo, *args], input=input, check=True).stdout.removesuffix("\n")
-
-
-def write_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Write `files` (relative name -> text) below `folder`, with the folders that they need."""
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", errors="surrogateescape")
-
-
-def commit_files(repo: Path, files: Mapping[str, str], message: str = "change") -> str:
-    """Write `files`, commit everything in `repo`, and return the new commit's sha."""
-    write_files(repo, files)
-    git(repo, "add", "-A")
-    git(repo, "commit", "-q", "--allow-empty", "-m", message)
-    return git(repo, "rev-parse", "HEAD")
-
-
-def wait_until(predicate: Callable[[], object], timeout: float = 20, message: str = "the condition") -> object:
-    """Poll `predicate` until it is true and return its value; fail the test with `message` at the deadline."""
-    deadline = time.monotonic() + timeout
-    pause = 0.005
-    while not (value := predicate()):
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {timeout:g} s in vain for {message}")
-        time.sleep(pause)
-        pause = min(pause * 1.5, 0.1)
-    return value
-
-
-def find_processes(token: str) -> list[psutil.Process]:
-    """The live processes whose environment carries `token`, this one left out."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid == os.getpid() or process.environ().get("TEST_TOKEN") != token:
-                continue
-            if process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
-
-
-def find_live_sockets(folder: Path) -> list[Path]:
-    """The tmux sockets below `folder` on which a server answers."""
-    live = []
-    for path in folder.glob("tmux-*/*"):
-        with socket.socket(socket.AF_UNIX) as client:
-            try:
-                client.connect(str(path))
-            except OSError:
-                continue
-        live.append(path)
-    return live
-
-
-def describe_leftovers(sandbox: Sandbox) -> list[str]:
-    """One line for each tmux server and process that still belongs to this test."""
-    lines = [f"tmux server on {path}" for path in find_live_sockets(sandbox.tmux)]
-    for process in find_processes(sandbox.token):
-        try:
-            lines.append(f"process {process.pid}: {' '.join(process.cmdline())[:200]}")
-        except psutil.Error:
-            continue
-    return lines
-
-
-def end_leftovers(sandbox: Sandbox) -> None:
-    """End the tmux servers and processes of this test, and nothing else, until none is left."""
-    for path in find_live_sockets(sandbox.tmux):
-        run(["tmux", "-S", path, "kill-server"])
-    for _ in range(20):
-        left = find_processes(sandbox.token)
-        if not left:
-            return
-        for process in left:
-            try:
-                process.send_signal(signal.SIGKILL)
-            except psutil.Error:
-                continue
-        psutil.wait_procs(left, timeout=1)
-
-
-def set_environment(monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
-    """Point HOME, git, tmux and temporary files into the sandbox, and drop what the caller's shell had set."""
-    for name in list(os.environ):
-        if name.startswith(INHERITED_PREFIXES):
-            monkeypatch.delenv(name)
-    config = sandbox.home / ".gitconfig"
-    config.write_text(GIT_CONFIG, encoding="utf-8")
-    temporary = sandbox.root / "tmp"
-    settings = {
-        "HOME": str(sandbox.home),
-        "XDG_CONFIG_HOME": str(sandbox.home / ".config"),
-        "GIT_CONFIG_GLOBAL": str(config),
-        "GIT_CONFIG_NOSYSTEM": "1",
-        "TMPDIR": str(temporary),
-        "TMUX_TMPDIR": str(sandbox.tmux),
-        "TEST_TOKEN": sandbox.token,
-        "LC_ALL": "C.UTF-8",
-        "TERM": "xterm",
-        "SHELL": "/bin/sh",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+@pytest.fixture(scope="session", autouse=True)
+def base_of_temp_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Chosen before a test sets TMPDIR: else it would lie in the first test's sandbox, and go with it."""
+    return tmp_path_factory.getbasetemp()
 
 
 @pytest.fixture(autouse=True)
@@ -210,16 +66,6 @@ def sandbox(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.fail("left running by this test:\n  " + "\n  ".join(left))
 
 
-def make_writable_and_retry(function: Callable[[str], object], path: str, _error: object) -> None:
-    """Remove what a test made read-only; a path that is gone already is fine."""
-    try:
-        os.chmod(os.path.dirname(path), 0o700)
-        os.chmod(path, 0o700)
-        function(path)
-    except OSError:
-        return
-
-
 @pytest.fixture
 def farm_cleanup(sandbox: Sandbox) -> Callable[[], None]:
     """Ask for it to have leftovers ended without failing the test; call it to end them now."""
@@ -240,3 +86,133 @@ def make_repo(sandbox: Sandbox) -> Callable[..., Path]:
         return repo
 
     return make
+
+
+@pytest.fixture
+def farm(sandbox) -> Caller:
+    """A farm on a new repo of one commit; its claims are owned by the test's own process."""
+    return Caller(copy_repo(sandbox.work / "repo"), os.getpid())
+
+
+@pytest.fixture
+def app(make_repo) -> Caller:
+    """A farm on a new repo `app` with one file."""
+    return Caller(make_repo("app", files={"a.txt": "one\n"}), os.getpid())
+
+
+@pytest.fixture
+def screen(farm):
+    """A factory of Screens that run a verb of the farm."""
+    opened = []
+
+    def open_screen(*words: str, **options) -> Screen:
+        opened.append(Screen([sys.executable, FARM, "--repo", farm.repo, *words], **options))
+        return opened[-1]
+
+    yield open_screen
+    for one in opened:
+        one.close()
+
+
+@pytest.fixture
+def three(farm):
+    """A farm with three agents at work."""
+    for number in range(3):
+        farm.ok("add", f"task {number}")
+    up(farm, 3, "echo here is $FARM_AGENT_NAME; while read -r line; do echo \"got $line\"; done")
+    wait_until(lambda: [agent["state"] for agent in agents_of(farm).values()] == ["working"] * 3, 40, "three at work")
+    yield farm
+    farm.ok("down", "--now", timeout=120)
+
+
+@pytest.fixture
+def no_gate_is_left(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Gates do not inherit the sandbox's own token, so they have one of their own and their reaper here."""
+    monkeypatch.setenv("GATE_TOKEN", sandbox.token)
+    yield
+    left = find_gate_processes(sandbox.token, f"{sandbox.root}/")
+    lines = [str(process) for process in left]
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    assert lines == [], "left running by this test"
+
+
+@pytest.fixture
+def outside(sandbox: Sandbox) -> Path:
+    folder = sandbox.work / "outside"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def queue(make_repo: Callable[..., Path], outside: Path) -> Queue:
+    """An empty queue on a repo with a few files."""
+    lines = "".join(f"line {number}\n" for number in range(1, 21))
+    files = {"README.md": "text\n", "words.txt": "none\n", "long.txt": lines, ".gitignore": "cache/\n"}
+    return Queue(make_repo(files=files), outside)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    fake = Clock()
+    monkeypatch.setattr(toolkit, "CLOCK", fake)
+    return fake
+
+
+@pytest.fixture
+def store(make_repo):
+    store = toolkit.Store(str(make_repo()))
+    with store.transaction() as tx:
+        toolkit.TaskQueue(tx).add([toolkit.Task(title="one"), toolkit.Task(title="two", priority=5)], 3)
+    return store
+
+
+@pytest.fixture
+def kill_everything(sandbox) -> Callable[[], None]:
+    """kill -9 of every process of the test's farm, tmux included."""
+
+    def kill() -> None:
+        while processes := find_processes(sandbox.token):
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(processes, timeout=1)
+
+    return kill
+
+
+@pytest.fixture
+def worked(make_repo, farm_cleanup) -> Worked:
+    """A farm at work on a new repo of one commit; what is left running is ended without failing the test."""
+    return Worked(make_repo(), os.getpid())
+
+
+@pytest.fixture
+def story(make_repo, monkeypatch) -> Story:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    return Story(make_repo(), monkeypatch)
+
+
+@pytest.fixture
+def busy(story) -> Story:
+    return make_busy(story)
+
+
+@pytest.fixture
+def hostile(story) -> Story:
+    return make_hostile(story)
+
+
+@pytest.fixture
+def elsewhere(sandbox: Sandbox) -> Path:
+    """A folder that lives as long as the sandbox does."""
+    folder = sandbox.work / "elsewhere"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def repo(make_repo: MakeRepo) -> Repo:
+    return make_repo(files={"a.txt": "one\ntwo\nthree\n", "dir/b.txt": "b\n", "keep.txt": "keep\n"})

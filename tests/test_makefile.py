@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPTS, git, run
-from farm_calls import bytes_below
+from farm_calls import bytes_below, fake_tool
+from paths import ROOT, SCRIPTS
+from sandbox import git, run
 
-TARGETS = ("help setup demo farm add status watch attach overview logs merge pause resume stop estop clean report doctor test lint "
-           "bench install-into")
-VARIABLES = "N BASE AGENT GATE TASKS REPO A"
+TARGETS = ("help setup demo farm add plan status watch show attach overview logs merge pause resume stop estop clean report doctor "
+           "test lint bench install-into")
+VARIABLES = "N BASE AGENT GATE TASKS REPO A T GOAL YES"
 TOP_LEVEL = {"Makefile", "farm.py", "scripts", "coordination", "tests", "README.md"}
 ODD_TEXTS = {
     "spaces": "two  words",
@@ -200,13 +201,6 @@ def test_a_made_venv_costs_nothing_again(make):
     assert (bytes_below(make.venv), make.log.exists()) == (before, False)
 
 
-def fake_tool(folder: Path, name: str, says: str) -> str:
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/bin/sh\necho '{says}'\n")
-    (folder / name).chmod(0o755)
-    return f"{folder}{os.pathsep}{os.environ['PATH']}"
-
-
 def test_setup_names_a_tool_that_is_too_old_and_how_to_install_it(make, sandbox):
     (make.venv / "ready").unlink()
     done = make("setup", env={"PATH": fake_tool(sandbox.work / "fake", "tmux", "tmux 2.1")})
@@ -275,7 +269,7 @@ def install_into(make: Make, dest: Path, **options):
 def test_install_into_copies_the_toolkit(make, make_repo, name):
     repo = make_repo(name)
     install_into(make, repo, check=True)
-    wanted = {"farm.py", *(f"scripts/{path.name}" for path in SCRIPTS.iterdir() if path.is_file())}
+    wanted = {"farm.py", *(f"scripts/{path.relative_to(SCRIPTS)}" for path in SCRIPTS.rglob("[!.]*") if path.is_file())}
     assert [path for path in wanted if (repo / path).read_bytes() != (ROOT / path).read_bytes()] == []
 
 

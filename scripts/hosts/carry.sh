@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Usage: carry.sh clone -u URL -b TARGET [-i IDENTITY] FOLDER
+#                                                   FOLDER is a clone of the hub's repo afterwards,
+#                                                   on no branch; IDENTITY, NAME<TAB>EMAIL, is for
+#                                                   a host where nobody has told git who commits
+#        carry.sh fetch -C REPO -b TARGET <LINES    TARGET as the hub has it, and for each line
+#                                                   "FROM TO" its ref FROM as TO
+#        carry.sh push -C REPO -t HOST <LINES       for each line "FROM FENCE KNOWN" the commit FROM
+#                                                   to refs/farm/in/HOST/FENCE; FROMs that are not
+#                                                   there, or are KNOWN, are passed over
+# How code goes between a host's clone and the hub, its remote `hub`. fetch drops what the target
+# has: branches of tasks that landed, and their pins.
+# Prints: fetch: each TO that is there; push: FENCE<TAB>sha
+# Exit: 0 ok, 1 git failed, 2 usage
+set -euo pipefail
+case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
+. "$here/../merge/common.sh"
+export GIT_TERMINAL_PROMPT=0 LC_ALL=C
+
+make_clone() { # FOLDER
+  if [ ! -e "$1/.git/farm/cloned" ]; then
+    rm -rf "$1.new"
+    git clone --quiet --no-checkout --origin hub --config gc.auto=0 "$url" "$1.new"
+    quiet_git "$1.new" fetch --quiet hub "+refs/heads/$target:refs/heads/$target" \
+      --update-head-ok
+    quiet_git "$1.new" checkout --quiet --detach "refs/heads/$target"
+    mkdir -p "$1.new/.git/farm" && : >"$1.new/.git/farm/cloned"
+    if [ -e "$1" ]; then die 1 "$1 is there, and no clone of the farm's" "--folder ANOTHER"; fi
+    mv "$1.new" "$1"
+  fi
+  git -C "$1" remote set-url hub "$url"
+  if [ -n "${identity//$'\t'/}" ] && ! git -C "$1" config user.email >/dev/null; then
+    git -C "$1" config user.name "${identity%%$'\t'*}"
+    git -C "$1" config user.email "${identity#*$'\t'}"
+  fi
+}
+
+fetch_refs() {
+  local from to
+  quiet_git "$repo" fetch --quiet --no-tags hub "+refs/heads/$target:refs/heads/$target" </dev/null
+  bash "$here/../merge/pins.sh" drop -C "$repo" -b "$target" >/dev/null
+  bash "$here/../merge/tidy-refs.sh" list -C "$repo" -b "$target" |
+    sed -n 's/^\([^	]*\)	\([^	]*\)	in$/\1 \2/p' |
+    bash "$here/../merge/tidy-refs.sh" drop -C "$repo"
+  while read -r from to; do
+    case $from in refs/*) ;; *) from=refs/heads/$from ;; esac
+    # a host that was lost before it had pushed has left nothing to begin from
+    if quiet_git "$repo" fetch --quiet --no-tags hub "+$from:$to" </dev/null 2>/dev/null; then
+      printf '%s\n' "$to"
+    fi
+  done
+}
+
+push_refs() {
+  local from fence known sha specs=() told=''
+  while read -r from fence known; do
+    sha=$(git -C "$repo" rev-parse -q --verify "$from^{commit}") || continue
+    if [ "$sha" = "$known" ]; then continue; fi
+    specs+=("+$sha:refs/farm/in/$host/$fence")
+    told+=$fence$'\t'$sha$'\n'
+  done
+  [ "${#specs[@]}" -gt 0 ] || return 0
+  quiet_git "$repo" push --quiet hub "${specs[@]}" </dev/null >&2
+  printf '%s' "$told"
+}
+
+main() {
+  local verb=${1-} repo=. url='' target='' host='' identity='' option
+  if [ "$verb" = -h ]; then usage; exit 0; fi
+  shift || true
+  while getopts ':C:u:b:t:i:h' option; do
+    case $option in
+      C) repo=$OPTARG ;; u) url=$OPTARG ;; b) target=$OPTARG ;; t) host=$OPTARG ;;
+      i) identity=$OPTARG ;;
+      h) usage; exit 0 ;;
+      *) die 2 "-$OPTARG is unknown or lacks its value" "carry.sh -h" ;;
+    esac
+  done
+  shift $((OPTIND - 1))
+  case $verb:$# in
+    clone:1) make_clone "$1" ;;
+    fetch:0) fetch_refs ;;
+    push:0) push_refs ;;
+    *) die 2 "clone, fetch or push?" "carry.sh -h" ;;
+  esac
+}
+
+main "$@"

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Usage: verify-objects.sh -C REPO -b TARGET COMMIT
+# Are all objects that COMMIT has and TARGET lacks what their names say, well-formed, and with all
+# that they refer to? A sandboxed agent writes to the folder that holds everybody's. Only these are
+# read, by packing them into a folder that goes away, where git computes their names anew. Blobs of
+# LFS are not looked at.
+# Exit: 0 yes, 2 usage, 3 no such commit, 5 no (git's words on stderr)
+set -uo pipefail
+case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
+. "$here/../merge/common.sh"
+scratch=''
+
+list_names() { # COMMIT
+  git -C "$repo" rev-list --objects --end-of-options "$1" "^refs/heads/$target" -- | cut -d ' ' -f 1
+}
+
+pack() {
+  git -C "$repo" pack-objects -q --stdout --no-reuse-object <"$scratch/names" |
+    GIT_OBJECT_DIRECTORY=$scratch/objects GIT_ALTERNATE_OBJECT_DIRECTORIES=$common/objects \
+      git -C "$repo" index-pack --stdin --strict >/dev/null
+}
+
+main() {
+  local repo=. target='' option common said
+  while getopts C:b:h option; do
+    case $option in
+      C) repo=$OPTARG ;; b) target=$OPTARG ;;
+      h) usage; exit 0 ;;
+      *) exit 2 ;;
+    esac
+  done
+  shift $((OPTIND - 1))
+  if [ -z "$target" ] || [ $# -ne 1 ]; then die 2 'a target and a commit' 'verify-objects.sh -h'; fi
+  open_repo "$repo"
+  trap 'rm -rf "$scratch"' EXIT
+  scratch=$(mktemp -d "${TMPDIR:-/tmp}/farm-verify.XXXXXX") || exit 1
+  mkdir -p "$scratch/objects/pack" || exit 1
+  git -C "$repo" rev-parse -q --verify --end-of-options "$1" >/dev/null ||
+    die 3 "there is no commit $1" "git -C $repo log"
+  said=$({ list_names "$1" >"$scratch/names" && pack; } 2>&1) ||
+    die 5 "objects of the commit are damaged: $(head -n 3 <<<"$said")" "git -C $repo fsck $1"
+  sort "$scratch/names" >"$scratch/wanted"
+  cat "$scratch"/objects/pack/*.idx 2>/dev/null | git -C "$repo" show-index 2>/dev/null |
+    cut -d ' ' -f 2 | sort >"$scratch/found"
+  said=$(comm -23 "$scratch/wanted" "$scratch/found" | head -n 3)
+  [ -z "$said" ] || die 5 "objects are not what their names say: $said" "git -C $repo fsck $1"
+}
+main "$@"

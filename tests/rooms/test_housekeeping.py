@@ -1,0 +1,103 @@
+"""What landed work leaves behind goes by itself: pins, branches, verdicts, prompts, returns."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+from sandbox import commit_files, git, wait_until
+
+import farm as toolkit
+
+A = "agent-001"
+
+
+def refs(repo) -> list[str]:
+    return git(repo, "for-each-ref", "--format=%(refname)", "refs/farm/ready", "refs/farm/returned", "refs/heads/farm").splitlines()
+
+
+@pytest.fixture
+def keeper(farm):
+    """Landed tasks t-0001 to t-0003, others that are not; and the housekeeping of their farm."""
+    for number in range(1, 6):
+        farm.ok("add", f"task {number}", "--id", f"t-000{number}")
+    repo, store = farm.repo, toolkit.Store(str(farm.repo))
+    kept = {}
+    for number in (1, 2, 4, 5):
+        git(repo, "checkout", "-q", "-b", f"farm/{A}/t-000{number}", "main")
+        kept[number] = commit_files(repo, {f"{number}.txt": "x"})
+    git(repo, "checkout", "-q", "main")
+    for number in (1, 2):
+        git(repo, "merge", "-q", "--no-ff", "-m", f"land {number}", kept[number])
+    for ref, number in (("ready/t-0001", 1), ("returned/t-0001/1", 1), ("ready/t-0002", 2), ("ready/t-0004", 4),
+                        ("returned/t-0005/1", 5)):
+        git(repo, "update-ref", f"refs/farm/{ref}", kept[number])
+    # an attempt of t-0002 that another one has overtaken: pinned, and on a branch of its own
+    git(repo, "checkout", "-q", "-b", "farm/agent-002/t-0002", "main~2")
+    git(repo, "update-ref", "refs/farm/returned/t-0002/1", commit_files(repo, {"other.txt": "x"}))
+    git(repo, "checkout", "-q", "main")
+    with store.transaction() as tx:
+        for number in (1, 2, 3):
+            task = tx.state.pending[f"t-000{number}"]
+            tx.move(task._replace(state="landed", landed_commit="c0ffee", landed_at="2026-01-01T00:00:00Z"), "landed", "landed")
+        tx.store.write_json("farm.json", {"schema": 1, "mode": "down", "settings": {"into": "main"}})
+    return toolkit.Housekeeping(store, toolkit.load_settings(str(repo)), "main"), farm
+
+
+def test_refs_of_landed_work_go_and_those_of_other_work_stay(keeper):
+    housekeeping, farm = keeper
+    housekeeping.go_on(housekeeping.store.snapshot())
+    assert refs(farm.repo) == [f"refs/farm/{name}" for name in ("ready/t-0004", "returned/t-0002/1", "returned/t-0005/1")] + [
+        f"refs/heads/farm/{A}/t-0004", f"refs/heads/farm/{A}/t-0005"]
+
+
+def test_what_only_a_ref_of_landed_work_has_is_listed_by_doctor(keeper):
+    housekeeping, farm = keeper
+    housekeeping.go_on(housekeeping.store.snapshot())
+    shown = farm("doctor").stdout
+    assert "1 ref of landed tasks hold commits that main has not: refs/farm/returned/t-0002/1" in shown
+    assert "disk: " in shown and "coordination" in shown and "5 refs" in shown
+
+
+def test_a_branch_that_a_worktree_is_on_stays(keeper):
+    housekeeping, farm = keeper
+    git(farm.repo, "worktree", "add", "-q", "../there", f"farm/{A}/t-0001")
+    housekeeping.go_on(housekeeping.store.snapshot())
+    assert f"refs/heads/farm/{A}/t-0001" in refs(farm.repo) and f"refs/heads/farm/{A}/t-0002" not in refs(farm.repo)
+
+
+def test_a_ref_that_has_moved_meanwhile_stays_and_the_others_go(keeper):
+    housekeeping, farm = keeper
+    over, _ = toolkit.find_leftovers(str(farm.repo), "main", housekeeping.store.snapshot())
+    git(farm.repo, "branch", "-f", f"farm/{A}/t-0001", "main~1")
+    toolkit.run_script("merge/tidy-refs.sh", "drop", "-C", str(farm.repo), stdin="".join(f"{ref} {sha}\n" for ref, sha in over))
+    assert f"refs/heads/farm/{A}/t-0001" in refs(farm.repo) and f"refs/heads/farm/{A}/t-0002" not in refs(farm.repo)
+
+
+def test_files_of_landed_work_go_when_they_are_old_enough(keeper):
+    housekeeping, farm = keeper
+    names = ("prompts/t-0001.1.md", "prompts/t-0001.2.resumed.md", "returns/t-0001.1.txt", "returns/t-0001.txt",
+             "results/ab-12.json", "results/ab-12.log", "prompts/t-0005.1.md", "returns/t-0004.1.txt")
+    for name in names:
+        (farm.folder / name).write_text("x")
+        os.utime(farm.folder / name, (time.time() - 40 * 86400,) * 2)
+    (farm.folder / "prompts/t-0002.1.md").write_text("new")
+    state = housekeeping.store.snapshot()
+    housekeeping.settings = housekeeping.settings._replace(keep_days=0.0)
+    housekeeping.go_on(state)
+    assert all((farm.folder / name).exists() for name in names), "0 keeps all"
+    housekeeping.settings = housekeeping.settings._replace(keep_days=30.0)
+    housekeeping.go_on(state)
+    left = [name for name in (*names, "prompts/t-0002.1.md") if (farm.folder / name).exists()]
+    assert left == ["prompts/t-0005.1.md", "returns/t-0004.1.txt", "prompts/t-0002.1.md"]
+
+
+def test_a_farm_at_work_keeps_the_refs_of_what_is_alive_only(farm):
+    for number in range(6):
+        farm.ok("add", f"task {number}")
+    agent = "echo $FARM_TASK >>list-$FARM_TASK; git add -A; git commit -qm work"
+    farm.ok("run", "-n", "2", "--agent", agent, "--gate", "true", "--until-drained", timeout=90)
+    wait_until(lambda: not [ref for ref in refs(farm.repo) if ref.startswith("refs/farm")], 20, "no pins are left")
+    left = [ref for ref in refs(farm.repo) if not ref.endswith("/work")]
+    assert len(left) <= 2, "a branch that a worktree is on, each"
