@@ -47,23 +47,25 @@ open_bell() {
 }
 
 # Waits for the bell. In case no loop runs that could ring, it looks by itself when something has
-# happened, or after five minutes.
-wait_for_bell() {
-  local rounds=0
-  : >"$mailbox/looked"
-  until read -r -t 30 <&9 || [ "$FARM_REPO/coordination/events.jsonl" -nt "$mailbox/looked" ] ||
-    [ "$rounds" -ge 10 ]; do
+# happened since the last look, or after ROUNDS.
+wait_for_bell() { # SECONDS-A-ROUND ROUNDS
+  local rounds=1
+  until read -r -t "$1" <&9 || [ "$FARM_REPO/coordination/events.jsonl" -nt "$mailbox/looked" ] ||
+    [ "$rounds" -ge "$2" ]; do
     rounds=$((rounds + 1))
   done
   while read -r -t 0 <&9 && read -r -t 1 <&9; do :; done
 }
 
 # Puts the claim's FARM_* lines into the environment; 1 when there is no task, 3 when the farm is
-# stopping.
+# stopping, 4 when there was no answer.
 claim_task() {
-  local lines line
-  lines=$(farm claim "$FARM_AGENT_NAME" --env 2>"$mailbox/claim.err") ||
-    { is_stopping && return 3; return 1; }
+  local lines line code
+  : >"$mailbox/looked"
+  lines=$(farm claim "$FARM_AGENT_NAME" --env 2>"$mailbox/claim.err")
+  code=$?
+  if [ "$code" -ne 0 ] && is_stopping; then return 3; fi
+  case $code in 0) ;; 3) return 1 ;; *) return 4 ;; esac
   while IFS= read -r line; do export "${line?}"; done <<<"$lines"
 }
 
@@ -94,7 +96,8 @@ main() {
     case $? in
       0) bash "$scripts/agent/run-task.sh" || exit ;;
       3) exit 0 ;;
-      *) wait_for_bell ;;
+      4) wait_for_bell 5 1 ;;
+      *) wait_for_bell 30 10 ;;
     esac
   done
   say "the worktree $FARM_WORKTREE is gone"

@@ -180,23 +180,35 @@ def rm_worktrees(alone: Alone) -> None:
 
 
 def run_agent(alone: Alone) -> None:
-    """It needs the farm, by FARM_HOME: then it claims a task and works on it."""
+    """It needs the farm, by FARM_HOME: then it claims a task, again where it got no answer, and works on it."""
     assert run([alone.script]).returncode == 2
     shim = [SCRIPTS / "farm", "--repo", alone.repo]
     run([*shim, "add", "First"], check=True)
+    python = alone.sandbox.work / "python-that-fails-once"
+    python.write_text(f"#!/bin/sh\nmkdir '{python}-failed' 2>/dev/null && exit 7\nexec '{sys.executable}' \"$@\"\n")
+    python.chmod(0o755)
     settings = {
         "FARM_AGENT_NAME": A, "FARM_WORKTREE": alone.tree, "FARM_REPO": alone.repo, "FARM_HOME": ROOT,
-        "FARM_AGENT": "echo x >made.txt", "FARM_TARGET": "main", "FARM_PYTHON": sys.executable
+        "FARM_AGENT": "echo x >made.txt", "FARM_TARGET": "main", "FARM_PYTHON": python
     }
     env = {**os.environ, **{name: str(value) for name, value in settings.items()}}
     mailbox = alone.repo / "coordination" / "mailbox" / A
 
+    said = alone.sandbox.work / "said"
+
     def ready() -> bool:
         queue = alone.repo / "coordination/merge_queue/ready-to-merge.json"
+        assert process.poll() is None, said.read_text()
         return queue.exists() and bool(json.loads(queue.read_text())["ready"])
 
-    with Started([alone.script], env=env, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_until(ready, 40, "the task to be submitted")
+    with (open(said, "w") as file,
+          Started([alone.script], env=env, stdin=subprocess.DEVNULL, stderr=file, stdout=file) as process):
+        try:
+            wait_until(ready, 40, "the task to be submitted")
+        except pytest.fail.Exception as error:
+            seen = [path.read_text() for path in (said, mailbox / "claim.err", alone.repo / "coordination/events.jsonl")
+                    if path.exists()]
+            raise AssertionError("\n".join([str(error), run(["ps", "-ef", "--forest"]).stdout[-6000:], *seen])) from None
         wait_until((mailbox / "looked").exists, 40, "the look for another task")
         (mailbox / "renew").touch()
         with open(mailbox / "bell", "w") as bell:
