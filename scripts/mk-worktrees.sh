@@ -62,10 +62,9 @@ sort_out() { # which names have to be made; what is broken is mended first, and 
     printf -v name '%s-%03d' "$prefix" "$number"
     path=$dir/$name-worktree
     if is_known "$path" && is_ready "$path"; then names+=("$name"); continue; fi
-    if is_known "$path" || ! is_free "$path"; then
+    { ! is_known "$path" && is_free "$path"; } ||
       "$here/repair-worktree.sh" -C "$main" -a "$name" "$path" >&2 ||
-        { say "$name cannot be used: $path" "mv it aside"; code=4; continue; }
-    fi
+      { say "$name cannot be used: $path" "mv it aside"; code=4; continue; }
     names+=("$name")
     is_ready "$path" || fresh+=("$name")
   done
@@ -75,6 +74,7 @@ add_worktree() { # NAME: git's entry and the branch, no files yet
   local branch=farm/$1/work from=$start how=(--no-track -B "farm/$1/work")
   case $unmerged in *"/$branch"$'\n'*) from=$branch how=() ;; esac
   [ "$from" = "$start" ] || say "$branch has commits of its own and is used as it is"
+  [ -z "$has_branches" ] || from=$branch how=()
   run_git -C "$main" worktree add -q --lock --no-checkout ${how[@]+"${how[@]}"} \
     -- "$dir/$1-worktree" "$from"
 }
@@ -92,6 +92,9 @@ make_fresh() { # NAME...: entries one after the other, their files on all cores 
   cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || printf 2)
   workers=$((cores > $# ? cores / $# : 1))
   unmerged=$(git -C "$main" for-each-ref --no-merged "$start" --format='%(refname)' "$theirs")$'\n'
+  # One git for all branches, where none of them is there yet.
+  ! printf "create refs/heads/farm/%s/work $start\n" "$@" |
+    run_git -C "$main" update-ref --stdin 2>/dev/null || has_branches=1
   for name in "$@"; do
     find_admin_dir "$dir/$name-worktree" || add_worktree "$name" || { code=1; continue; }
     check_out "$name" &
@@ -118,12 +121,11 @@ print_rows() { # NAME...: a row for each worktree that is complete
 
 main() {
   local count='' base=HEAD dir=${FARM_WORKTREES-} prefix=agent repo=. here option
-  local common main start admin_dir='' names=() fresh=() code=0
+  local common main start admin_dir='' names=() fresh=() has_branches='' code=0
   while getopts n:b:d:p:C:h option; do
     case $option in
       n) count=$OPTARG ;; b) base=$OPTARG ;; d) dir=$OPTARG ;; p) prefix=$OPTARG ;;
-      C) repo=$OPTARG ;;
-      h) sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; exit 0 ;; *) exit 2 ;;
+      C) repo=$OPTARG ;; h) sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; exit 0 ;; *) exit 2 ;;
     esac
   done
   [[ $count =~ ^[1-9][0-9]*$ ]] || fail 2 "a COUNT of '$count'; it is 1 or more" "${0##*/} -n 10"
@@ -133,12 +135,10 @@ main() {
   common=$(git -C "$repo" rev-parse --git-common-dir 2>&1) ||
     fail 2 "${common#fatal: }" 'mk-worktrees.sh -C REPO -n 10'
   common=$(cd -- "$repo" && cd -P -- "$common" && pwd -P)
-  find_main
-  start=$(find_start "$base") || exit
+  find_main; start=$(find_start "$base") || exit
   dir=$(mkdir -p -- "${dir:=${main%.git}-farm}" && cd -P -- "$dir" && pwd -P) || exit 1
   # Inside a repo (FARM_WORKTREES=wt, a submodule) they are none of its files.
-  [ -e "$dir/.gitignore" ] || ! git -C "$dir" rev-parse --show-toplevel >/dev/null 2>&1 ||
-    printf '*\n' >"$dir/.gitignore"
+  [ -e "$dir/.gitignore" ] || ! git -C "$dir" rev-parse 2>/dev/null || echo '*' >"$dir/.gitignore"
   # Descriptor 9 holds the lock until this and every git that it started have ended, even by a kill.
   { exec 9>>"$common/farm-worktrees.lock"; } 2>/dev/null ||
     fail 1 "cannot write $common/farm-worktrees.lock"

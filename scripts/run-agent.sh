@@ -69,7 +69,11 @@ claim_task() {
   while IFS= read -r line; do export "${line?}"; done <<<"$lines"
 }
 
-is_stopping() { grep -q '"mode": "stopping"' "$FARM_REPO/coordination/farm.json" 2>/dev/null; }
+is_stopping() { # without a process: fifty ask at once
+  local text=''
+  IFS= read -r -d '' text 2>/dev/null <"$FARM_REPO/coordination/farm.json" || :
+  [[ $text == *'"mode": "stopping"'* ]]
+}
 
 use_own_home() {
   local home=${FARM_WORKTREES:-$FARM_WORKTREE}/homes/$FARM_AGENT_NAME

@@ -61,12 +61,11 @@ quote_pipe() { # FILE -> sets quoted: a tmux word that appends to it, after tmux
 }
 
 # Where the server listens, for another TMUX_TMPDIR; its pid, for when somebody tidies /tmp.
-note_server() {
-  local common said form="#{socket_path}"$'\t'"#{pid}"
-  common=$(git -C "$repo" rev-parse --git-common-dir 2>/dev/null) || return 0
-  common=$(cd -P -- "$repo" && cd -P -- "$common" && pwd -P)
-  said=$(tmux "${server[@]}" display-message -p "$form" 2>/dev/null)$'\t'$common || return 0
-  if [ "$(cat "$common/farm/tmux" 2>/dev/null)" = "$said" ]; then return; fi
+note_server() { # LIST, which begins with `@ SOCKET<TAB>PID`
+  local said=${1%%$'\n'*} known=''
+  case $common:$said in ?*:'@ '*) said=${said#@ }$'\t'$common ;; *) return 0 ;; esac
+  IFS= read -r known 2>/dev/null <"$common/farm/tmux" || :
+  if [ "$known" = "$said" ]; then return; fi
   mkdir -p -- "$common/farm" && printf '%s\n' "$said" >"$common/farm/tmux.$$" &&
     mv -f -- "$common/farm/tmux.$$" "$common/farm/tmux"
 }
@@ -102,26 +101,24 @@ print_commands() { # NAME PATH BRANCH ESCAPED_PATH
 }
 
 plan() { # reads stdin -> names, states, and the commands on descriptor 8
-  local name branch escaped path rest pane pid dead
+  local name branch escaped path rest pane pid dead folder
   while IFS=$'\t' read -r name branch escaped rest || [ -n "$name" ]; do
     [[ $name =~ ^[A-Za-z0-9_-]+$ ]] || { say "no session can be called '$name'"; code=1; continue; }
     printf -v path %b "$escaped"
     [ -x "$path/." ] || { say "$name: no such folder: $path" mk-worktrees.sh; code=1; continue; }
-    if find_pane "$before" "$name"; then
-      names+=("$name")
-      if [ "$dead" = 0 ]; then states+=(running); continue; fi
-      states+=(respawned)
-    else
-      pane='' names+=("$name") states+=(started)
-    fi
-    mkdir -p -- "${logs:-${path%/*}/logs}" || { code=1; say "$name: no folder for its log"; }
+    names+=("$name")
+    if ! find_pane "$before" "$name"; then pane='' states+=(started)
+    elif [ "$dead" = 0 ]; then states+=(running); continue
+    else states+=(respawned); fi
+    folder=${logs:-${path%/*}/logs}
+    [ -d "$folder" ] || mkdir -p -- "$folder" || { code=1; say "$name: no folder for its log"; }
     print_commands "$name" "$path" "$branch" "$escaped" >&8
   done
 }
 
 main() {
   local server=() command='' socket='' logs='' repo=. option settings=() names=() states=() before
-  local after code=0 i pane pid dead
+  local after code=0 i pane pid dead common='' where="@ #{socket_path}"$'\t'"#{pid}"
   while getopts c:L:l:e:C:h option; do
     case $option in
       c) command=$OPTARG ;; L) socket=$OPTARG ;; l) logs=$OPTARG ;; C) repo=$OPTARG ;;
@@ -133,17 +130,21 @@ main() {
   command -v tmux >/dev/null ||
     fail 6 'tmux is missing' 'apt-get install tmux | dnf install tmux | brew install tmux'
   find_server "$repo" "$socket"
+  ! common=$(git -C "$repo" rev-parse --git-common-dir 2>/dev/null) ||
+    common=$(cd -P -- "$repo" && cd -P -- "$common" && pwd -P)
   [ -z "$logs" ] || logs=$(mkdir -p -- "$logs" && cd -P -- "$logs" && pwd -P)
   before=$(list_panes 2>/dev/null) || before=''
   file=$(mktemp "${TMPDIR:-/tmp}/farm-spawn.XXXXXX")
   trap 'rm -f "$file"' EXIT
   printf 'set-option -g remain-on-exit on\nset-option -g history-limit 50000\n' >"$file"
   plan 8>>"$file"
-  after=$(list_panes -f /dev/null start-server \; source-file "$file" \;) || code=1
+  # From here on the sessions take all cores: one call more would wait for them.
+  after=$(list_panes -f /dev/null start-server \; source-file "$file" \; \
+    display-message -p "$where" \;) || code=1
   for ((i = 0; i < ${#names[@]}; i++)); do
     find_pane "$after" "${names[i]}" || { say "${names[i]}: no session"; code=1; continue; }
     printf '%s\t%s\t%s\t%s\n' "${names[i]}" "$pane" "$pid" "${states[i]}"
   done
-  note_server && return "$code"
+  note_server "$after" && return "$code"
 }
 main "$@"

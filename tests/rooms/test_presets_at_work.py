@@ -43,8 +43,11 @@ def agent_of(repo: Path, number: int = 1) -> dict:
 
 
 def wait_for_agent(repo: Path, state: str, number: int = 1) -> dict:
-    wait_until(lambda: agent_of(repo, number)["state"] == state, 30, f"agent {number} to be {state}")
-    return agent_of(repo, number)
+    def look() -> dict | None:
+        seen = agent_of(repo, number)
+        return seen if seen["state"] == state else None
+
+    return wait_until(look, 30, f"agent {number} to be {state}")
 
 
 def events(repo: Path) -> list[dict]:
