@@ -10,6 +10,7 @@
               +-----------------+----------------------+   (attempts + 1, reason kept; or `failed`)
 
 Contents. A room uses only what stands above it; parts I to III are what must be trusted.
+Each begins with a banner, which names its tests: grep -n '^# [-=]' farm.py
 
     I    Ground        errors, words, files, records, machine, settings, scripts, isolation
     II   Truth         state, store, mending, locks, task queue, task files
@@ -58,6 +59,10 @@ Invariants:
   2. The mutex guards milliseconds: no git, tmux, agent or gate runs inside a transaction.
   3. The target branch moves by compare-and-swap only, to a commit whose exact tree passed the gate.
   4. A live owner's lock is never taken; a dead one's is taken by whoever comes first.
+
+Where to begin: a coding CLI is a class in "coding CLIs"; a setting is a row in "settings"; how long
+a limit pauses a CLI is pause_until in "limits"; a column of `status` is one of COLUMNS in "status
+and watch"; a verb is a function below @verb in part VI.
 
 Exit codes: 0 ok, 1 failed, 2 usage, 3 nothing to do or not found, 4 refused, 5 rejected, 6 a tool
 or package is missing, 7 damaged state file, 130/143 signals.
@@ -1348,8 +1353,10 @@ def find_bash() -> str:
 
 # ----------------------------------------------------------------------------------------- settings
 # One table says what can be set; flags, environment, farm.env and the last `up` are looked through
-# in that order. The repo is found from files, not by asking git: the start of an agent's verb is
-# its cost. (tests/rooms/test_settings.py)
+# in that order. A row alone is a variable; its flag is a word in a verb's options (for `up` and
+# `run`: FARM_OPTIONS), and where only some words are allowed, load_settings says so. The repo is
+# found from files, not by asking git: the start of an agent's verb is its cost.
+# (tests/rooms/test_settings.py)
 
 GUARD = "farm-guard"  # a file in coordination/.git, which is no repo of anybody's
 FARM_HOME_NOTE = os.path.join("farm", "main")  # in the common git dir
@@ -5953,7 +5960,9 @@ Launch = collections.namedtuple("Launch", "preset start resume")
 
 
 class Cli:
-    """A coding CLI that the farm knows by name. A new one is a class here, and its name in CLIS.
+    """A coding CLI that the farm knows by name. A new one is a class here, and its name in CLIS;
+    files of its that hold a login belong into the secrets of scripts/isolate.sh, which hides them
+    from agents of other CLIs. scripts/README.md and the Makefile list the names for people.
 
     start, resume: run by bash in the worktree, `{permissions}` replaced by the flags of
     FARM_PERMISSIONS. resume is empty where nobody can go on in a conversation. Where the text
@@ -10128,6 +10137,8 @@ def status_lines(status: dict, room: int = 6) -> list[str]:
     return [one_line(line) for line in lines]
 
 
+# a head here is a cell in agent_row; what a record does not have yet: agent_record, for agents on
+# hosts TOLD_OF_AGENT (both in sessions)
 COLUMNS = [
     "AGENT",
     "STATE",
@@ -10141,6 +10152,7 @@ COLUMNS = [
     "COST",
     "NOTE",
 ]
+# what goes first where the terminal is too narrow
 SPARE_COLUMNS = ("NOTE", "COST", "MEM", "CPU", "OUTPUT", "COMMITS", "LINES")
 
 
