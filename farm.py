@@ -141,6 +141,7 @@ class TookTooLong(FarmError):
     """A script was ended because its time was over."""
 
 
+# An OSError, so that whoever already tells of a full disk tells of this too.
 class NotDurable(OSError):
     """A change is visible, but its folder could not be fsynced: a power cut may undo it."""
 
@@ -217,6 +218,9 @@ def say(text: str) -> None:
     )
 
 
+# Titles, reasons and logs are written by agents. What is printed of them must not drive the
+# reader's terminal: escape sequences go whole, then C0, DEL and C1 (which some terminals take for
+# escapes) and lone surrogates, with which print() would raise.
 def printable(text: str) -> str:
     """`text` without escape sequences and control characters, newlines and tabs kept."""
     if text.isprintable():
@@ -251,6 +255,8 @@ def epoch(text: str) -> float:
         return 0.0
 
 
+# Paths, titles and branch names may hold tabs and newlines; bash reads a line with `read`, and
+# would see two fields or two lines.
 def escape_field(text: str) -> str:
     """A TSV field for a script: backslash, tab, newline and return as two characters."""
     return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
@@ -263,6 +269,8 @@ def unescape_field(text: str) -> str:
     )
 
 
+# bash says both for a command that it could not start; a gate that ends with one has judged
+# nothing.
 CANNOT_START = {126: "may not be run", 127: "was not found"}  # exit codes of a shell
 
 
@@ -278,6 +286,7 @@ def find_missing(code: int, log: str) -> str:
         "cannot execute": "cannot execute",
         "Argument list too long": "argument list too long",
     }
+    # bash says `bash: line 1: NAME: command not found`, dash `sh: 1: NAME: not found`
     pattern = r"(?:line \d+: |\d+: )?([^:\n]+): (" + "|".join(words) + r")\b"
     found = [match for line in printable(log).splitlines() for match in re.finditer(pattern, line)]
     if not found:
@@ -397,6 +406,8 @@ class Disk:
         finally:
             os.close(descriptor)
 
+    # O_RDWR, as the last byte is read; O_APPEND, so that two writers' lines stand one behind the
+    # other and none is overwritten. 0o666: the user's umask decides, as with any file of theirs.
     def append(self, path: str, data: bytes) -> int:
         """One write at the end; the file's length then. A torn last line of a killed writer is
         closed first, so that it spoils no other."""
@@ -472,6 +483,9 @@ def parse_lines(text: str) -> dict:
     return document
 
 
+# Cutting a text at ",\n  " finds records only where dump_records has written it. An edit by hand
+# may have put two on a line or one on two; then counts or beginnings differ, and all is written
+# anew.
 def begins_with_id(text: str, record) -> bool:
     """Whether this is the record's own line, as `dump_records` has written it."""
     return text.startswith(f'{{"id": "{record["id"]}"')
@@ -488,7 +502,7 @@ def dump_records(head: dict, lists: dict) -> bytes:
         for record in records:
             pieces += [",\n  ", record if record.__class__ is str else dump_line(record)]
         if records:
-            pieces[-2 * len(records)] = "\n  "
+            pieces[-2 * len(records)] = "\n  "  # no comma before the first
         pieces.append("\n ]" if records else "]")
     pieces[0] = "\n "
     return ("{" + "".join(pieces) + "\n}\n").encode("utf-8")
@@ -546,6 +560,7 @@ def read_json_lines(path: str):
     for line in [text] if text.lstrip().startswith("{\n") else text.splitlines():
         try:
             item = json.loads(line)
+        # an agent's file may open ten thousand brackets: that is no ValueError
         except (ValueError, RecursionError):
             continue
         if isinstance(item, dict):
@@ -555,7 +570,7 @@ def read_json_lines(path: str):
 def count(record, *keys: str) -> int:
     """The sum of the whole numbers below `keys` of an object that may be anything."""
     values = [record.get(key) for key in keys] if isinstance(record, dict) else []
-    return sum(value for value in values if type(value) is int)
+    return sum(value for value in values if type(value) is int)  # a bool is an instance of int
 
 
 def read_foreign(path: str, most: int, flags: int = 0) -> str:
@@ -570,6 +585,8 @@ def read_foreign(path: str, most: int, flags: int = 0) -> str:
         return file.read()
 
 
+# The pid in the temp file's name keeps two writers apart; "x" refuses to open what is there, so
+# that a link which an agent has laid there is not followed.
 def write_whole(path: str, text: str) -> None:
     """Write a file in one step: a reader finds the old one or the new one. Not durable: for what
     a power cut may take. Where an agent can write, it finds no link that leads elsewhere."""
@@ -598,6 +615,7 @@ def print_json(data) -> None:
 def read_text(path: str) -> str:
     """A file of the user's, or stdin for `-`. Raises NotFound or UsageError."""
     try:
+        # utf-8-sig: editors on Windows begin a file with a byte order mark
         if path == "-":
             return sys.stdin.buffer.read().decode("utf-8-sig")
         with open(path, encoding="utf-8-sig") as file:
@@ -648,6 +666,7 @@ class Record:
                 extra[key] = value
                 continue
             known[key] = value
+            # a person writes 60 where 60.0 is meant, and JSON has one kind of number
             if type(value) is int and type(defaults[key]) is float:
                 known[key] = float(value)
             elif type(value) is not type(defaults[key]):
@@ -674,6 +693,8 @@ class Record:
 # of a title; what is longer goes into the prompt, and no further in one argument or variable
 TITLE_LENGTH = 200
 
+# The order is that of the keys on disk. `id` stays first: by it begins_with_id knows a record's
+# own line. A default is left out when written, so a new field costs files of before nothing.
 TASK_DEFAULTS = {
     "id": "",
     "title": "",
@@ -811,6 +832,8 @@ def is_texts(value) -> bool:
 NAME_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
+# What git refuses in a part of a ref: `..`, a dot at either end, `.lock` at the end. A `-` in
+# front would be read as an option by a command.
 def is_name(text: str) -> bool:
     """Whether `text` can be a file name and a part of a git ref."""
     is_plain = 0 < len(text) <= 100 and NAME_CHARACTERS.issuperset(text)
@@ -914,9 +937,11 @@ def start_of(pid: int) -> str:
     """The process's start, as a text that no clock change moves; empty when it is gone or a
     zombie."""
     try:
+        # from the last `)` on: the command's name, field 2, may hold blanks and parentheses
         fields = read_bytes(f"/proc/{pid}/stat").rpartition(b")")[2].split()
         return "" if fields[0] in b"ZX" else fields[19].decode("ascii")
     except (OSError, IndexError):
+        # there is a /proc, so the process is gone; elsewhere ps has to tell
         if os.path.exists("/proc/self/stat"):
             return ""
         line = os.popen(f"ps -o stat= -o lstart= -p {int(pid)} 2>/dev/null").read().split()
@@ -948,6 +973,7 @@ def caller(owner_pid: int | None = None) -> Owner:
     if owner_pid is not None:
         return identify(owner_pid)
     leader = os.getsid(0)
+    # 0: the leader is outside of this container, whose processes cannot be seen
     if leader in (0, os.getpid()):
         raise UsageError(
             "this command leads its own session, so nothing would be left to own the lock",
@@ -974,9 +1000,13 @@ def find_liveness(owner: Owner) -> bool | None:
         return False if is_here else None
     if owner.namespace != pid_namespace():
         return None
+    # a process that is gone has an empty start, which must not equal that of a record without one
     return start_of(owner.pid) == owner.start != ""
 
 
+# Opening a FIFO for writing waits for a reader; with O_NONBLOCK it fails where there is none. A
+# full one needs no more bytes: whoever listens wakes up. Bells lie in mailboxes, where an agent
+# can put a file or a link in their place: neither is written to.
 def ring(path: str, word: bytes = b"claim\n") -> None:
     """Wake whoever waits at a bell, a FIFO; nobody listening is fine."""
     try:
@@ -992,6 +1022,8 @@ def ring(path: str, word: bytes = b"claim\n") -> None:
         os.close(bell)
 
 
+# psutil's own children() goes over all of the machine's processes once for each process asked
+# about.
 def process_children() -> dict[int, list]:
     """pid -> its children's psutil.Process, from one pass over the machine's processes."""
     psutil = import_package("psutil")
@@ -1008,6 +1040,7 @@ def tree_of(pid: int, children: dict) -> list:
         found = [psutil.Process(pid)]
     except psutil.NoSuchProcess:
         return []
+    # it grows while it is gone through: children come behind their parents
     for process in found:
         found += children.get(process.pid, [])
     return found
@@ -1019,12 +1052,16 @@ def cpu_time_of(tree: list) -> float:
     total = 0.0
     for process in tree:
         try:
+            # user and system time, then those of children that have ended; what comes after is not
+            # the same on each system
             total += sum(process.cpu_times()[:4])
         except psutil.Error:
             continue
     return total
 
 
+# The environment is what a process cannot lose by setsid or by the death of its parent, where
+# session and ppid no longer say where it comes from.
 def find_by_environment(**wanted: str) -> list:
     """(process, its FARM_AGENT_NAME) of those whose environment at their start had these values;
     this one left out."""
@@ -1032,6 +1069,7 @@ def find_by_environment(**wanted: str) -> list:
     found = []
     for process in psutil.process_iter():
         try:
+            # raises for other users' processes, and for those that end just now
             environment = process.environ()
         except (psutil.Error, OSError):
             continue
@@ -1069,6 +1107,8 @@ def end_processes(processes: list, seconds: float = 3.0) -> None:
         processes = [process for process in processes if is_alive(process)]
 
 
+# crc32, as Python's hash() of bytes differs from process to process. The highest port is 29,999:
+# from 32,768 on Linux gives ports to whoever asks for any.
 def port_base(folder: str) -> int:
     """Where the ports of a farm begin, the same at each start: slots have the first hundred,
     agents the next 900."""
@@ -1085,6 +1125,7 @@ def default_slots() -> int:
 def find_shortage(folder: str, min_free_mib: int) -> str:
     """What there is too little of, memory or disk, in words; empty when there is room."""
     disk = os.statvfs(folder)
+    # f_bavail, as f_bfree counts what is kept for root
     free = {"memory": free_memory_mib(), "disk": disk.f_bavail * disk.f_frsize >> 20}
     return ", ".join(
         f"{mib} MiB of {what} free, {min_free_mib} wanted"
@@ -1093,6 +1134,8 @@ def find_shortage(folder: str, min_free_mib: int) -> str:
     )
 
 
+# MemAvailable and not MemFree, which on a machine that has run for a while is little: the rest
+# holds caches that go when somebody asks. psutil says the same, but has to be imported.
 def free_memory_mib() -> int:
     """Memory that a new process can have without swapping."""
     try:
@@ -1141,6 +1184,8 @@ def end_gates(folder: str) -> None:
     def find() -> list:
         nonlocal sessions
         marked = [process for process, _ in find_by_environment(FARM_SLOT=folder)]
+        # kept over the rounds: once the marked ones are dead, nothing else leads to the rest of
+        # their session; our own is left out, as we are no part of the gate
         sessions |= {session_of(process.pid) for process in marked} - {-1, session_of(os.getpid())}
         children = process_children()
         members = [
@@ -1168,6 +1213,8 @@ def end_gates(folder: str) -> None:
         )
 
 
+# Signals by pid come too late for a child that is forked between looking and killing; the kernel
+# knows a group's members at the moment of the signal.
 def kill_group(group: int) -> None:
     """SIGKILL to a process group: in one blow, with whatever it has just forked."""
     import signal
@@ -1236,6 +1283,8 @@ def hold(path: str):
     return file
 
 
+# Opened by `a+` and emptied only once it is ours: `w` would wipe out the holder's pid. The start
+# time stands beside the pid, which by the time of find_recorded may be another's.
 def hold_long(path: str, what: str):
     """Take the lock of what lives long (one loop, one merger a farm). Raises Refused that names
     the holder's pid."""
@@ -1270,6 +1319,7 @@ def process_exists(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
+    # it is there, and another user's
     except PermissionError:
         pass
     return True
@@ -1290,6 +1340,7 @@ def file_system_of(path: str) -> str:
             mounts = [line.split() for line in file]
     except OSError:
         return ""
+    # with the slash, or /home/al would be taken for a mount above /home/alice
     above = [mount for mount in mounts if (path + "/").startswith(mount[1].rstrip("/") + "/")]
     return max(above, key=lambda mount: len(mount[1]), default=["", "", ""])[2]
 
@@ -1317,6 +1368,7 @@ class StopRequest:
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         os.set_blocking(self.reader, False)
+        # SIGHUP comes when the terminal is closed or ssh breaks
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.note)
 
@@ -1330,6 +1382,8 @@ class StopRequest:
     def is_set(self) -> bool:
         return self.count > 0
 
+    # A system call goes on after a signal's handler (PEP 475), so select would wait to its end: it
+    # is the byte in the pipe that ends it.
     def wait(self, seconds: float) -> None:
         """Until one has come, or the time is over."""
         import select
@@ -1490,6 +1544,7 @@ def convert_setting(name: str, text, origin: str):
             "put it into a script, and name that",
         )
     if not isinstance(text, str):
+        # isinstance(True, int) is true: a bool fits a bool and nothing else
         fits = isinstance(text, (int, float) if kind is float else kind) and isinstance(
             text, bool
         ) == (kind is bool)
@@ -1500,6 +1555,7 @@ def convert_setting(name: str, text, origin: str):
         return text
     try:
         value = text.lower() in ("1", "true", "yes", "on") if kind is bool else kind(text)
+        # written so that NaN fails, too
         if kind in (int, float) and not 0 <= value < 1e9:
             raise ValueError
     except ValueError:
@@ -1593,6 +1649,9 @@ KEPT_VARIABLES = (
     "GIT_LFS_",
     "GIT_PAGER",
 )
+# CDPATH lets `cd` go elsewhere and print where; SHELLOPTS, BASHOPTS and POSIXLY_CORRECT switch
+# options on in each bash that starts; a BASH_FUNC_ is an exported function, which goes before the
+# command of its name in all scripts.
 BENT_BASH = (
     "CDPATH",
     "SHELLOPTS",
@@ -1625,6 +1684,7 @@ def find_git_dirs(folder: str) -> tuple[str, str]:
         )
         return (folder, folder) if is_bare else ("", "")
     if not os.path.isdir(git_dir):
+        # a linked worktree's .git is a file that names the folder, possibly relative to itself
         git_dir = os.path.join(folder, read_line(git_dir).removeprefix("gitdir:").strip(" "))
     git_dir = os.path.realpath(git_dir)
     return git_dir, os.path.realpath(
@@ -1632,6 +1692,8 @@ def find_git_dirs(folder: str) -> tuple[str, str]:
     )
 
 
+# Looked up in the text of the config, as asking git takes longer than a claim. A key without a
+# value is true for git.
 def is_bare(common: str) -> bool:
     """Whether a common git dir has no worktree of its own. One with an index has: some tool has
     set core.bare there."""
@@ -1676,6 +1738,8 @@ def find_repo(start: str) -> str:
     return folder
 
 
+# HEAD, objects and refs are what git takes for a repo; `git clean` and `git stash -u` do not go
+# into one. GUARD is written last, so that where it is, all of it is there.
 def make_guard(git_dir: str) -> None:
     """An empty repo, for git to pass over the folder that it is in."""
     if not os.path.exists(os.path.join(git_dir, GUARD)):
@@ -1693,6 +1757,7 @@ def note_home(repo: str) -> None:
         write_whole(os.path.join(common, FARM_HOME_NOTE), repo + "\n")
 
 
+# Three digits: names sort as numbers do, and load_settings allows 999 at most.
 def agent_names(count: int) -> list[str]:
     return [f"agent-{number:03d}" for number in range(1, count + 1)]
 
@@ -1715,6 +1780,8 @@ ERROR_OF_EXIT = {kind.exit_code: kind for kind in FarmError.__subclasses__() if 
 ScriptResult = collections.namedtuple("ScriptResult", "code stdout stderr")
 
 
+# Scripts can be used without farm.py, so their hints name scripts; who has typed a verb gets a
+# verb.
 VERB_OF_SCRIPT = {
     "probe-tmux.sh": "status",
     "attach-tmux.sh": "attach",
@@ -1752,10 +1819,13 @@ def script_error(name: str, result: ScriptResult) -> FarmError:
         for line in lines
         if line.startswith("  try: ")
     ]
+    # git may say a hundred lines before it fails; the cause comes last
     message = "\n".join(said[-8:]) or f"{name} ended with exit code {result.code}"
     return ERROR_OF_EXIT.get(result.code, FarmError)(message, hints[-1] if hints else "")
 
 
+# Paths need be no UTF-8: by surrogateescape they are the same bytes when they go to a script
+# again.
 def run_script(
     name: str,
     *args: str,
@@ -1819,6 +1889,8 @@ def run_on_tree(repo: str, worktree: str, name: str, *args: str, **options) -> S
     )
 
 
+# Looking is enough: `git status` and `git diff` start the filter that a tree's attributes choose,
+# and an agent can write those.
 def run_unfiltered(repo: str, name: str, *args: str, **options) -> ScriptResult:
     """`run_script` for what looks at agents' trees from outside of a sandbox."""
     if not is_isolated():
@@ -1849,6 +1921,7 @@ def spawn_script(name: str, *args: str) -> str:
         pid = os.posix_spawnp(
             "bash", ["bash", os.path.join(SCRIPTS, name), *args], os.environ, file_actions=actions
         )
+    # our copy of the writing end has to go: else the read below would never come to an end
     finally:
         os.close(write_end)
     with open(read_end, "rb") as pipe:
@@ -1912,6 +1985,8 @@ def is_tmux(pid: int, socket: str) -> bool:
         return False
 
 
+# The hash is that of `git hash-object`, which the scripts have on every system. 30 characters of
+# the name, as the path of a socket has some 100 in all.
 def farm_socket(repo: str) -> str:
     """The name of a farm's tmux server, `farm-<repo>-<hash4>`; the scripts compute the same from
     the folder's path."""
@@ -2034,6 +2109,7 @@ def resolve_isolation(settings: Settings) -> str:
         return "none"
     try:
         run_script("sandbox/check-sandbox.sh", allow=(0,))
+    # who has said bwrap gets the error; who has said nothing is told that the default needs it
     except MissingTool as error:
         if said:
             raise
@@ -2056,6 +2132,7 @@ def isolation_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in map(variable_of, CARRIED) if name in os.environ}
 
 
+# Not resolved anew: that can be refused, and a farm has to be ended all the same.
 def adopt_isolation(store: Store) -> None:
     """For verbs that end a farm or tidy up: as it was resolved when the farm was started."""
     os.environ.setdefault("FARM_ISOLATE", str(store.farm().get("isolation", "none")))
