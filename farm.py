@@ -2161,6 +2161,7 @@ HISTORY_FILE, HISTORY_BYTES = "events.jsonl", 16 * 1024 * 1024
 # twenty, so that the archive is made durable once for many landings.
 ARCHIVE_FILE = os.path.join("merge_queue", "landed.jsonl")
 LANDED_MAX, LANDED_KEPT = 40, 20
+# what this version writes at the top of that file; `load` keeps other keys for a newer one
 READY_KEYS = ("ready", "landed", "done", "archived", "archive_bytes", "seqs")
 LOCK_FOLDER = "agent_locks"
 LOOP_FILE, AGENTS_FILE = "loop.json", "agents.json"  # the second one: of the version before
@@ -2326,6 +2327,7 @@ class State:
         """How many tasks are in each state."""
         counts = collections.Counter(map(state_of, self.live_tasks()))
         counts["landed"] += len(self.archived)
+        # the plus leaves out states that no task is in
         return +counts
 
     def find_task(self, task_id: str) -> Task | None:
@@ -2397,6 +2399,7 @@ class State:
             for copy in list(copies)
             if copy[3] in self.archived
         ]
+        # A tuple is compared from the left: rev, then rank.
         best: dict[str, tuple] = {}
         for copy in copies:
             best[copy[3]] = max(best.get(copy[3], copy), copy)
@@ -2404,6 +2407,7 @@ class State:
         for place, task_id, agent in self.losers:
             self.forget(place, task_id, agent)
 
+    # Named locks outlive the task: the agent may still hold its port or its schema.
     def forget(self, place: str, task_id: str, agent: str = "") -> None:
         """Take the copy of a task at `place` out of memory; a claim without task and locks goes
         whole."""
@@ -2449,6 +2453,7 @@ class Folder:
             return
         for folder in ("", *(FOLDERS if os.path.exists(self.path("README.md")) else ())):
             make_guard(self.path(folder, ".git"))
+        # info/exclude and not .gitignore, which is the user's file and is committed
         exclude = os.path.join(common, "info", "exclude")
         if "/coordination/" not in read_line(exclude).splitlines():
             os.makedirs(os.path.dirname(exclude), exist_ok=True)
@@ -2468,6 +2473,7 @@ class Folder:
         """Close the history's file under its number and begin the next. Each of the two has a
         name at any time, so who appends meanwhile loses no line."""
         path = self.path(HISTORY_FILE)
+        # not the mutex: whoever holds that appends, and would wait for itself
         with hold(self.path(".history.lock")):
             older = self.history_files()[:-1]
             if self.disk.size(path) < HISTORY_BYTES:  # another has just done it
@@ -2475,11 +2481,14 @@ class Folder:
             # a killed one had come as far as the link
             if not older or not os.path.samefile(path, self.path(older[-1])):
                 last = int(older[-1][len("events-") : -len(".jsonl")]) if older else 0
+                # a link, then a rename over the old name: killed in between, both names are one
+                # file
                 self.disk.link(path, self.path(f"events-{last + 1:04d}.jsonl"))
             self.disk.write_temp(path + ".tmp", b"")
             self.disk.rename(path + ".tmp", path)
         self.keep_copy()
 
+    # A hard link takes no room and follows each append; a copy would be as old as its last making.
     def keep_copy(self) -> None:
         """Link the history's files to their second names; what lies there of an older one that
         somebody took away is kept beside it."""
@@ -2543,6 +2552,7 @@ class Reader(Folder):
         for attempts_left in (2, 1, 0):
             try:
                 text = self.disk.read(path).decode("utf-8")
+                # two thousand tasks may wait there; the other files are short
                 data = parse_lines(text) if name == PENDING_FILE else json.loads(text)
                 if isinstance(data, dict):
                     return data
@@ -2556,6 +2566,8 @@ class Reader(Folder):
                 time.sleep(0.05)
         raise describe_damage(path, damage)
 
+    # What the loop has noted it can find out again: what a hand has bent there is left out, as
+    # damage would stop every verb.
     def read_loop(self) -> dict:
         """What the loop has noted, {"agents", "told", "work", "lapses", "changes"}; parts of
         another shape are empty: it writes them anew.
@@ -2640,6 +2652,7 @@ class Reader(Folder):
             raise describe_damage(self.path(name), error) from None
         return data
 
+    # A record that does not fit is damage, as leaving it out would delete it at the next write.
     def read_tasks(
         self, name: str, place: str, records: list, lines: dict | None = None
     ) -> list[Task]:
@@ -2679,6 +2692,7 @@ class Reader(Folder):
         return [
             os.path.join(LOCK_FOLDER, name)
             for name in names
+            # a dot in front: the temp file of a writer that was killed
             if name.endswith(".lock") and not name.startswith(".")
         ]
 
@@ -2715,6 +2729,8 @@ class Reader(Folder):
         ready = self.read_queue(READY_FILE, ("ready", "landed"))
         state.done = dict(ready.get("done", {}))
         self.load_archive(state, ready)
+        # named last: a new id has to be above those of all files, the archive and the locks among
+        # them
         unnamed = []
         for task in self.read_tasks(PENDING_FILE, "pending", pending["tasks"], state.lines):
             (unnamed.append(task) if not task.id else state.pending.__setitem__(task.id, task))
@@ -2735,6 +2751,8 @@ class Reader(Folder):
         state.drop_losers()
         return state
 
+    # The archive is not read here: after a year it has ten thousand records, and each verb comes
+    # by. The queue file knows their ids as ranges, and the length up to which they are counted.
     def load_archive(self, state: State, ready: dict) -> None:
         """What the queue file knows of the archive. Where that is longer than it knows (a killed
         writer's, or the file was brought back from a backup), its end is read, too: what is
@@ -2816,6 +2834,7 @@ class Store(Reader):
         ignore = self.path(".gitignore")
         if not os.path.exists(ignore):
             self.disk.write_temp(ignore, b"*\n")
+        # the folder's own name is an entry of the repo's folder
         for folder in (self.folder, self.repo):
             self.disk.fsync_folder(folder)
         hide_bytecode()
@@ -2826,6 +2845,7 @@ class Store(Reader):
         ):
             if not os.path.exists(self.path(name)):
                 self.write_durably(name, data)
+        # before the event that says all is made; a kill until then has the next verb do it again
         note_home(self.repo)
         self.append_event("created", None)
         self.guard()
@@ -2851,6 +2871,7 @@ class Store(Reader):
                 self.disk.rename(temp, path)
         except OSError as error:
             self.discard(temp)
+            # a write that fails (a full disk) does not know its file's name; the message should
             error.filename = error.filename or path
             raise
         if sync:
@@ -2876,6 +2897,7 @@ class Store(Reader):
         except OSError:
             pass
 
+    # The whole record in each event: mending rebuilds a lost queue from the last one of each task.
     def append_event(self, event: str, task: Task | None, **details) -> None:
         """One line of history with the task's full record. Not fsynced, and no reason to fail:
         the queues are the truth."""
@@ -2892,6 +2914,8 @@ class Store(Reader):
                 f"the move itself is made"
             )
 
+    # `is`, not `==`: a task that no move has replaced is the very object that was read with its
+    # line.
     def pending_bytes(self, state: State) -> bytes:
         head = {"schema": SCHEMA, **state.heads.get(PENDING_FILE, {})}
         unread = (None, "")
@@ -2961,6 +2985,7 @@ class Transaction:
 
     def __enter__(self) -> Transaction:
         store = self.store
+        # else makedirs would make a repo's folder anew that somebody has just moved away
         if not os.path.isdir(store.repo):
             raise NotFound(f"{store.repo} is not there")
         os.makedirs(store.folder, exist_ok=True)
@@ -2977,6 +3002,7 @@ class Transaction:
             if self.state.losers or os.fstat(self.mutex).st_size:
                 self.sync_folders()
             self.heal()
+        # Ctrl-C as well: this process may go on, and would hold the mutex
         except BaseException:
             os.close(self.mutex)
             raise
@@ -2984,6 +3010,7 @@ class Transaction:
 
     def __exit__(self, kind, *_) -> None:
         try:
+            # after an error the mark stays: a move may have come as far as the page cache
             if kind is None and os.fstat(self.mutex).st_size:
                 os.ftruncate(self.mutex, 0)
         except OSError:
@@ -3035,6 +3062,7 @@ class Transaction:
         store = self.store
         self.mark_dirty()
         self.state.archive_bytes = store.disk.append_durably(store.path(ARCHIVE_FILE), data)
+        # the archive's first append has made its name
         store.sync_folder(store.path("merge_queue"))
         for task in tasks:
             self.state.note_archived(task)
@@ -3170,6 +3198,7 @@ def read_events(store: Store, containing: bytes = b"", files: int = 0):
 def find_open_gates(store: Store) -> list[dict]:
     """The gate-started events that have no gate-ended: what a killed merger's gates were."""
     begun: dict[tuple, list] = collections.defaultdict(list)
+    # two files: one may just have been begun
     for event in filter(None, read_events(store, b'"event": "gate-', files=2)):
         place = begun[str(event.get("slot")), str(event.get("tree"))]
         if event["event"] == "gate-started":
@@ -3195,6 +3224,8 @@ def wait_for_change(store: Store, before: tuple, deadline: float) -> None:
 # away. (tests/rooms/test_mending.py, tests/cases/test_folder_gone.py)
 
 
+# Each file by itself, so that one damaged file hides nothing of the others, and doctor names all
+# of them at once.
 def load_parts(store: Store) -> tuple[State, dict[str, str]]:
     """What can be read of a farm, each file by itself, and the files that cannot: name -> why. A
     queue file that history knows of and that is gone counts."""
@@ -3255,6 +3286,7 @@ GONE_HINT = (
 )
 
 
+# Refs are looked for in git's files: this is for status, which answers without git.
 def find_traces(store: Store, worktrees: str) -> str:
     """What a farm has left in a repo whose coordination/ is not there, in words; empty where
     that is nothing."""
@@ -3299,6 +3331,7 @@ def find_forgotten(store: Store, state: State) -> list[tuple[Task, dict]]:
     ]
 
 
+# Damaged files are set aside before the transaction loads: it would stop at them.
 def mend(store: Store) -> list[str]:
     """Set damaged files aside (NAME.damaged-UTC, nothing is thrown away) and rebuild what they
     held from events.jsonl."""
@@ -3329,6 +3362,7 @@ def bring_history_back(store: Store) -> list[str]:
     folder = os.path.dirname(store.copy_of_history())
     for name in store.history_files(folder):
         try:
+            # linked, so that the second copy goes on following
             os.link(os.path.join(folder, name), store.path(name))
         except OSError:  # a git dir on another disk
             shutil.copyfile(os.path.join(folder, name), store.path(name))
@@ -3373,6 +3407,8 @@ def restore_task(tx: Transaction, task: Task, event: dict) -> None:
             )
         )
     else:
+        # also of a claim whose agent holds something else now, or whose owner the event does not
+        # name
         state.pending[task.id] = task._replace(
             state="pending" if task.state == "claimed" else task.state
         )
@@ -3385,6 +3421,8 @@ def restore_task(tx: Transaction, task: Task, event: dict) -> None:
 # only a dead one loses it. (tests/rooms/test_locks.py)
 
 
+# A class such as [ab] counts as any one character: excluding too much makes an agent wait,
+# excluding too little lets two of them edit one file.
 def segments_overlap(a: str, b: str) -> bool:
     """Whether one file name can match both patterns (`*`, `?`, `[...]` taken as any one
     character)."""
@@ -3460,6 +3498,7 @@ class LockRegistry:
         # The dead were expired before: whoever still has the file lives, or cannot be seen from
         # here.
         holder = Owner.from_json(claim.owner)
+        # not the host's name, which changes with the network
         if (holder.pid, holder.start, holder.boot) != (owner.pid, owner.start, owner.boot):
             raise Refused(describe_holder(claim), "./farm.py locks")
         return claim
@@ -3486,6 +3525,7 @@ class LockRegistry:
         claim = claim._replace(locks=[name for name in claim.locks if name not in names])
         self.tx.write_lock(claim) if claim.locks or claim.task else self.tx.remove_lock(agent)
 
+    # `is False`: None means unseen, and only a lease ends that
     def has_dead_owner(self) -> bool:
         return any(
             find_liveness(Owner.from_json(claim.owner)) is False
@@ -3506,6 +3546,8 @@ def is_unseen(claim: Claim) -> bool:
     return find_liveness(Owner.from_json(claim.owner)) is None
 
 
+# Not on disk: a watcher that has just come has seen nothing, and waits for a whole lease. Two wall
+# clocks may be hours apart, and a laptop may have slept.
 class LeaseWatch:
     """Leases of owners that cannot be seen, counted on this process's monotonic clock from the
     first look at each renewal."""
@@ -3554,6 +3596,8 @@ def with_conversation(task: Task, agent: str, conversation: str) -> Task:
     )
 
 
+# Another agent would begin without the context, so the task waits a little for the one that has
+# it.
 def kept_conversation(task: Task, now: float) -> dict:
     """The task's conversation, kept for its agent for a while; empty when there is none."""
     return (
@@ -3576,6 +3620,7 @@ def shortened(draft: Task) -> Task:
     return draft._replace(title=one_line(draft.title, TITLE_LENGTH), prompt=whole)
 
 
+# What needs git, a pin or a rescue say, the caller has done before: no git runs under the mutex.
 class TaskQueue:
     """The moves of a task between pending, claimed and ready. Every method needs an open
     Transaction."""
@@ -3946,6 +3991,7 @@ def describe_death(claim: Claim, owner: Owner, *, is_seen: bool) -> str:
     return f"{claim.agent} died (pid {owner.pid} is gone)"
 
 
+# Refused at once, as a task in a circle would wait for ever, and look like one that only waits.
 def check_after(task: Task, state: State) -> None:
     """Raises UsageError for a task that comes after one that is not there, or after itself."""
     for name in task.after:
@@ -3960,6 +4006,7 @@ def check_after(task: Task, state: State) -> None:
         )
 
 
+# No recursion: a list of two thousand tasks may be one chain, and Python stops at a thousand.
 def find_circle(task: Task, state: State) -> tuple[str, ...]:
     """The ids on the way from a task back to itself by `after`; empty when there is none: it could
     never be claimed."""
@@ -3976,6 +4023,8 @@ def find_circle(task: Task, state: State) -> tuple[str, ...]:
     return ()
 
 
+# Before their tasks move on: the next attempt goes on from the branch, which does not have what is
+# not committed.
 def rescue_dead_owners(store: Store, settings: Settings) -> dict[str, str]:
     """Keep what dead owners' worktrees hold unsaved: agent -> rescue ref. Outside the mutex,
     before their tasks move on."""
@@ -3991,6 +4040,8 @@ def rescue_dead_owners(store: Store, settings: Settings) -> dict[str, str]:
     return rescues
 
 
+# Two rounds at most: an owner that dies during the rescues leaves its unsaved work in its
+# worktree, which nobody resets before a rescue of its own.
 def take_over(store: Store, settings: Settings, watch: LeaseWatch, move):
     """`move(tx)` in a transaction in which dead owners hold nothing any more.
 
@@ -4028,6 +4079,7 @@ def is_stranded(task: Task, state: State) -> bool:
     )
 
 
+# Derived and not stored: time and other tasks change it, and nobody would be there to write it.
 def derived_state(task: Task, state: State, now: float) -> str:
     """A pending task that may not be claimed yet is shown as waiting."""
     if task.state == "pending" and (
@@ -4042,6 +4094,8 @@ def derived_state(task: Task, state: State, now: float) -> str:
 # (tests/rooms/test_task_files.py)
 
 CHECKBOX = r"^(\s*)(?:[-*+]|\d+[.)])\s+\[([ xX])\]\s+(\S.*)$"
+# A typing error (`-[ ] x`, `- [] x`, `- [?] x`) would be read as text of the item above, and a
+# task lost without a word. `[x](url)` is a link and none.
 NEARLY_CHECKBOX = r"^\s*(?:[-*+]|\d+[.)])\s*\[(?:\s*[xX]?\s*|[^\w\s])\](?!\()"
 
 
@@ -4056,6 +4110,7 @@ def parse_checklist(text: str, name: str) -> list[Task]:
     bodies: list[list[str]] = []
     # (indent, index of its draft; None for a checked one)
     open_items: list[tuple[int, int | None]] = []
+    # a fence of a code block: what looks like a checkbox within is text
     in_code = False
     for number, line in enumerate(text.expandtabs(4).splitlines(), 1):
         item, indent = None if in_code else re.match(CHECKBOX, line), len(line) - len(line.lstrip())
@@ -4095,6 +4150,7 @@ LABELS = {
 }
 
 
+# Only at the beginning: further down `path: x` may be part of what the agent shall read.
 def read_labels(lines: list[str]) -> tuple[dict, list[str]]:
     """The fields of a task that a text begins with, a line `label: value` each, and its other
     lines. Raises UsageError."""
@@ -4155,6 +4211,7 @@ def parse_json_item(item, where: str) -> Task:
     fields = {key: item[key] for key in own if key in item}
     fields.setdefault("prompt", item.get("body") or "")
     if isinstance(fields["prompt"], str):
+        # GitHub's forms send CR LF
         fields["prompt"] = fields["prompt"].replace("\r\n", "\n")
     fields.update(find_agent_label(item))
     if "number" in item:
@@ -4170,6 +4227,7 @@ def parse_json_item(item, where: str) -> Task:
     return draft
 
 
+# Line by line where that works, as then a mistake is told with its own line.
 def parse_json_tasks(text: str, name: str) -> list[Task]:
     """A JSON array, one JSON object a line, or objects one after the other. Raises UsageError
     that names the line or item."""
@@ -4198,12 +4256,15 @@ def parse_json_tasks(text: str, name: str) -> list[Task]:
     return drafts
 
 
+# The source is made of title and prompt, not of the line's number: a list that grows in its middle
+# adds what is new and nothing else. The counter keeps apart two items that are the same.
 def parse_tasks(text: str, name: str) -> list[Task]:
     """Drafts from a checklist, JSON or plain lines, each with the `source` that keeps it from
     being added twice."""
     import zlib
 
     lines = [line.strip() for line in text.splitlines()]
+    # `[ ] title` begins with a bracket, too
     if re.match(r"\s*(?:\{|\[\s*(?:[\[{\"\]]|\Z))", text):
         drafts = parse_json_tasks(text, name)
     elif any(re.match(CHECKBOX, line) or re.match(NEARLY_CHECKBOX, line) for line in lines):
