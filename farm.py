@@ -4333,6 +4333,8 @@ LEAST_CHANCE = 0.1
 WRONG_RETURN_ODDS = 1e-5
 
 
+# Without the prior, one landing would make the rate 0 and one return make it 1: the group's size
+# would jump from all that is ready to one.
 def failure_rate(returned: int, done: int) -> float:
     """Estimate the chance that an entry fails, from the `returned` ones among those `done`
     (landed or returned).
@@ -4396,6 +4398,8 @@ def count_green(evidence: list, strict: bool) -> int:
     return max((length for length, green in enumerate(greens, 1) if green), default=0)
 
 
+# Verdicts of earlier ticks, of other groups and of other orders stand under the same trees; each
+# that fits is an answer for which no gate has to run.
 def settle(node: Node, known: Known) -> Node:
     """Move `node` past all that existing verdicts answer: more entries known good, a closer
     failing bound."""
@@ -4541,10 +4545,13 @@ def plan(
     green tree without the entry, so neither a flake nor a red target gets anyone returned.
     """
     known = Known(
+        # the rate stays off 0 and 1, where the logarithms above have no value; the cache is for
+        # this call alone, as verdicts change between two
         functools.lru_cache(maxsize=None)(verdict_of), min(max(rate, 1e-6), 0.99), reds, strict
     )
     target = known.evidence_of(())
     start = settle(Node((), tuple(queue), 0, 0, target.greens > 0), known)
+    # only while no entry lands on it green: an entry that mends a red target is to land
     if not start.trusted and target.reds >= TARGET_REDS:
         return Plan(0, None, True, (), tuple(running))
     root, guilty = drop_guilty(start, known)
@@ -4571,6 +4578,8 @@ ASK_AGAIN_SECONDS, ASK_AGAIN_SECONDS_MAX = 5.0, 3600.0
 NO_VERDICT = Verdict("none", -1, 0.0, "")
 
 
+# The key is a hash of command and variables, as the command may be longer than a file's name, and
+# another command has to ask anew.
 class Verdicts:
     """What gates said of trees: results/TREE-KEY.json, KEY for the gate's command and the
     environment names that count.
@@ -4650,6 +4659,7 @@ class Verdicts:
         that never gives a verdict.
         """
         self.unjudged[tree] += 1
+        # once may be an accident (a kill, a busy machine); a command that is not there is none
         if self.unjudged[tree] >= 2 or verdict.exit_code in CANNOT_START:
             self.silent[tree] = verdict.note
             self.memo[tree] = Evidence(0, 99)
@@ -4671,6 +4681,7 @@ class Verdicts:
             self.silent.clear()
         self.memo = {tree: found for tree, found in self.memo.items() if tree in self.silent}
 
+    # It goes back with the work, for an agent to read: the end says what has failed.
     def tail(self, tree: str, lines: int = 60) -> str:
         """The end of what the gate printed about a tree."""
         try:
@@ -4766,6 +4777,7 @@ class Gate:
         except Exception as error:
             # a thread that died in silence would hold its slot for ever; the merger raises it again
             self.failure = error
+        # last, as the merger reads the rest once it sees it
         self.is_done = True
         wake.set()
 
@@ -4862,6 +4874,8 @@ class Slots:
                 )
         return over
 
+    # A gate that rewrites what it tests (a formatter, a lock file) has judged another tree than
+    # the one that would land.
     def judge(self, gate: Gate) -> Verdict:
         """A gate's verdict; one that changed tracked files gave none, as one that timed out or
         was killed."""
@@ -4883,6 +4897,8 @@ class Slots:
             "gate-ended", None, ids=list(ids), tree=tree, slot=slot, **verdict._asdict()
         )
 
+    # Before anything else uses the slots: a dead merger's gate would go on in a folder that is
+    # being made another tree.
     def recover(self) -> None:
         """End the gates of a dead merger."""
         end_all_gates(self.folder)
@@ -4914,6 +4930,8 @@ Step.__doc__ = """One line of merge/chain.sh, which says what its status and det
 tree of the chain after it."""
 
 
+# The commit's date will be that of the submission: made at any other time, the chain has the same
+# shas.
 def chain_line(task: Task) -> str:
     """One entry of merge/chain.sh's input."""
     fields = (
@@ -4939,6 +4957,7 @@ class Chain:
     def __init__(self, store: Store, settings: Settings, target: str, verdicts: Verdicts):
         self.store, self.settings, self.target, self.verdicts = store, settings, target, verdicts
         identity = store.farm().get("identity")
+        # as `up` has found it: another user.name in between would change every sha
         self.identity = (
             "\t".join(identity)
             if is_texts(identity) and len(identity) == 2 and all(identity)
@@ -5018,6 +5037,7 @@ class Chain:
             tip = step.commit if step.status == "ok" else tip
         return known + steps
 
+    # The planner asks about chains by the hundred; building each would be a git call each.
     def evidence_of(self, ids: tuple) -> Evidence:
         """Evidence for the target plus exactly these entries in this order. A chain that was
         never built has none."""
@@ -5089,6 +5109,7 @@ def describe_block(target: str, result: ScriptResult) -> tuple[str, str]:
     lock."""
     said = script_error("merge/land.sh", result)
     files = read_tsv(result.stdout)[0][1:] if result.stdout else []
+    # an absolute path is that of a checkout; files in the way are told relative to it
     if files and not any(map(os.path.isabs, files)):
         return (
             f"the checkout of {target} has changes of its own in the way: {', '.join(files)}",
@@ -5121,6 +5142,7 @@ class Landing:
             "entries": [[step.id, step.commit] for step in steps],
             "revs": [task.rev for task in tasks],
         }
+        # before the swap: a kill behind it leaves a target that has moved, and this says for whom
         self.store.write_json(INTENT_FILE, intent)
         return self.finish(intent)
 
@@ -5139,6 +5161,7 @@ class Landing:
             timeout=3600,
         )
         if result.code == 0:
+            # of each entry the commit before it: what `revert` and `diff` of it begin from
             befores = [intent["old"], *(commit for _, commit in intent["entries"])]
             revs = intent.get("revs") or [None] * len(befores)
             self.record(
@@ -5184,6 +5207,7 @@ class Landing:
         for line in filter(None, said.splitlines()):
             say(printable(line))
 
+    # Never a merge of the two: that would be a commit whose tree no gate has seen.
     def catch_up(self, target: str) -> tuple[str, str] | None:
         """Somebody has pushed: where our target is only behind, it moves to what the remote has,
         as in a landing, and all that is ready is merged and gated on that. Else what a person
@@ -5248,6 +5272,7 @@ class Landing:
                         landed_commit=commit,
                         landed_from=before,
                         landed_at=utc(CLOCK.now()),
+                        # what was asked is in the history; a year's archive would grow by it
                         prompt="",
                         reason="",
                     ),
@@ -5268,6 +5293,7 @@ class Landing:
         wait_for_landing(intent["new"])
         found = run_script("merge/land.sh", "recover", *self.arguments(intent), allow=(0, 3))
         ready = self.store.snapshot().ready
+        # a rev tells of each move since: canceled, returned, submitted anew
         now = [getattr(ready.get(task_id), "rev", 0) for task_id, _ in intent["entries"]]
         if found.code == 0 and (
             found.stdout.startswith("landed") or now == intent.get("revs", now)
@@ -5303,6 +5329,7 @@ class Returns:
         attempt = task.attempts + counts
         # Pin, text, move: the next attempt can only be claimed after the move, and then finds both.
         # A kill before it repeats them.
+        # where no attempt is counted its number comes again: the rev keeps the two pins apart
         ref = f"refs/farm/returned/{task.id}/{attempt}" + f".{task.rev}" * (not counts)
         pinned = (
             run_script(
@@ -5351,6 +5378,8 @@ class Returns:
             self.send_back(task, reason, said, goes_on=False)
         return bool(found.stdout)
 
+    # After the task went back, so that a diagnosis keeps nobody waiting: it is a help, not a
+    # proof.
     def explain(self, task: Task, colour: str) -> None:
         """Add to the returned task what the lone run has shown."""
         partners = read_tsv(
@@ -5548,6 +5577,9 @@ def merge_order(tasks: list[Task], now: float) -> list[Task]:
     return sorted(tasks, key=key)
 
 
+# The order within a tick is the order of proofs: verdicts are recorded before anything is planned,
+# what needs no gate moves before a plan, and each move ends the tick, as it changes the queue that
+# all the rest was computed from.
 class MergeQueue:
     """Lands ready tasks on the target, never through a red tree. Crash-only: durable are git,
     the queue file, the verdicts and the intent of a landing; everything else is computed again.
@@ -5937,6 +5969,8 @@ class Merger:
         """A tick, after a recovery where one is due. When a script failed on work that git
         cannot read, that work goes back and the rest goes on.
         """
+        # at a merger's first tick, and after each error: what failed may have left a landing half
+        # done
         if not self.is_recovered:
             self.queue.recover()
         self.is_recovered = True
@@ -5951,6 +5985,8 @@ class Merger:
         """Until a move is made or a gate is over; a person's commit, or a file taken out of the
         way, tells nobody, so 5 s at most."""
         slots, store = self.queue.slots, self.queue.store
+        # first: a gate that ends from here on sets it again, one that has ended before is seen by
+        # is_due
         slots.wake.clear()
         seen = store.signature()
 
@@ -5964,6 +6000,7 @@ class Merger:
         wait_for(is_due, CLOCK.monotonic() + 5, 0.1, slots.wake.wait)
 
 
+# The file outlives its merger; pid and start time say whether it still speaks for anybody.
 def find_activity(store: Store) -> dict:
     """What a live merger is doing (merge_queue/now.json); empty when none runs."""
     now = store.read_json(NOW_FILE) or {}
