@@ -4544,9 +4544,9 @@ def plan(
     prefixes in landing order, so each green one lands as it is; guilt takes a repeated red and a
     green tree without the entry, so neither a flake nor a red target gets anyone returned.
     """
+    # the rate stays off 0 and 1, where the logarithms above have no value; the cache is for this
+    # call alone, as verdicts change between two
     known = Known(
-        # the rate stays off 0 and 1, where the logarithms above have no value; the cache is for
-        # this call alone, as verdicts change between two
         functools.lru_cache(maxsize=None)(verdict_of), min(max(rate, 1e-6), 0.99), reds, strict
     )
     target = known.evidence_of(())
@@ -6097,6 +6097,7 @@ Usage = collections.namedtuple(
 )
 
 
+# bool is left out by type(), text and null by both: a CLI's file may hold anything
 def dollars_of(value) -> float:
     return float(value) if type(value) in (int, float) else 0.0
 
@@ -6111,6 +6112,9 @@ def text_of(message: dict) -> str:
     return " ".join(texts)
 
 
+# What an agent may run unasked whatever FARM_PERMISSIONS says: it can work, commit and hand in
+# without a person. What leaves the worktree's own branch (push, checkout, reset) is not among
+# these.
 ALLOWED_VERBS = ("submit", "fail", "lock", "unlock", "renew", "add")
 ALLOWED_GIT = (
     "status",
@@ -6126,8 +6130,10 @@ ALLOWED_GIT = (
     "rebase",
     "cherry-pick",
 )
+# for a shell to fill in: one settings file serves all agents
 MAILBOX = "$FARM_REPO/coordination/mailbox/$FARM_AGENT_NAME"
 
+# by which CLIs that are no provider's own pay; claude, codex and gemini get theirs by pattern
 PROVIDER_KEYS = ("ANTHROPIC_API_KEY", "OPENAI_API_KEY", "GEMINI_API_KEY", "OPENROUTER_API_KEY")
 
 # preset: a name in CLIS, or empty for a command
@@ -6170,8 +6176,10 @@ class Cli:
         """How it is run with these permissions: ask, edits, all. A sandbox of its own is left off
         in ours, where it could not be made: `permissions` has that under "isolated"."""
         flags = self.permissions.get(permissions, "")
+        # its sandbox would need user namespaces within ours
         if is_isolated and self.sandbox_word and self.sandbox_word in flags:
             flags = self.permissions["isolated"]
+        # pipefail: else the exit code would be tee's, and each attempt a success
         frame = 'set -o pipefail; {{ {}; }} | tee "$FARM_OUTPUT"' if self.keeps_output else "{}"
         frame = self.prelude + frame if is_isolated else frame
         start, resume = (
@@ -6194,6 +6202,7 @@ class Cli:
         """Whether the claim's conversation is one that was interrupted, so that it goes on in
         it."""
         conversation = claim.task.get("conversation", {})
+        # `until` is written when an attempt is interrupted: a new task's id has named nothing yet
         is_begun = self.resume and conversation.get("id") and "until" in conversation
         return bool(is_begun and self.has_conversation(conversation["id"]))
 
@@ -6268,6 +6277,8 @@ class ClaudeCode(Cli):
         there is none."""
         import glob
 
+        # below projects/ each worktree has a folder whose name is Claude Code's own business: any
+        # will do
         folder = glob.escape(self.folder(os.path.expanduser("~")))
         pattern = os.path.join(folder, "projects", "*", f"{conversation}.jsonl")
         return next(iter(glob.glob(pattern)), "") if conversation else ""
@@ -6293,6 +6304,8 @@ class ClaudeCode(Cli):
                 earlier, cost = earlier + (cost if now < cost else 0.0), now
             if item.get("type") == "assistant" and isinstance(message, dict):
                 messages[message.get("id")] = message.get("usage")
+                # emptied by any answer that comes after it: only an error at the end is the
+                # attempt's
                 error = text_of(message) if item.get("isApiErrorMessage") else ""
         return Usage(
             sum(count(usage, *self.tokens_in) for usage in messages.values()),
@@ -6306,6 +6319,7 @@ class ClaudeCode(Cli):
         path = os.path.join(self.folder(home), "sessions", f"{pid}.json")
         told = next(read_json_lines(path), {})
         is_known = type(told.get("statusUpdatedAt")) is int
+        # a file of that pid may be left from a process before the last reboot
         return told if is_known and told.get("procStart") == start_of(pid) else {}
 
     @classmethod
@@ -6316,6 +6330,8 @@ class ClaudeCode(Cli):
         event: the hook's JSON (hook_event_name, message, error, tool_name, ...).
         """
         name = str(event.get("hook_event_name", ""))
+        # of notifications only that of a dialog is a wait: others come late, when a permission was
+        # given
         is_news = event.get("notification_type") != "elicitation_dialog"
         if name not in cls.turn_states or name == "Notification" and is_news:
             return "", ""
@@ -6331,6 +6347,7 @@ class ClaudeCode(Cli):
     def read_cost(self, path: str, conversation: str) -> float:
         """From what its status line was told."""
         told = next(read_json_lines(path), {})
+        # the file may still hold what the conversation before this one has cost
         cost = told.get("cost") if told.get("session_id") == conversation else {}
         return dollars_of(cost.get("total_cost_usd")) if isinstance(cost, dict) else 0.0
 
@@ -6362,6 +6379,7 @@ class ClaudeCode(Cli):
             projects, answers = told.get("projects") or {}, told.get("customApiKeyResponses") or {}
             trusted = (projects.get(repo) or {}).get("hasTrustDialogAccepted")
             key = os.environ.get("ANTHROPIC_API_KEY", "")
+            # of a key that was approved it keeps the last 20 characters
             key_is_known = not key or key[-20:] in (answers.get("approved") or [])
         except FileNotFoundError:
             told, trusted, key_is_known = {}, False, True
@@ -6401,6 +6419,7 @@ class ClaudeCode(Cli):
             "skipDangerousModePermissionPrompt": True,
         }
         if settings.budget or settings.task_budget:
+            # only then, as it takes the place of the user's own status line
             data["statusLine"] = {"type": "command", "command": f'cat >"{MAILBOX}/{COST_FILE}"'}
         return data
 
@@ -6425,6 +6444,8 @@ class ClaudePrint(ClaudeCode):
         result, stamp = {}, ""
         for item in read_json_lines(path):
             result = item if item.get("type") == "result" else result
+            # the exact second of the reset stands in an event of its own, not in the words of the
+            # error
             info = item.get("rate_limit_info")
             resets_at = info.get("resetsAt") if isinstance(info, dict) else None
             stamp = f"|{resets_at}" if type(resets_at) is int else stamp
@@ -6451,6 +6472,8 @@ class Codex(Cli):
     start = 'codex exec --json {permissions} -- "$FARM_PROMPT" </dev/null'
     resume = 'codex exec {permissions} resume --json "$FARM_CONVERSATION" "$FARM_PROMPT" </dev/null'
     sandbox_word = "workspace-write"
+    # Codex writes below its worktree only. A commit needs the worktree's own git dir, new objects,
+    # its branch and that branch's log; the farm's moves need the mailbox.
     writable = ",".join(
         f'\\"{root}\\"'
         for root in (
@@ -6477,6 +6500,8 @@ class Codex(Cli):
         for item in read_json_lines(path):
             thread = str(item.get("thread_id") or thread)
             if item.get("type") == "turn.completed":
+                # the sum so far: the last one counts, and a turn that ends well has got over its
+                # errors
                 usage, error = item.get("usage"), ""
             elif item.get("type") in ("turn.failed", "error"):
                 inner = item.get("error")
@@ -6510,6 +6535,7 @@ class Gemini(Cli):
         try:
             with open(path, encoding="utf-8", errors="replace") as file:
                 text = "\n" + file.read()
+            # the last line that begins an object: 2>&1 puts warnings and stack traces before it
             told = json.JSONDecoder().raw_decode(text, text.rindex("\n{") + 1)[0]
             models, error = (told.get("stats") or {}).get("models") or {}, told.get("error") or {}
             tokens = [model.get("tokens") for model in models.values()]
@@ -6605,6 +6631,7 @@ def cli_of(agent: str) -> Cli:
 def read_mix(agent: str) -> list[str]:
     """A preset for each agent of a mix such as `claude:6,codex:4`; empty for a preset or
     command. Raises UsageError."""
+    # a command may have colons and commas, too; only a whole mix is one
     if not re.fullmatch(r"[\w-]+:\d+(,[\w-]+:\d+)*", agent):
         return []
     shares = [share.split(":") for share in agent.split(",")]
@@ -6631,6 +6658,8 @@ def share_agents(settings: Settings) -> list[str]:
     return read_mix(settings.agent) or [settings.agent or DEFAULT_CLI.name] * settings.n
 
 
+# Asked before ten sessions start that would all end at once. `type` and not `which`: the command
+# is run by bash, and may be a builtin. A word with `$` or quotes in it is bash's business.
 def check_command(command: str, repo: str) -> None:
     """Raises MissingTool when the first word of an agent's command cannot be started; a path is
     looked up from the repo."""
@@ -6703,6 +6732,7 @@ def agent_home(repo: str, settings: Settings, agent: str) -> str:
 def read_cli_session(store: Store, agent: str, preset: str, home: str) -> dict:
     """What the CLI itself says of the process at work; empty when that is nothing."""
     try:
+        # an agent can write there: no link, no FIFO, not more than a number
         pid = int(read_foreign(store.path("mailbox", agent, "pid"), 99, os.O_NOFOLLOW))
         return cli_of(preset).read_session(home, pid)
     except (OSError, ValueError):
@@ -6758,6 +6788,7 @@ def read_reset(text: str, now: float) -> float | None:
     Known: `...|1765432100`, `resets 3pm (Europe/Berlin)`, `resets Nov 25, 3:30pm (UTC)`, `try
     again at Jan 2, 2027, 3pm`, `try again in 2 hours 5 minutes`, `retry after 30s`.
     """
+    # exact, so it goes before words; ten digits are seconds from 2001 to 2286
     stamp = re.search(r"\|(\d{10})\b", text)
     if stamp:
         return float(stamp[1])
@@ -6823,6 +6854,7 @@ def list_clis() -> list[str]:
 
     checked = {cli.program(): cli.checked for cli in CLIS.values()}
     there = [program for program in checked if shutil.which(program)]
+    # at once: each of them starts a program, which may take its seconds
     with ThreadPoolExecutor() as pool:
         versions = [
             version + (f" (checked with {known})" if (known := checked[version.split()[0]]) else "")
@@ -7485,6 +7517,7 @@ def cost_of_claim(store: Store, claim: Claim, spending: list[dict]) -> float:
 # (tests/rooms/test_attempts.py)
 
 
+# The file and not the loop gives the turns: agents start by themselves, and a loop may be dead.
 def wait_for_start(store: Store, stagger_seconds: float) -> None:
     """Until this start's turn: one CLI starts every `stagger_seconds`, because many at once slow
     each other down for long.
@@ -7500,6 +7533,7 @@ def wait_for_start(store: Store, stagger_seconds: float) -> None:
         slot = slot if now < slot < now + 999 * stagger_seconds else now
         file.truncate(0)
         file.write(f"{slot + stagger_seconds:.3f}")
+    # after the lock is given back: who comes next takes the slot after this one meanwhile
     time.sleep(slot - now)
 
 
@@ -7533,6 +7567,7 @@ def claim_once(
     task_id, conversation = call.options.get("id", ""), new_conversation(preset)
 
     def move(tx: Transaction) -> Claim:
+        # in the transaction of the claim: of ten agents that come at once, one is to be the trial
         begin_trial(tx, key, CLOCK.now())
         takes = find_presets(call.store, settings, key, CLOCK.now()) if key else None
         return TaskQueue(tx).claim(agent, owner, task_id, conversation, takes)
@@ -7583,6 +7618,7 @@ def submit(store: Store, agent: str, fence: str, *, branch: str = "", commit: st
         verify_objects(store.repo, head)
         pin = ("merge/pins.sh", "set", "-C", store.repo, f"refs/farm/ready/{task_id}", head)
         pinned = spawn_script(*pin).strip()
+        # FARM_BASE is where the attempt began: a head that has not left it brings nothing
         if pinned == os.environ.get("FARM_BASE"):
             raise nothing_new(branch)
         with store.transaction() as tx:
@@ -7608,6 +7644,8 @@ def verify_objects(repo: str, head: str) -> None:
         raise BrokenObjects(str(error), error.hint) from None
 
 
+# An agent may have worked on a branch that it has made itself, or without any. Only where HEAD is
+# not on the task's branch has a script to look, which costs some processes.
 def find_own_head(agent: str, branch: str) -> str:
     """The commit to submit where an agent that submits by itself has left its task's branch; empty
     where it has not. In the usual case two files are read.
@@ -7665,6 +7703,7 @@ class Attempt:
         if outcome.move != "submit":
             self.leave_off(outcome)
 
+    # The cost is noted before the budgets are asked, so that this attempt counts among them.
     def judge(self, code: int, log: str) -> Outcome:
         """The outcome as far as the CLI, the exit code and the budgets say; what the attempt has
         used is written down."""
@@ -7679,6 +7718,7 @@ class Attempt:
             "see its log" if self.preset else describe_tail(log),
             find_missing(code, log) if code in CANNOT_START else "",
         )
+        # it goes into a command line later
         told = usage.conversation if is_name(usage.conversation) else ""
         outcome = outcome._replace(conversation=told)
         if not self.preset:
@@ -7727,6 +7767,8 @@ class Attempt:
         if "NOTHING" in found and claim is not None and claim.fence == self.fence:
             return nothing
         head = found.get("HEAD") or f"refs/heads/{self.branch}"
+        # what passes by itself (another git's lock, say) must not cost an attempt: the work is
+        # done
         for tries_left in (2, 1, 0):
             try:
                 submit(self.store, self.agent, self.fence, commit=head)
@@ -7748,6 +7790,7 @@ class Attempt:
         words = (*describe_branch(), "-m", os.environ["FARM_TITLE"] or "work", self.worktree)
         argv = (self.store.repo, self.worktree, "agent/commit-rest.sh", *words)
         try:
+            # detach, so that the end of its time ends the hook or the pinentry as well
             result = run_on_tree(*argv, allow=(0, 1, 4), timeout=COMMIT_SECONDS, detach=True)
         except TookTooLong:
             why = f"the commit took longer than {COMMIT_SECONDS:.0f} s"
@@ -7765,6 +7808,7 @@ class Attempt:
 
     def leave_off(self, outcome: Outcome) -> None:
         """Give the task back without a result, unsaved work kept first."""
+        # before the move: after it another agent may begin, and this worktree may be used again
         kept = rescue(self.store.repo, self.agent, self.worktree) if self.worktree else ""
         is_idle = self.was_idle(bool(kept) and outcome.cause not in NO_COMMIT)
         outcome = note_outcome(self.store, self.fence, outcome, is_idle=is_idle)
@@ -7844,6 +7888,7 @@ def measure(tree: list) -> Footprint:
         try:
             with process.oneshot():
                 times = process.cpu_times()
+                # since its start, as one look has nothing earlier to compare with
                 cpu += 100 * (times.user + times.system) / max(now - process.create_time(), 1)
                 rss += process.memory_info().rss
                 zombie |= index == 0 and process.status() == psutil.STATUS_ZOMBIE
@@ -7852,6 +7897,8 @@ def measure(tree: list) -> Footprint:
     return Footprint(round(cpu, 1), int(rss), len(tree), zombie)
 
 
+# A shell says 128 + n where its child was ended by signal n; tmux itself tells of the pane's own
+# process only.
 def end_cause(session: Session | None) -> str:
     """Why a session is over, from what tmux knows of its process."""
     if session is None:
@@ -8075,6 +8122,7 @@ class WorkCount:
         whole = os.fsdecode(self.output.read()).rpartition("\n")[0]
         self.found = {name: [int(commits), int(lines)] for name, commits, lines in read_tsv(whole)}
         self.output.close()
+        # the longer a count takes, the longer until the next: on a big repo git would never rest
         self.process, self.due_at = None, CLOCK.monotonic() + max(2.0, seconds / self.SHARE)
 
 
@@ -8212,6 +8260,7 @@ SHELLS_OWN = (
 )
 
 
+# Digests, as the note lies on disk and the values are keys and tokens.
 def digest_environment() -> dict[str, str]:
     """name -> a digest of its value, of the variables that sessions get from their caller."""
     import hashlib
@@ -8284,6 +8333,7 @@ def undo_of(repo: str, key: str, known: dict) -> str:
     return f"look at {path}; it is to be {wanted} (if it is right: ./farm.py up)"
 
 
+# Its time and not a number in it: each `up` writes it anew, also where nothing has changed.
 def stamp_of(note: str) -> str:
     """Which `up` has written this note; empty without one."""
     try:
@@ -8330,6 +8380,8 @@ class SharedWatch:
         self.due_at, now = CLOCK.monotonic() + SHARED_SECONDS, self.read()
         keys = sorted(key for key in {*known, *now} if known.get(key) != now.get(key))
         for key in keys:
+            # told once, with those who were at work when it was first seen; later lookers would be
+            # suspects
             if self.changes.get(key, ("", "", ""))[2] != stamp:
                 self.changes[key] = [
                     describe_change(key, known, now, busy),
@@ -8346,6 +8398,8 @@ class SharedWatch:
 
 CLI_SETTINGS_FILE = "cli-settings.json"
 
+# The loop is started again by the shell of its pane: nobody else looks after it. An agent's pane
+# is the agent itself (exec), so that the pane's process and exit status are its own.
 SESSION_COMMAND = """\
 if [ "$FARM_AGENT_NAME" = control ]; then
   until "$FARM_HOME/scripts/farm" --repo "$FARM_REPO" run; do sleep 1; done
@@ -8440,6 +8494,7 @@ class Sessions:
             *("spawn-tmux.sh", *where, *pairs, "-c", SESSION_COMMAND),
             stdin="".join("\t".join(map(escape_field, row)) + "\n" for row in rows),
             allow=(0, 1),
+            # `up` may be typed in a tmux or by an agent: neither is the new sessions' business
             env={"TMUX": "", "FARM_AGENT_NAME": ""},
         )
         if result.stderr.strip():
@@ -8703,14 +8758,17 @@ class Ending:
             )
         else:
             self.remember("stopping")
+        # first: the loop would start again what is ended here
         self.stop_loop_and_merger()
         names = self.names = self.everyone()
+        # an idle agent waits at its bell, and sees at once that the farm is stopping
         for name in names:
             ring(self.store.path("mailbox", name, "bell"))
         deadline = CLOCK.monotonic() + grace_seconds
         wait_for(
             lambda: hurry() or not any(claim.task for claim in self.own_claims()), deadline, 0.1
         )
+        # before the work is kept: a rescue beside a writer would keep half a file
         self.sessions.end_all(names)
         kept = self.keep_work()
         if not self.is_blind:
@@ -8763,6 +8821,7 @@ class Ending:
         )
         places = {name: worktree_of(self.repo, self.settings, name) for name in busy}
         places = {name: place for name, place in places.items() if os.path.isdir(place)}
+        # a rescue is git over a whole worktree; fifty of them one by one would be a long goodbye
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             rescues = dict(
                 zip(
@@ -8814,6 +8873,8 @@ def find_leftovers(repo: str, target: str, state: State) -> tuple[list[list[str]
     ]
     pins = ("refs/farm/ready/", "refs/farm/returned/")
     pinned = {sha for ref, sha, where in rows if where == "out" and ref.startswith(pins)}
+    # A pin may go where the target has its commit. A branch may go also where a pin keeps it, but
+    # never the last name of a commit.
     over = [
         [ref, sha]
         for ref, sha, where in rows
@@ -8840,6 +8901,7 @@ class Housekeeping:
                     "drop",
                     "-C",
                     self.store.repo,
+                    # with the sha that was seen: a ref that has moved meanwhile stays
                     stdin="".join(f"{ref} {sha}\n" for ref, sha in over),
                 )
         if self.settings.keep_days and now >= self.sweep_at:
@@ -8881,6 +8943,8 @@ class MergerProcess:
         """Whether one that we have started runs."""
         return self.process is not None and self.process.poll() is None
 
+    # By the lock file and not by the child alone: after the loop was killed its merger goes on,
+    # and is no child of the next loop.
     def tend(self, now: float) -> None:
         """Let the one that runs be, whoever has started it; else start one, unless it keeps
         ending."""
@@ -8891,6 +8955,7 @@ class MergerProcess:
             self.process = None
         if self.process is not None or find_recorded(self.store.path("merger.lock")) is not None:
             return
+        # three of its ends are below PARK_AFTER: unlike an agent a merger is never given up
         start_at = self.policy.start_at(self.ends[-3:], now)
         if start_at is None or start_at <= now:
             self.start()
@@ -8911,6 +8976,9 @@ class MergerProcess:
             )
 
 
+# The order of a tick: the merger first, as it needs nothing of what may go wrong below; then what
+# has ended, whose tasks are free by that, before what is due starts again; idle agents are rung
+# last, when all that can be claimed is there.
 class Farm:
     """The lifecycle of a farm. Crash-only: kill it at any time, start it again, and it goes on
     from disk."""
@@ -9265,6 +9333,7 @@ class Farm:
 
 def open_farm(call: Call) -> Farm:
     """A Farm from the settings, everything checked that would stop its agents later."""
+    # first, as all below calls them
     run_script("check-tools.sh", "git", "tmux")
     settings = call.settings()
     target = target_of(call, settings)
@@ -13260,6 +13329,7 @@ def verb_completion(call: Call) -> int:
     return 0
 
 
+# No git and no tmux: it is run at each press of the tab key.
 def find_completions(words: list[str], current: int) -> list[str]:
     """What the word at `current` of a command line may become. Reads files only; a farm that
     cannot be read has no names."""
@@ -13344,6 +13414,7 @@ def main(argv: list[str]) -> int:
     """Run one verb; print what went wrong on stderr, and return the exit code."""
     # two thousand records that wait are no garbage: to search them for some costs a claim some ms
     gc.set_threshold(20_000)
+    # before anything starts: all that we run inherits it
     forget_other_repos()
     try:
         mailbox = os.environ.get("FARM_MAILBOX")
@@ -13365,6 +13436,8 @@ def main(argv: list[str]) -> int:
             print(as_typed(call))
             return 0
         return VERBS[call.name].run(call) or 0
+    # `farm.py tasks | head`: Python would complain once more when it flushes at its end, so output
+    # goes nowhere from here on
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
