@@ -10,6 +10,7 @@
               +-----------------+----------------------+   (attempts + 1, reason kept; or `failed`)
 
 Contents. A room uses only what stands above it; parts I to III are what must be trusted.
+Each begins with a banner, which names its tests: grep -n '^# [-=]' farm.py
 
     I    Ground        errors, words, files, records, machine, settings, scripts, isolation
     II   Truth         state, store, mending, locks, task queue, task files
@@ -58,6 +59,10 @@ Invariants:
   2. The mutex guards milliseconds: no git, tmux, agent or gate runs inside a transaction.
   3. The target branch moves by compare-and-swap only, to a commit whose exact tree passed the gate.
   4. A live owner's lock is never taken; a dead one's is taken by whoever comes first.
+
+Where to begin: a coding CLI is a class in "coding CLIs"; a setting is a row in "settings"; how long
+a limit pauses a CLI is pause_until in "limits"; a column of `status` is one of COLUMNS in "status
+and watch"; a verb is a function below @verb in part VI.
 
 Exit codes: 0 ok, 1 failed, 2 usage, 3 nothing to do or not found, 4 refused, 5 rejected, 6 a tool
 or package is missing, 7 damaged state file, 130/143 signals.
@@ -136,6 +141,7 @@ class TookTooLong(FarmError):
     """A script was ended because its time was over."""
 
 
+# An OSError, so that whoever already tells of a full disk tells of this too.
 class NotDurable(OSError):
     """A change is visible, but its folder could not be fsynced: a power cut may undo it."""
 
@@ -212,6 +218,9 @@ def say(text: str) -> None:
     )
 
 
+# Titles, reasons and logs are written by agents. What is printed of them must not drive the
+# reader's terminal: escape sequences go whole, then C0, DEL and C1 (which some terminals take for
+# escapes) and lone surrogates, with which print() would raise.
 def printable(text: str) -> str:
     """`text` without escape sequences and control characters, newlines and tabs kept."""
     if text.isprintable():
@@ -246,6 +255,8 @@ def epoch(text: str) -> float:
         return 0.0
 
 
+# Paths, titles and branch names may hold tabs and newlines; bash reads a line with `read`, and
+# would see two fields or two lines.
 def escape_field(text: str) -> str:
     """A TSV field for a script: backslash, tab, newline and return as two characters."""
     return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
@@ -258,6 +269,8 @@ def unescape_field(text: str) -> str:
     )
 
 
+# bash says both for a command that it could not start; a gate that ends with one has judged
+# nothing.
 CANNOT_START = {126: "may not be run", 127: "was not found"}  # exit codes of a shell
 
 
@@ -273,6 +286,7 @@ def find_missing(code: int, log: str) -> str:
         "cannot execute": "cannot execute",
         "Argument list too long": "argument list too long",
     }
+    # bash says `bash: line 1: NAME: command not found`, dash `sh: 1: NAME: not found`
     pattern = r"(?:line \d+: |\d+: )?([^:\n]+): (" + "|".join(words) + r")\b"
     found = [match for line in printable(log).splitlines() for match in re.finditer(pattern, line)]
     if not found:
@@ -392,6 +406,8 @@ class Disk:
         finally:
             os.close(descriptor)
 
+    # O_RDWR, as the last byte is read; O_APPEND, so that two writers' lines stand one behind the
+    # other and none is overwritten. 0o666: the user's umask decides, as with any file of theirs.
     def append(self, path: str, data: bytes) -> int:
         """One write at the end; the file's length then. A torn last line of a killed writer is
         closed first, so that it spoils no other."""
@@ -467,6 +483,9 @@ def parse_lines(text: str) -> dict:
     return document
 
 
+# Cutting a text at ",\n  " finds records only where dump_records has written it. An edit by hand
+# may have put two on a line or one on two; then counts or beginnings differ, and all is written
+# anew.
 def begins_with_id(text: str, record) -> bool:
     """Whether this is the record's own line, as `dump_records` has written it."""
     return text.startswith(f'{{"id": "{record["id"]}"')
@@ -483,7 +502,7 @@ def dump_records(head: dict, lists: dict) -> bytes:
         for record in records:
             pieces += [",\n  ", record if record.__class__ is str else dump_line(record)]
         if records:
-            pieces[-2 * len(records)] = "\n  "
+            pieces[-2 * len(records)] = "\n  "  # no comma before the first
         pieces.append("\n ]" if records else "]")
     pieces[0] = "\n "
     return ("{" + "".join(pieces) + "\n}\n").encode("utf-8")
@@ -541,6 +560,7 @@ def read_json_lines(path: str):
     for line in [text] if text.lstrip().startswith("{\n") else text.splitlines():
         try:
             item = json.loads(line)
+        # an agent's file may open ten thousand brackets: that is no ValueError
         except (ValueError, RecursionError):
             continue
         if isinstance(item, dict):
@@ -550,7 +570,7 @@ def read_json_lines(path: str):
 def count(record, *keys: str) -> int:
     """The sum of the whole numbers below `keys` of an object that may be anything."""
     values = [record.get(key) for key in keys] if isinstance(record, dict) else []
-    return sum(value for value in values if type(value) is int)
+    return sum(value for value in values if type(value) is int)  # a bool is an instance of int
 
 
 def read_foreign(path: str, most: int, flags: int = 0) -> str:
@@ -565,6 +585,8 @@ def read_foreign(path: str, most: int, flags: int = 0) -> str:
         return file.read()
 
 
+# The pid in the temp file's name keeps two writers apart; "x" refuses to open what is there, so
+# that a link which an agent has laid there is not followed.
 def write_whole(path: str, text: str) -> None:
     """Write a file in one step: a reader finds the old one or the new one. Not durable: for what
     a power cut may take. Where an agent can write, it finds no link that leads elsewhere."""
@@ -593,6 +615,7 @@ def print_json(data) -> None:
 def read_text(path: str) -> str:
     """A file of the user's, or stdin for `-`. Raises NotFound or UsageError."""
     try:
+        # utf-8-sig: editors on Windows begin a file with a byte order mark
         if path == "-":
             return sys.stdin.buffer.read().decode("utf-8-sig")
         with open(path, encoding="utf-8-sig") as file:
@@ -643,6 +666,7 @@ class Record:
                 extra[key] = value
                 continue
             known[key] = value
+            # a person writes 60 where 60.0 is meant, and JSON has one kind of number
             if type(value) is int and type(defaults[key]) is float:
                 known[key] = float(value)
             elif type(value) is not type(defaults[key]):
@@ -669,6 +693,8 @@ class Record:
 # of a title; what is longer goes into the prompt, and no further in one argument or variable
 TITLE_LENGTH = 200
 
+# The order is that of the keys on disk. `id` stays first: by it begins_with_id knows a record's
+# own line. A default is left out when written, so a new field costs files of before nothing.
 TASK_DEFAULTS = {
     "id": "",
     "title": "",
@@ -806,6 +832,8 @@ def is_texts(value) -> bool:
 NAME_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
+# What git refuses in a part of a ref: `..`, a dot at either end, `.lock` at the end. A `-` in
+# front would be read as an option by a command.
 def is_name(text: str) -> bool:
     """Whether `text` can be a file name and a part of a git ref."""
     is_plain = 0 < len(text) <= 100 and NAME_CHARACTERS.issuperset(text)
@@ -909,9 +937,11 @@ def start_of(pid: int) -> str:
     """The process's start, as a text that no clock change moves; empty when it is gone or a
     zombie."""
     try:
+        # from the last `)` on: the command's name, field 2, may hold blanks and parentheses
         fields = read_bytes(f"/proc/{pid}/stat").rpartition(b")")[2].split()
         return "" if fields[0] in b"ZX" else fields[19].decode("ascii")
     except (OSError, IndexError):
+        # there is a /proc, so the process is gone; elsewhere ps has to tell
         if os.path.exists("/proc/self/stat"):
             return ""
         line = os.popen(f"ps -o stat= -o lstart= -p {int(pid)} 2>/dev/null").read().split()
@@ -943,6 +973,7 @@ def caller(owner_pid: int | None = None) -> Owner:
     if owner_pid is not None:
         return identify(owner_pid)
     leader = os.getsid(0)
+    # 0: the leader is outside of this container, whose processes cannot be seen
     if leader in (0, os.getpid()):
         raise UsageError(
             "this command leads its own session, so nothing would be left to own the lock",
@@ -969,9 +1000,13 @@ def find_liveness(owner: Owner) -> bool | None:
         return False if is_here else None
     if owner.namespace != pid_namespace():
         return None
+    # a process that is gone has an empty start, which must not equal that of a record without one
     return start_of(owner.pid) == owner.start != ""
 
 
+# Opening a FIFO for writing waits for a reader; with O_NONBLOCK it fails where there is none. A
+# full one needs no more bytes: whoever listens wakes up. Bells lie in mailboxes, where an agent
+# can put a file or a link in their place: neither is written to.
 def ring(path: str, word: bytes = b"claim\n") -> None:
     """Wake whoever waits at a bell, a FIFO; nobody listening is fine."""
     try:
@@ -987,6 +1022,8 @@ def ring(path: str, word: bytes = b"claim\n") -> None:
         os.close(bell)
 
 
+# psutil's own children() goes over all of the machine's processes once for each process asked
+# about.
 def process_children() -> dict[int, list]:
     """pid -> its children's psutil.Process, from one pass over the machine's processes."""
     psutil = import_package("psutil")
@@ -1003,6 +1040,7 @@ def tree_of(pid: int, children: dict) -> list:
         found = [psutil.Process(pid)]
     except psutil.NoSuchProcess:
         return []
+    # it grows while it is gone through: children come behind their parents
     for process in found:
         found += children.get(process.pid, [])
     return found
@@ -1014,12 +1052,16 @@ def cpu_time_of(tree: list) -> float:
     total = 0.0
     for process in tree:
         try:
+            # user and system time, then those of children that have ended; what comes after is not
+            # the same on each system
             total += sum(process.cpu_times()[:4])
         except psutil.Error:
             continue
     return total
 
 
+# The environment is what a process cannot lose by setsid or by the death of its parent, where
+# session and ppid no longer say where it comes from.
 def find_by_environment(**wanted: str) -> list:
     """(process, its FARM_AGENT_NAME) of those whose environment at their start had these values;
     this one left out."""
@@ -1027,6 +1069,7 @@ def find_by_environment(**wanted: str) -> list:
     found = []
     for process in psutil.process_iter():
         try:
+            # raises for other users' processes, and for those that end just now
             environment = process.environ()
         except (psutil.Error, OSError):
             continue
@@ -1064,6 +1107,8 @@ def end_processes(processes: list, seconds: float = 3.0) -> None:
         processes = [process for process in processes if is_alive(process)]
 
 
+# crc32, as Python's hash() of bytes differs from process to process. The highest port is 29,999:
+# from 32,768 on Linux gives ports to whoever asks for any.
 def port_base(folder: str) -> int:
     """Where the ports of a farm begin, the same at each start: slots have the first hundred,
     agents the next 900."""
@@ -1080,6 +1125,7 @@ def default_slots() -> int:
 def find_shortage(folder: str, min_free_mib: int) -> str:
     """What there is too little of, memory or disk, in words; empty when there is room."""
     disk = os.statvfs(folder)
+    # f_bavail, as f_bfree counts what is kept for root
     free = {"memory": free_memory_mib(), "disk": disk.f_bavail * disk.f_frsize >> 20}
     return ", ".join(
         f"{mib} MiB of {what} free, {min_free_mib} wanted"
@@ -1088,6 +1134,8 @@ def find_shortage(folder: str, min_free_mib: int) -> str:
     )
 
 
+# MemAvailable and not MemFree, which on a machine that has run for a while is little: the rest
+# holds caches that go when somebody asks. psutil says the same, but has to be imported.
 def free_memory_mib() -> int:
     """Memory that a new process can have without swapping."""
     try:
@@ -1136,6 +1184,8 @@ def end_gates(folder: str) -> None:
     def find() -> list:
         nonlocal sessions
         marked = [process for process, _ in find_by_environment(FARM_SLOT=folder)]
+        # kept over the rounds: once the marked ones are dead, nothing else leads to the rest of
+        # their session; our own is left out, as we are no part of the gate
         sessions |= {session_of(process.pid) for process in marked} - {-1, session_of(os.getpid())}
         children = process_children()
         members = [
@@ -1163,6 +1213,8 @@ def end_gates(folder: str) -> None:
         )
 
 
+# Signals by pid come too late for a child that is forked between looking and killing; the kernel
+# knows a group's members at the moment of the signal.
 def kill_group(group: int) -> None:
     """SIGKILL to a process group: in one blow, with whatever it has just forked."""
     import signal
@@ -1231,6 +1283,8 @@ def hold(path: str):
     return file
 
 
+# Opened by `a+` and emptied only once it is ours: `w` would wipe out the holder's pid. The start
+# time stands beside the pid, which by the time of find_recorded may be another's.
 def hold_long(path: str, what: str):
     """Take the lock of what lives long (one loop, one merger a farm). Raises Refused that names
     the holder's pid."""
@@ -1265,6 +1319,7 @@ def process_exists(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
+    # it is there, and another user's
     except PermissionError:
         pass
     return True
@@ -1285,6 +1340,7 @@ def file_system_of(path: str) -> str:
             mounts = [line.split() for line in file]
     except OSError:
         return ""
+    # with the slash, or /home/al would be taken for a mount above /home/alice
     above = [mount for mount in mounts if (path + "/").startswith(mount[1].rstrip("/") + "/")]
     return max(above, key=lambda mount: len(mount[1]), default=["", "", ""])[2]
 
@@ -1312,6 +1368,7 @@ class StopRequest:
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         os.set_blocking(self.reader, False)
+        # SIGHUP comes when the terminal is closed or ssh breaks
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.note)
 
@@ -1325,6 +1382,8 @@ class StopRequest:
     def is_set(self) -> bool:
         return self.count > 0
 
+    # A system call goes on after a signal's handler (PEP 475), so select would wait to its end: it
+    # is the byte in the pipe that ends it.
     def wait(self, seconds: float) -> None:
         """Until one has come, or the time is over."""
         import select
@@ -1348,8 +1407,10 @@ def find_bash() -> str:
 
 # ----------------------------------------------------------------------------------------- settings
 # One table says what can be set; flags, environment, farm.env and the last `up` are looked through
-# in that order. The repo is found from files, not by asking git: the start of an agent's verb is
-# its cost. (tests/rooms/test_settings.py)
+# in that order. A row alone is a variable; its flag is a word in a verb's options (for `up` and
+# `run`: FARM_OPTIONS), and where only some words are allowed, load_settings says so. The repo is
+# found from files, not by asking git: the start of an agent's verb is its cost.
+# (tests/rooms/test_settings.py)
 
 GUARD = "farm-guard"  # a file in coordination/.git, which is no repo of anybody's
 FARM_HOME_NOTE = os.path.join("farm", "main")  # in the common git dir
@@ -1483,6 +1544,7 @@ def convert_setting(name: str, text, origin: str):
             "put it into a script, and name that",
         )
     if not isinstance(text, str):
+        # isinstance(True, int) is true: a bool fits a bool and nothing else
         fits = isinstance(text, (int, float) if kind is float else kind) and isinstance(
             text, bool
         ) == (kind is bool)
@@ -1493,6 +1555,7 @@ def convert_setting(name: str, text, origin: str):
         return text
     try:
         value = text.lower() in ("1", "true", "yes", "on") if kind is bool else kind(text)
+        # written so that NaN fails, too
         if kind in (int, float) and not 0 <= value < 1e9:
             raise ValueError
     except ValueError:
@@ -1586,6 +1649,9 @@ KEPT_VARIABLES = (
     "GIT_LFS_",
     "GIT_PAGER",
 )
+# CDPATH lets `cd` go elsewhere and print where; SHELLOPTS, BASHOPTS and POSIXLY_CORRECT switch
+# options on in each bash that starts; a BASH_FUNC_ is an exported function, which goes before the
+# command of its name in all scripts.
 BENT_BASH = (
     "CDPATH",
     "SHELLOPTS",
@@ -1618,6 +1684,7 @@ def find_git_dirs(folder: str) -> tuple[str, str]:
         )
         return (folder, folder) if is_bare else ("", "")
     if not os.path.isdir(git_dir):
+        # a linked worktree's .git is a file that names the folder, possibly relative to itself
         git_dir = os.path.join(folder, read_line(git_dir).removeprefix("gitdir:").strip(" "))
     git_dir = os.path.realpath(git_dir)
     return git_dir, os.path.realpath(
@@ -1625,6 +1692,8 @@ def find_git_dirs(folder: str) -> tuple[str, str]:
     )
 
 
+# Looked up in the text of the config, as asking git takes longer than a claim. A key without a
+# value is true for git.
 def is_bare(common: str) -> bool:
     """Whether a common git dir has no worktree of its own. One with an index has: some tool has
     set core.bare there."""
@@ -1669,6 +1738,8 @@ def find_repo(start: str) -> str:
     return folder
 
 
+# HEAD, objects and refs are what git takes for a repo; `git clean` and `git stash -u` do not go
+# into one. GUARD is written last, so that where it is, all of it is there.
 def make_guard(git_dir: str) -> None:
     """An empty repo, for git to pass over the folder that it is in."""
     if not os.path.exists(os.path.join(git_dir, GUARD)):
@@ -1686,6 +1757,7 @@ def note_home(repo: str) -> None:
         write_whole(os.path.join(common, FARM_HOME_NOTE), repo + "\n")
 
 
+# Three digits: names sort as numbers do, and load_settings allows 999 at most.
 def agent_names(count: int) -> list[str]:
     return [f"agent-{number:03d}" for number in range(1, count + 1)]
 
@@ -1708,6 +1780,8 @@ ERROR_OF_EXIT = {kind.exit_code: kind for kind in FarmError.__subclasses__() if 
 ScriptResult = collections.namedtuple("ScriptResult", "code stdout stderr")
 
 
+# Scripts can be used without farm.py, so their hints name scripts; who has typed a verb gets a
+# verb.
 VERB_OF_SCRIPT = {
     "probe-tmux.sh": "status",
     "attach-tmux.sh": "attach",
@@ -1745,10 +1819,13 @@ def script_error(name: str, result: ScriptResult) -> FarmError:
         for line in lines
         if line.startswith("  try: ")
     ]
+    # git may say a hundred lines before it fails; the cause comes last
     message = "\n".join(said[-8:]) or f"{name} ended with exit code {result.code}"
     return ERROR_OF_EXIT.get(result.code, FarmError)(message, hints[-1] if hints else "")
 
 
+# Paths need be no UTF-8: by surrogateescape they are the same bytes when they go to a script
+# again.
 def run_script(
     name: str,
     *args: str,
@@ -1812,6 +1889,8 @@ def run_on_tree(repo: str, worktree: str, name: str, *args: str, **options) -> S
     )
 
 
+# Looking is enough: `git status` and `git diff` start the filter that a tree's attributes choose,
+# and an agent can write those.
 def run_unfiltered(repo: str, name: str, *args: str, **options) -> ScriptResult:
     """`run_script` for what looks at agents' trees from outside of a sandbox."""
     if not is_isolated():
@@ -1842,6 +1921,7 @@ def spawn_script(name: str, *args: str) -> str:
         pid = os.posix_spawnp(
             "bash", ["bash", os.path.join(SCRIPTS, name), *args], os.environ, file_actions=actions
         )
+    # our copy of the writing end has to go: else the read below would never come to an end
     finally:
         os.close(write_end)
     with open(read_end, "rb") as pipe:
@@ -1905,6 +1985,8 @@ def is_tmux(pid: int, socket: str) -> bool:
         return False
 
 
+# The hash is that of `git hash-object`, which the scripts have on every system. 30 characters of
+# the name, as the path of a socket has some 100 in all.
 def farm_socket(repo: str) -> str:
     """The name of a farm's tmux server, `farm-<repo>-<hash4>`; the scripts compute the same from
     the folder's path."""
@@ -2027,6 +2109,7 @@ def resolve_isolation(settings: Settings) -> str:
         return "none"
     try:
         run_script("sandbox/check-sandbox.sh", allow=(0,))
+    # who has said bwrap gets the error; who has said nothing is told that the default needs it
     except MissingTool as error:
         if said:
             raise
@@ -2049,6 +2132,7 @@ def isolation_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in map(variable_of, CARRIED) if name in os.environ}
 
 
+# Not resolved anew: that can be refused, and a farm has to be ended all the same.
 def adopt_isolation(store: Store) -> None:
     """For verbs that end a farm or tidy up: as it was resolved when the farm was started."""
     os.environ.setdefault("FARM_ISOLATE", str(store.farm().get("isolation", "none")))
@@ -2077,6 +2161,7 @@ HISTORY_FILE, HISTORY_BYTES = "events.jsonl", 16 * 1024 * 1024
 # twenty, so that the archive is made durable once for many landings.
 ARCHIVE_FILE = os.path.join("merge_queue", "landed.jsonl")
 LANDED_MAX, LANDED_KEPT = 40, 20
+# what this version writes at the top of that file; `load` keeps other keys for a newer one
 READY_KEYS = ("ready", "landed", "done", "archived", "archive_bytes", "seqs")
 LOCK_FOLDER = "agent_locks"
 LOOP_FILE, AGENTS_FILE = "loop.json", "agents.json"  # the second one: of the version before
@@ -2242,6 +2327,7 @@ class State:
         """How many tasks are in each state."""
         counts = collections.Counter(map(state_of, self.live_tasks()))
         counts["landed"] += len(self.archived)
+        # the plus leaves out states that no task is in
         return +counts
 
     def find_task(self, task_id: str) -> Task | None:
@@ -2313,6 +2399,7 @@ class State:
             for copy in list(copies)
             if copy[3] in self.archived
         ]
+        # A tuple is compared from the left: rev, then rank.
         best: dict[str, tuple] = {}
         for copy in copies:
             best[copy[3]] = max(best.get(copy[3], copy), copy)
@@ -2320,6 +2407,7 @@ class State:
         for place, task_id, agent in self.losers:
             self.forget(place, task_id, agent)
 
+    # Named locks outlive the task: the agent may still hold its port or its schema.
     def forget(self, place: str, task_id: str, agent: str = "") -> None:
         """Take the copy of a task at `place` out of memory; a claim without task and locks goes
         whole."""
@@ -2365,6 +2453,7 @@ class Folder:
             return
         for folder in ("", *(FOLDERS if os.path.exists(self.path("README.md")) else ())):
             make_guard(self.path(folder, ".git"))
+        # info/exclude and not .gitignore, which is the user's file and is committed
         exclude = os.path.join(common, "info", "exclude")
         if "/coordination/" not in read_line(exclude).splitlines():
             os.makedirs(os.path.dirname(exclude), exist_ok=True)
@@ -2384,6 +2473,7 @@ class Folder:
         """Close the history's file under its number and begin the next. Each of the two has a
         name at any time, so who appends meanwhile loses no line."""
         path = self.path(HISTORY_FILE)
+        # not the mutex: whoever holds that appends, and would wait for itself
         with hold(self.path(".history.lock")):
             older = self.history_files()[:-1]
             if self.disk.size(path) < HISTORY_BYTES:  # another has just done it
@@ -2391,11 +2481,14 @@ class Folder:
             # a killed one had come as far as the link
             if not older or not os.path.samefile(path, self.path(older[-1])):
                 last = int(older[-1][len("events-") : -len(".jsonl")]) if older else 0
+                # a link, then a rename over the old name: killed in between, both names are one
+                # file
                 self.disk.link(path, self.path(f"events-{last + 1:04d}.jsonl"))
             self.disk.write_temp(path + ".tmp", b"")
             self.disk.rename(path + ".tmp", path)
         self.keep_copy()
 
+    # A hard link takes no room and follows each append; a copy would be as old as its last making.
     def keep_copy(self) -> None:
         """Link the history's files to their second names; what lies there of an older one that
         somebody took away is kept beside it."""
@@ -2459,6 +2552,7 @@ class Reader(Folder):
         for attempts_left in (2, 1, 0):
             try:
                 text = self.disk.read(path).decode("utf-8")
+                # two thousand tasks may wait there; the other files are short
                 data = parse_lines(text) if name == PENDING_FILE else json.loads(text)
                 if isinstance(data, dict):
                     return data
@@ -2472,6 +2566,8 @@ class Reader(Folder):
                 time.sleep(0.05)
         raise describe_damage(path, damage)
 
+    # What the loop has noted it can find out again: what a hand has bent there is left out, as
+    # damage would stop every verb.
     def read_loop(self) -> dict:
         """What the loop has noted, {"agents", "told", "work", "lapses", "changes"}; parts of
         another shape are empty: it writes them anew.
@@ -2556,6 +2652,7 @@ class Reader(Folder):
             raise describe_damage(self.path(name), error) from None
         return data
 
+    # A record that does not fit is damage, as leaving it out would delete it at the next write.
     def read_tasks(
         self, name: str, place: str, records: list, lines: dict | None = None
     ) -> list[Task]:
@@ -2595,6 +2692,7 @@ class Reader(Folder):
         return [
             os.path.join(LOCK_FOLDER, name)
             for name in names
+            # a dot in front: the temp file of a writer that was killed
             if name.endswith(".lock") and not name.startswith(".")
         ]
 
@@ -2631,6 +2729,8 @@ class Reader(Folder):
         ready = self.read_queue(READY_FILE, ("ready", "landed"))
         state.done = dict(ready.get("done", {}))
         self.load_archive(state, ready)
+        # named last: a new id has to be above those of all files, the archive and the locks among
+        # them
         unnamed = []
         for task in self.read_tasks(PENDING_FILE, "pending", pending["tasks"], state.lines):
             (unnamed.append(task) if not task.id else state.pending.__setitem__(task.id, task))
@@ -2651,6 +2751,8 @@ class Reader(Folder):
         state.drop_losers()
         return state
 
+    # The archive is not read here: after a year it has ten thousand records, and each verb comes
+    # by. The queue file knows their ids as ranges, and the length up to which they are counted.
     def load_archive(self, state: State, ready: dict) -> None:
         """What the queue file knows of the archive. Where that is longer than it knows (a killed
         writer's, or the file was brought back from a backup), its end is read, too: what is
@@ -2732,6 +2834,7 @@ class Store(Reader):
         ignore = self.path(".gitignore")
         if not os.path.exists(ignore):
             self.disk.write_temp(ignore, b"*\n")
+        # the folder's own name is an entry of the repo's folder
         for folder in (self.folder, self.repo):
             self.disk.fsync_folder(folder)
         hide_bytecode()
@@ -2742,6 +2845,7 @@ class Store(Reader):
         ):
             if not os.path.exists(self.path(name)):
                 self.write_durably(name, data)
+        # before the event that says all is made; a kill until then has the next verb do it again
         note_home(self.repo)
         self.append_event("created", None)
         self.guard()
@@ -2767,6 +2871,7 @@ class Store(Reader):
                 self.disk.rename(temp, path)
         except OSError as error:
             self.discard(temp)
+            # a write that fails (a full disk) does not know its file's name; the message should
             error.filename = error.filename or path
             raise
         if sync:
@@ -2792,6 +2897,7 @@ class Store(Reader):
         except OSError:
             pass
 
+    # The whole record in each event: mending rebuilds a lost queue from the last one of each task.
     def append_event(self, event: str, task: Task | None, **details) -> None:
         """One line of history with the task's full record. Not fsynced, and no reason to fail:
         the queues are the truth."""
@@ -2808,6 +2914,8 @@ class Store(Reader):
                 f"the move itself is made"
             )
 
+    # `is`, not `==`: a task that no move has replaced is the very object that was read with its
+    # line.
     def pending_bytes(self, state: State) -> bytes:
         head = {"schema": SCHEMA, **state.heads.get(PENDING_FILE, {})}
         unread = (None, "")
@@ -2877,6 +2985,7 @@ class Transaction:
 
     def __enter__(self) -> Transaction:
         store = self.store
+        # else makedirs would make a repo's folder anew that somebody has just moved away
         if not os.path.isdir(store.repo):
             raise NotFound(f"{store.repo} is not there")
         os.makedirs(store.folder, exist_ok=True)
@@ -2893,6 +3002,7 @@ class Transaction:
             if self.state.losers or os.fstat(self.mutex).st_size:
                 self.sync_folders()
             self.heal()
+        # Ctrl-C as well: this process may go on, and would hold the mutex
         except BaseException:
             os.close(self.mutex)
             raise
@@ -2900,6 +3010,7 @@ class Transaction:
 
     def __exit__(self, kind, *_) -> None:
         try:
+            # after an error the mark stays: a move may have come as far as the page cache
             if kind is None and os.fstat(self.mutex).st_size:
                 os.ftruncate(self.mutex, 0)
         except OSError:
@@ -2951,6 +3062,7 @@ class Transaction:
         store = self.store
         self.mark_dirty()
         self.state.archive_bytes = store.disk.append_durably(store.path(ARCHIVE_FILE), data)
+        # the archive's first append has made its name
         store.sync_folder(store.path("merge_queue"))
         for task in tasks:
             self.state.note_archived(task)
@@ -3086,6 +3198,7 @@ def read_events(store: Store, containing: bytes = b"", files: int = 0):
 def find_open_gates(store: Store) -> list[dict]:
     """The gate-started events that have no gate-ended: what a killed merger's gates were."""
     begun: dict[tuple, list] = collections.defaultdict(list)
+    # two files: one may just have been begun
     for event in filter(None, read_events(store, b'"event": "gate-', files=2)):
         place = begun[str(event.get("slot")), str(event.get("tree"))]
         if event["event"] == "gate-started":
@@ -3111,6 +3224,8 @@ def wait_for_change(store: Store, before: tuple, deadline: float) -> None:
 # away. (tests/rooms/test_mending.py, tests/cases/test_folder_gone.py)
 
 
+# Each file by itself, so that one damaged file hides nothing of the others, and doctor names all
+# of them at once.
 def load_parts(store: Store) -> tuple[State, dict[str, str]]:
     """What can be read of a farm, each file by itself, and the files that cannot: name -> why. A
     queue file that history knows of and that is gone counts."""
@@ -3171,6 +3286,7 @@ GONE_HINT = (
 )
 
 
+# Refs are looked for in git's files: this is for status, which answers without git.
 def find_traces(store: Store, worktrees: str) -> str:
     """What a farm has left in a repo whose coordination/ is not there, in words; empty where
     that is nothing."""
@@ -3215,6 +3331,7 @@ def find_forgotten(store: Store, state: State) -> list[tuple[Task, dict]]:
     ]
 
 
+# Damaged files are set aside before the transaction loads: it would stop at them.
 def mend(store: Store) -> list[str]:
     """Set damaged files aside (NAME.damaged-UTC, nothing is thrown away) and rebuild what they
     held from events.jsonl."""
@@ -3245,6 +3362,7 @@ def bring_history_back(store: Store) -> list[str]:
     folder = os.path.dirname(store.copy_of_history())
     for name in store.history_files(folder):
         try:
+            # linked, so that the second copy goes on following
             os.link(os.path.join(folder, name), store.path(name))
         except OSError:  # a git dir on another disk
             shutil.copyfile(os.path.join(folder, name), store.path(name))
@@ -3289,6 +3407,8 @@ def restore_task(tx: Transaction, task: Task, event: dict) -> None:
             )
         )
     else:
+        # also of a claim whose agent holds something else now, or whose owner the event does not
+        # name
         state.pending[task.id] = task._replace(
             state="pending" if task.state == "claimed" else task.state
         )
@@ -3301,6 +3421,8 @@ def restore_task(tx: Transaction, task: Task, event: dict) -> None:
 # only a dead one loses it. (tests/rooms/test_locks.py)
 
 
+# A class such as [ab] counts as any one character: excluding too much makes an agent wait,
+# excluding too little lets two of them edit one file.
 def segments_overlap(a: str, b: str) -> bool:
     """Whether one file name can match both patterns (`*`, `?`, `[...]` taken as any one
     character)."""
@@ -3376,6 +3498,7 @@ class LockRegistry:
         # The dead were expired before: whoever still has the file lives, or cannot be seen from
         # here.
         holder = Owner.from_json(claim.owner)
+        # not the host's name, which changes with the network
         if (holder.pid, holder.start, holder.boot) != (owner.pid, owner.start, owner.boot):
             raise Refused(describe_holder(claim), "./farm.py locks")
         return claim
@@ -3402,6 +3525,7 @@ class LockRegistry:
         claim = claim._replace(locks=[name for name in claim.locks if name not in names])
         self.tx.write_lock(claim) if claim.locks or claim.task else self.tx.remove_lock(agent)
 
+    # `is False`: None means unseen, and only a lease ends that
     def has_dead_owner(self) -> bool:
         return any(
             find_liveness(Owner.from_json(claim.owner)) is False
@@ -3422,6 +3546,8 @@ def is_unseen(claim: Claim) -> bool:
     return find_liveness(Owner.from_json(claim.owner)) is None
 
 
+# Not on disk: a watcher that has just come has seen nothing, and waits for a whole lease. Two wall
+# clocks may be hours apart, and a laptop may have slept.
 class LeaseWatch:
     """Leases of owners that cannot be seen, counted on this process's monotonic clock from the
     first look at each renewal."""
@@ -3470,6 +3596,8 @@ def with_conversation(task: Task, agent: str, conversation: str) -> Task:
     )
 
 
+# Another agent would begin without the context, so the task waits a little for the one that has
+# it.
 def kept_conversation(task: Task, now: float) -> dict:
     """The task's conversation, kept for its agent for a while; empty when there is none."""
     return (
@@ -3492,6 +3620,7 @@ def shortened(draft: Task) -> Task:
     return draft._replace(title=one_line(draft.title, TITLE_LENGTH), prompt=whole)
 
 
+# What needs git, a pin or a rescue say, the caller has done before: no git runs under the mutex.
 class TaskQueue:
     """The moves of a task between pending, claimed and ready. Every method needs an open
     Transaction."""
@@ -3862,6 +3991,7 @@ def describe_death(claim: Claim, owner: Owner, *, is_seen: bool) -> str:
     return f"{claim.agent} died (pid {owner.pid} is gone)"
 
 
+# Refused at once, as a task in a circle would wait for ever, and look like one that only waits.
 def check_after(task: Task, state: State) -> None:
     """Raises UsageError for a task that comes after one that is not there, or after itself."""
     for name in task.after:
@@ -3876,6 +4006,7 @@ def check_after(task: Task, state: State) -> None:
         )
 
 
+# No recursion: a list of two thousand tasks may be one chain, and Python stops at a thousand.
 def find_circle(task: Task, state: State) -> tuple[str, ...]:
     """The ids on the way from a task back to itself by `after`; empty when there is none: it could
     never be claimed."""
@@ -3892,6 +4023,8 @@ def find_circle(task: Task, state: State) -> tuple[str, ...]:
     return ()
 
 
+# Before their tasks move on: the next attempt goes on from the branch, which does not have what is
+# not committed.
 def rescue_dead_owners(store: Store, settings: Settings) -> dict[str, str]:
     """Keep what dead owners' worktrees hold unsaved: agent -> rescue ref. Outside the mutex,
     before their tasks move on."""
@@ -3907,6 +4040,8 @@ def rescue_dead_owners(store: Store, settings: Settings) -> dict[str, str]:
     return rescues
 
 
+# Two rounds at most: an owner that dies during the rescues leaves its unsaved work in its
+# worktree, which nobody resets before a rescue of its own.
 def take_over(store: Store, settings: Settings, watch: LeaseWatch, move):
     """`move(tx)` in a transaction in which dead owners hold nothing any more.
 
@@ -3944,6 +4079,7 @@ def is_stranded(task: Task, state: State) -> bool:
     )
 
 
+# Derived and not stored: time and other tasks change it, and nobody would be there to write it.
 def derived_state(task: Task, state: State, now: float) -> str:
     """A pending task that may not be claimed yet is shown as waiting."""
     if task.state == "pending" and (
@@ -3958,6 +4094,8 @@ def derived_state(task: Task, state: State, now: float) -> str:
 # (tests/rooms/test_task_files.py)
 
 CHECKBOX = r"^(\s*)(?:[-*+]|\d+[.)])\s+\[([ xX])\]\s+(\S.*)$"
+# A typing error (`-[ ] x`, `- [] x`, `- [?] x`) would be read as text of the item above, and a
+# task lost without a word. `[x](url)` is a link and none.
 NEARLY_CHECKBOX = r"^\s*(?:[-*+]|\d+[.)])\s*\[(?:\s*[xX]?\s*|[^\w\s])\](?!\()"
 
 
@@ -3972,6 +4110,7 @@ def parse_checklist(text: str, name: str) -> list[Task]:
     bodies: list[list[str]] = []
     # (indent, index of its draft; None for a checked one)
     open_items: list[tuple[int, int | None]] = []
+    # a fence of a code block: what looks like a checkbox within is text
     in_code = False
     for number, line in enumerate(text.expandtabs(4).splitlines(), 1):
         item, indent = None if in_code else re.match(CHECKBOX, line), len(line) - len(line.lstrip())
@@ -4011,6 +4150,7 @@ LABELS = {
 }
 
 
+# Only at the beginning: further down `path: x` may be part of what the agent shall read.
 def read_labels(lines: list[str]) -> tuple[dict, list[str]]:
     """The fields of a task that a text begins with, a line `label: value` each, and its other
     lines. Raises UsageError."""
@@ -4071,6 +4211,7 @@ def parse_json_item(item, where: str) -> Task:
     fields = {key: item[key] for key in own if key in item}
     fields.setdefault("prompt", item.get("body") or "")
     if isinstance(fields["prompt"], str):
+        # GitHub's forms send CR LF
         fields["prompt"] = fields["prompt"].replace("\r\n", "\n")
     fields.update(find_agent_label(item))
     if "number" in item:
@@ -4086,6 +4227,7 @@ def parse_json_item(item, where: str) -> Task:
     return draft
 
 
+# Line by line where that works, as then a mistake is told with its own line.
 def parse_json_tasks(text: str, name: str) -> list[Task]:
     """A JSON array, one JSON object a line, or objects one after the other. Raises UsageError
     that names the line or item."""
@@ -4114,12 +4256,15 @@ def parse_json_tasks(text: str, name: str) -> list[Task]:
     return drafts
 
 
+# The source is made of title and prompt, not of the line's number: a list that grows in its middle
+# adds what is new and nothing else. The counter keeps apart two items that are the same.
 def parse_tasks(text: str, name: str) -> list[Task]:
     """Drafts from a checklist, JSON or plain lines, each with the `source` that keeps it from
     being added twice."""
     import zlib
 
     lines = [line.strip() for line in text.splitlines()]
+    # `[ ] title` begins with a bracket, too
     if re.match(r"\s*(?:\{|\[\s*(?:[\[{\"\]]|\Z))", text):
         drafts = parse_json_tasks(text, name)
     elif any(re.match(CHECKBOX, line) or re.match(NEARLY_CHECKBOX, line) for line in lines):
@@ -4188,6 +4333,8 @@ LEAST_CHANCE = 0.1
 WRONG_RETURN_ODDS = 1e-5
 
 
+# Without the prior, one landing would make the rate 0 and one return make it 1: the group's size
+# would jump from all that is ready to one.
 def failure_rate(returned: int, done: int) -> float:
     """Estimate the chance that an entry fails, from the `returned` ones among those `done`
     (landed or returned).
@@ -4251,6 +4398,8 @@ def count_green(evidence: list, strict: bool) -> int:
     return max((length for length, green in enumerate(greens, 1) if green), default=0)
 
 
+# Verdicts of earlier ticks, of other groups and of other orders stand under the same trees; each
+# that fits is an answer for which no gate has to run.
 def settle(node: Node, known: Known) -> Node:
     """Move `node` past all that existing verdicts answer: more entries known good, a closer
     failing bound."""
@@ -4395,11 +4544,14 @@ def plan(
     prefixes in landing order, so each green one lands as it is; guilt takes a repeated red and a
     green tree without the entry, so neither a flake nor a red target gets anyone returned.
     """
+    # the rate stays off 0 and 1, where the logarithms above have no value; the cache is for this
+    # call alone, as verdicts change between two
     known = Known(
         functools.lru_cache(maxsize=None)(verdict_of), min(max(rate, 1e-6), 0.99), reds, strict
     )
     target = known.evidence_of(())
     start = settle(Node((), tuple(queue), 0, 0, target.greens > 0), known)
+    # only while no entry lands on it green: an entry that mends a red target is to land
     if not start.trusted and target.reds >= TARGET_REDS:
         return Plan(0, None, True, (), tuple(running))
     root, guilty = drop_guilty(start, known)
@@ -4426,6 +4578,8 @@ ASK_AGAIN_SECONDS, ASK_AGAIN_SECONDS_MAX = 5.0, 3600.0
 NO_VERDICT = Verdict("none", -1, 0.0, "")
 
 
+# The key is a hash of command and variables, as the command may be longer than a file's name, and
+# another command has to ask anew.
 class Verdicts:
     """What gates said of trees: results/TREE-KEY.json, KEY for the gate's command and the
     environment names that count.
@@ -4505,6 +4659,7 @@ class Verdicts:
         that never gives a verdict.
         """
         self.unjudged[tree] += 1
+        # once may be an accident (a kill, a busy machine); a command that is not there is none
         if self.unjudged[tree] >= 2 or verdict.exit_code in CANNOT_START:
             self.silent[tree] = verdict.note
             self.memo[tree] = Evidence(0, 99)
@@ -4526,6 +4681,7 @@ class Verdicts:
             self.silent.clear()
         self.memo = {tree: found for tree, found in self.memo.items() if tree in self.silent}
 
+    # It goes back with the work, for an agent to read: the end says what has failed.
     def tail(self, tree: str, lines: int = 60) -> str:
         """The end of what the gate printed about a tree."""
         try:
@@ -4621,6 +4777,7 @@ class Gate:
         except Exception as error:
             # a thread that died in silence would hold its slot for ever; the merger raises it again
             self.failure = error
+        # last, as the merger reads the rest once it sees it
         self.is_done = True
         wake.set()
 
@@ -4717,6 +4874,8 @@ class Slots:
                 )
         return over
 
+    # A gate that rewrites what it tests (a formatter, a lock file) has judged another tree than
+    # the one that would land.
     def judge(self, gate: Gate) -> Verdict:
         """A gate's verdict; one that changed tracked files gave none, as one that timed out or
         was killed."""
@@ -4738,6 +4897,8 @@ class Slots:
             "gate-ended", None, ids=list(ids), tree=tree, slot=slot, **verdict._asdict()
         )
 
+    # Before anything else uses the slots: a dead merger's gate would go on in a folder that is
+    # being made another tree.
     def recover(self) -> None:
         """End the gates of a dead merger."""
         end_all_gates(self.folder)
@@ -4769,6 +4930,8 @@ Step.__doc__ = """One line of merge/chain.sh, which says what its status and det
 tree of the chain after it."""
 
 
+# The commit's date will be that of the submission: made at any other time, the chain has the same
+# shas.
 def chain_line(task: Task) -> str:
     """One entry of merge/chain.sh's input."""
     fields = (
@@ -4794,6 +4957,7 @@ class Chain:
     def __init__(self, store: Store, settings: Settings, target: str, verdicts: Verdicts):
         self.store, self.settings, self.target, self.verdicts = store, settings, target, verdicts
         identity = store.farm().get("identity")
+        # as `up` has found it: another user.name in between would change every sha
         self.identity = (
             "\t".join(identity)
             if is_texts(identity) and len(identity) == 2 and all(identity)
@@ -4873,6 +5037,7 @@ class Chain:
             tip = step.commit if step.status == "ok" else tip
         return known + steps
 
+    # The planner asks about chains by the hundred; building each would be a git call each.
     def evidence_of(self, ids: tuple) -> Evidence:
         """Evidence for the target plus exactly these entries in this order. A chain that was
         never built has none."""
@@ -4944,6 +5109,7 @@ def describe_block(target: str, result: ScriptResult) -> tuple[str, str]:
     lock."""
     said = script_error("merge/land.sh", result)
     files = read_tsv(result.stdout)[0][1:] if result.stdout else []
+    # an absolute path is that of a checkout; files in the way are told relative to it
     if files and not any(map(os.path.isabs, files)):
         return (
             f"the checkout of {target} has changes of its own in the way: {', '.join(files)}",
@@ -4976,6 +5142,7 @@ class Landing:
             "entries": [[step.id, step.commit] for step in steps],
             "revs": [task.rev for task in tasks],
         }
+        # before the swap: a kill behind it leaves a target that has moved, and this says for whom
         self.store.write_json(INTENT_FILE, intent)
         return self.finish(intent)
 
@@ -4994,6 +5161,7 @@ class Landing:
             timeout=3600,
         )
         if result.code == 0:
+            # of each entry the commit before it: what `revert` and `diff` of it begin from
             befores = [intent["old"], *(commit for _, commit in intent["entries"])]
             revs = intent.get("revs") or [None] * len(befores)
             self.record(
@@ -5039,6 +5207,7 @@ class Landing:
         for line in filter(None, said.splitlines()):
             say(printable(line))
 
+    # Never a merge of the two: that would be a commit whose tree no gate has seen.
     def catch_up(self, target: str) -> tuple[str, str] | None:
         """Somebody has pushed: where our target is only behind, it moves to what the remote has,
         as in a landing, and all that is ready is merged and gated on that. Else what a person
@@ -5103,6 +5272,7 @@ class Landing:
                         landed_commit=commit,
                         landed_from=before,
                         landed_at=utc(CLOCK.now()),
+                        # what was asked is in the history; a year's archive would grow by it
                         prompt="",
                         reason="",
                     ),
@@ -5123,6 +5293,7 @@ class Landing:
         wait_for_landing(intent["new"])
         found = run_script("merge/land.sh", "recover", *self.arguments(intent), allow=(0, 3))
         ready = self.store.snapshot().ready
+        # a rev tells of each move since: canceled, returned, submitted anew
         now = [getattr(ready.get(task_id), "rev", 0) for task_id, _ in intent["entries"]]
         if found.code == 0 and (
             found.stdout.startswith("landed") or now == intent.get("revs", now)
@@ -5158,6 +5329,7 @@ class Returns:
         attempt = task.attempts + counts
         # Pin, text, move: the next attempt can only be claimed after the move, and then finds both.
         # A kill before it repeats them.
+        # where no attempt is counted its number comes again: the rev keeps the two pins apart
         ref = f"refs/farm/returned/{task.id}/{attempt}" + f".{task.rev}" * (not counts)
         pinned = (
             run_script(
@@ -5206,6 +5378,8 @@ class Returns:
             self.send_back(task, reason, said, goes_on=False)
         return bool(found.stdout)
 
+    # After the task went back, so that a diagnosis keeps nobody waiting: it is a help, not a
+    # proof.
     def explain(self, task: Task, colour: str) -> None:
         """Add to the returned task what the lone run has shown."""
         partners = read_tsv(
@@ -5403,6 +5577,9 @@ def merge_order(tasks: list[Task], now: float) -> list[Task]:
     return sorted(tasks, key=key)
 
 
+# The order within a tick is the order of proofs: verdicts are recorded before anything is planned,
+# what needs no gate moves before a plan, and each move ends the tick, as it changes the queue that
+# all the rest was computed from.
 class MergeQueue:
     """Lands ready tasks on the target, never through a red tree. Crash-only: durable are git,
     the queue file, the verdicts and the intent of a landing; everything else is computed again.
@@ -5792,6 +5969,8 @@ class Merger:
         """A tick, after a recovery where one is due. When a script failed on work that git
         cannot read, that work goes back and the rest goes on.
         """
+        # at a merger's first tick, and after each error: what failed may have left a landing half
+        # done
         if not self.is_recovered:
             self.queue.recover()
         self.is_recovered = True
@@ -5806,6 +5985,8 @@ class Merger:
         """Until a move is made or a gate is over; a person's commit, or a file taken out of the
         way, tells nobody, so 5 s at most."""
         slots, store = self.queue.slots, self.queue.store
+        # first: a gate that ends from here on sets it again, one that has ended before is seen by
+        # is_due
         slots.wake.clear()
         seen = store.signature()
 
@@ -5819,6 +6000,7 @@ class Merger:
         wait_for(is_due, CLOCK.monotonic() + 5, 0.1, slots.wake.wait)
 
 
+# The file outlives its merger; pid and start time say whether it still speaks for anybody.
 def find_activity(store: Store) -> dict:
     """What a live merger is doing (merge_queue/now.json); empty when none runs."""
     now = store.read_json(NOW_FILE) or {}
@@ -5915,6 +6097,7 @@ Usage = collections.namedtuple(
 )
 
 
+# bool is left out by type(), text and null by both: a CLI's file may hold anything
 def dollars_of(value) -> float:
     return float(value) if type(value) in (int, float) else 0.0
 
@@ -5929,6 +6112,9 @@ def text_of(message: dict) -> str:
     return " ".join(texts)
 
 
+# What an agent may run unasked whatever FARM_PERMISSIONS says: it can work, commit and hand in
+# without a person. What leaves the worktree's own branch (push, checkout, reset) is not among
+# these.
 ALLOWED_VERBS = ("submit", "fail", "lock", "unlock", "renew", "add")
 ALLOWED_GIT = (
     "status",
@@ -5944,8 +6130,10 @@ ALLOWED_GIT = (
     "rebase",
     "cherry-pick",
 )
+# for a shell to fill in: one settings file serves all agents
 MAILBOX = "$FARM_REPO/coordination/mailbox/$FARM_AGENT_NAME"
 
+# by which CLIs that are no provider's own pay; claude, codex and gemini get theirs by pattern
 PROVIDER_KEYS = ("ANTHROPIC_API_KEY", "OPENAI_API_KEY", "GEMINI_API_KEY", "OPENROUTER_API_KEY")
 
 # preset: a name in CLIS, or empty for a command
@@ -5953,7 +6141,9 @@ Launch = collections.namedtuple("Launch", "preset start resume")
 
 
 class Cli:
-    """A coding CLI that the farm knows by name. A new one is a class here, and its name in CLIS.
+    """A coding CLI that the farm knows by name. A new one is a class here, and its name in CLIS;
+    files of its that hold a login belong into the secrets of scripts/isolate.sh, which hides them
+    from agents of other CLIs. scripts/README.md and the Makefile list the names for people.
 
     start, resume: run by bash in the worktree, `{permissions}` replaced by the flags of
     FARM_PERMISSIONS. resume is empty where nobody can go on in a conversation. Where the text
@@ -5986,8 +6176,10 @@ class Cli:
         """How it is run with these permissions: ask, edits, all. A sandbox of its own is left off
         in ours, where it could not be made: `permissions` has that under "isolated"."""
         flags = self.permissions.get(permissions, "")
+        # its sandbox would need user namespaces within ours
         if is_isolated and self.sandbox_word and self.sandbox_word in flags:
             flags = self.permissions["isolated"]
+        # pipefail: else the exit code would be tee's, and each attempt a success
         frame = 'set -o pipefail; {{ {}; }} | tee "$FARM_OUTPUT"' if self.keeps_output else "{}"
         frame = self.prelude + frame if is_isolated else frame
         start, resume = (
@@ -6010,6 +6202,7 @@ class Cli:
         """Whether the claim's conversation is one that was interrupted, so that it goes on in
         it."""
         conversation = claim.task.get("conversation", {})
+        # `until` is written when an attempt is interrupted: a new task's id has named nothing yet
         is_begun = self.resume and conversation.get("id") and "until" in conversation
         return bool(is_begun and self.has_conversation(conversation["id"]))
 
@@ -6084,6 +6277,8 @@ class ClaudeCode(Cli):
         there is none."""
         import glob
 
+        # below projects/ each worktree has a folder whose name is Claude Code's own business: any
+        # will do
         folder = glob.escape(self.folder(os.path.expanduser("~")))
         pattern = os.path.join(folder, "projects", "*", f"{conversation}.jsonl")
         return next(iter(glob.glob(pattern)), "") if conversation else ""
@@ -6109,6 +6304,8 @@ class ClaudeCode(Cli):
                 earlier, cost = earlier + (cost if now < cost else 0.0), now
             if item.get("type") == "assistant" and isinstance(message, dict):
                 messages[message.get("id")] = message.get("usage")
+                # emptied by any answer that comes after it: only an error at the end is the
+                # attempt's
                 error = text_of(message) if item.get("isApiErrorMessage") else ""
         return Usage(
             sum(count(usage, *self.tokens_in) for usage in messages.values()),
@@ -6122,6 +6319,7 @@ class ClaudeCode(Cli):
         path = os.path.join(self.folder(home), "sessions", f"{pid}.json")
         told = next(read_json_lines(path), {})
         is_known = type(told.get("statusUpdatedAt")) is int
+        # a file of that pid may be left from a process before the last reboot
         return told if is_known and told.get("procStart") == start_of(pid) else {}
 
     @classmethod
@@ -6132,6 +6330,8 @@ class ClaudeCode(Cli):
         event: the hook's JSON (hook_event_name, message, error, tool_name, ...).
         """
         name = str(event.get("hook_event_name", ""))
+        # of notifications only that of a dialog is a wait: others come late, when a permission was
+        # given
         is_news = event.get("notification_type") != "elicitation_dialog"
         if name not in cls.turn_states or name == "Notification" and is_news:
             return "", ""
@@ -6147,6 +6347,7 @@ class ClaudeCode(Cli):
     def read_cost(self, path: str, conversation: str) -> float:
         """From what its status line was told."""
         told = next(read_json_lines(path), {})
+        # the file may still hold what the conversation before this one has cost
         cost = told.get("cost") if told.get("session_id") == conversation else {}
         return dollars_of(cost.get("total_cost_usd")) if isinstance(cost, dict) else 0.0
 
@@ -6178,6 +6379,7 @@ class ClaudeCode(Cli):
             projects, answers = told.get("projects") or {}, told.get("customApiKeyResponses") or {}
             trusted = (projects.get(repo) or {}).get("hasTrustDialogAccepted")
             key = os.environ.get("ANTHROPIC_API_KEY", "")
+            # of a key that was approved it keeps the last 20 characters
             key_is_known = not key or key[-20:] in (answers.get("approved") or [])
         except FileNotFoundError:
             told, trusted, key_is_known = {}, False, True
@@ -6217,6 +6419,7 @@ class ClaudeCode(Cli):
             "skipDangerousModePermissionPrompt": True,
         }
         if settings.budget or settings.task_budget:
+            # only then, as it takes the place of the user's own status line
             data["statusLine"] = {"type": "command", "command": f'cat >"{MAILBOX}/{COST_FILE}"'}
         return data
 
@@ -6241,6 +6444,8 @@ class ClaudePrint(ClaudeCode):
         result, stamp = {}, ""
         for item in read_json_lines(path):
             result = item if item.get("type") == "result" else result
+            # the exact second of the reset stands in an event of its own, not in the words of the
+            # error
             info = item.get("rate_limit_info")
             resets_at = info.get("resetsAt") if isinstance(info, dict) else None
             stamp = f"|{resets_at}" if type(resets_at) is int else stamp
@@ -6267,6 +6472,8 @@ class Codex(Cli):
     start = 'codex exec --json {permissions} -- "$FARM_PROMPT" </dev/null'
     resume = 'codex exec {permissions} resume --json "$FARM_CONVERSATION" "$FARM_PROMPT" </dev/null'
     sandbox_word = "workspace-write"
+    # Codex writes below its worktree only. A commit needs the worktree's own git dir, new objects,
+    # its branch and that branch's log; the farm's moves need the mailbox.
     writable = ",".join(
         f'\\"{root}\\"'
         for root in (
@@ -6293,6 +6500,8 @@ class Codex(Cli):
         for item in read_json_lines(path):
             thread = str(item.get("thread_id") or thread)
             if item.get("type") == "turn.completed":
+                # the sum so far: the last one counts, and a turn that ends well has got over its
+                # errors
                 usage, error = item.get("usage"), ""
             elif item.get("type") in ("turn.failed", "error"):
                 inner = item.get("error")
@@ -6326,6 +6535,7 @@ class Gemini(Cli):
         try:
             with open(path, encoding="utf-8", errors="replace") as file:
                 text = "\n" + file.read()
+            # the last line that begins an object: 2>&1 puts warnings and stack traces before it
             told = json.JSONDecoder().raw_decode(text, text.rindex("\n{") + 1)[0]
             models, error = (told.get("stats") or {}).get("models") or {}, told.get("error") or {}
             tokens = [model.get("tokens") for model in models.values()]
@@ -6421,6 +6631,7 @@ def cli_of(agent: str) -> Cli:
 def read_mix(agent: str) -> list[str]:
     """A preset for each agent of a mix such as `claude:6,codex:4`; empty for a preset or
     command. Raises UsageError."""
+    # a command may have colons and commas, too; only a whole mix is one
     if not re.fullmatch(r"[\w-]+:\d+(,[\w-]+:\d+)*", agent):
         return []
     shares = [share.split(":") for share in agent.split(",")]
@@ -6447,6 +6658,8 @@ def share_agents(settings: Settings) -> list[str]:
     return read_mix(settings.agent) or [settings.agent or DEFAULT_CLI.name] * settings.n
 
 
+# Asked before ten sessions start that would all end at once. `type` and not `which`: the command
+# is run by bash, and may be a builtin. A word with `$` or quotes in it is bash's business.
 def check_command(command: str, repo: str) -> None:
     """Raises MissingTool when the first word of an agent's command cannot be started; a path is
     looked up from the repo."""
@@ -6519,6 +6732,7 @@ def agent_home(repo: str, settings: Settings, agent: str) -> str:
 def read_cli_session(store: Store, agent: str, preset: str, home: str) -> dict:
     """What the CLI itself says of the process at work; empty when that is nothing."""
     try:
+        # an agent can write there: no link, no FIFO, not more than a number
         pid = int(read_foreign(store.path("mailbox", agent, "pid"), 99, os.O_NOFOLLOW))
         return cli_of(preset).read_session(home, pid)
     except (OSError, ValueError):
@@ -6574,6 +6788,7 @@ def read_reset(text: str, now: float) -> float | None:
     Known: `...|1765432100`, `resets 3pm (Europe/Berlin)`, `resets Nov 25, 3:30pm (UTC)`, `try
     again at Jan 2, 2027, 3pm`, `try again in 2 hours 5 minutes`, `retry after 30s`.
     """
+    # exact, so it goes before words; ten digits are seconds from 2001 to 2286
     stamp = re.search(r"\|(\d{10})\b", text)
     if stamp:
         return float(stamp[1])
@@ -6639,6 +6854,7 @@ def list_clis() -> list[str]:
 
     checked = {cli.program(): cli.checked for cli in CLIS.values()}
     there = [program for program in checked if shutil.which(program)]
+    # at once: each of them starts a program, which may take its seconds
     with ThreadPoolExecutor() as pool:
         versions = [
             version + (f" (checked with {known})" if (known := checked[version.split()[0]]) else "")
@@ -7301,6 +7517,7 @@ def cost_of_claim(store: Store, claim: Claim, spending: list[dict]) -> float:
 # (tests/rooms/test_attempts.py)
 
 
+# The file and not the loop gives the turns: agents start by themselves, and a loop may be dead.
 def wait_for_start(store: Store, stagger_seconds: float) -> None:
     """Until this start's turn: one CLI starts every `stagger_seconds`, because many at once slow
     each other down for long.
@@ -7316,6 +7533,7 @@ def wait_for_start(store: Store, stagger_seconds: float) -> None:
         slot = slot if now < slot < now + 999 * stagger_seconds else now
         file.truncate(0)
         file.write(f"{slot + stagger_seconds:.3f}")
+    # after the lock is given back: who comes next takes the slot after this one meanwhile
     time.sleep(slot - now)
 
 
@@ -7349,6 +7567,7 @@ def claim_once(
     task_id, conversation = call.options.get("id", ""), new_conversation(preset)
 
     def move(tx: Transaction) -> Claim:
+        # in the transaction of the claim: of ten agents that come at once, one is to be the trial
         begin_trial(tx, key, CLOCK.now())
         takes = find_presets(call.store, settings, key, CLOCK.now()) if key else None
         return TaskQueue(tx).claim(agent, owner, task_id, conversation, takes)
@@ -7399,6 +7618,7 @@ def submit(store: Store, agent: str, fence: str, *, branch: str = "", commit: st
         verify_objects(store.repo, head)
         pin = ("merge/pins.sh", "set", "-C", store.repo, f"refs/farm/ready/{task_id}", head)
         pinned = spawn_script(*pin).strip()
+        # FARM_BASE is where the attempt began: a head that has not left it brings nothing
         if pinned == os.environ.get("FARM_BASE"):
             raise nothing_new(branch)
         with store.transaction() as tx:
@@ -7424,6 +7644,8 @@ def verify_objects(repo: str, head: str) -> None:
         raise BrokenObjects(str(error), error.hint) from None
 
 
+# An agent may have worked on a branch that it has made itself, or without any. Only where HEAD is
+# not on the task's branch has a script to look, which costs some processes.
 def find_own_head(agent: str, branch: str) -> str:
     """The commit to submit where an agent that submits by itself has left its task's branch; empty
     where it has not. In the usual case two files are read.
@@ -7481,6 +7703,7 @@ class Attempt:
         if outcome.move != "submit":
             self.leave_off(outcome)
 
+    # The cost is noted before the budgets are asked, so that this attempt counts among them.
     def judge(self, code: int, log: str) -> Outcome:
         """The outcome as far as the CLI, the exit code and the budgets say; what the attempt has
         used is written down."""
@@ -7495,6 +7718,7 @@ class Attempt:
             "see its log" if self.preset else describe_tail(log),
             find_missing(code, log) if code in CANNOT_START else "",
         )
+        # it goes into a command line later
         told = usage.conversation if is_name(usage.conversation) else ""
         outcome = outcome._replace(conversation=told)
         if not self.preset:
@@ -7543,6 +7767,8 @@ class Attempt:
         if "NOTHING" in found and claim is not None and claim.fence == self.fence:
             return nothing
         head = found.get("HEAD") or f"refs/heads/{self.branch}"
+        # what passes by itself (another git's lock, say) must not cost an attempt: the work is
+        # done
         for tries_left in (2, 1, 0):
             try:
                 submit(self.store, self.agent, self.fence, commit=head)
@@ -7564,6 +7790,7 @@ class Attempt:
         words = (*describe_branch(), "-m", os.environ["FARM_TITLE"] or "work", self.worktree)
         argv = (self.store.repo, self.worktree, "agent/commit-rest.sh", *words)
         try:
+            # detach, so that the end of its time ends the hook or the pinentry as well
             result = run_on_tree(*argv, allow=(0, 1, 4), timeout=COMMIT_SECONDS, detach=True)
         except TookTooLong:
             why = f"the commit took longer than {COMMIT_SECONDS:.0f} s"
@@ -7581,6 +7808,7 @@ class Attempt:
 
     def leave_off(self, outcome: Outcome) -> None:
         """Give the task back without a result, unsaved work kept first."""
+        # before the move: after it another agent may begin, and this worktree may be used again
         kept = rescue(self.store.repo, self.agent, self.worktree) if self.worktree else ""
         is_idle = self.was_idle(bool(kept) and outcome.cause not in NO_COMMIT)
         outcome = note_outcome(self.store, self.fence, outcome, is_idle=is_idle)
@@ -7660,6 +7888,7 @@ def measure(tree: list) -> Footprint:
         try:
             with process.oneshot():
                 times = process.cpu_times()
+                # since its start, as one look has nothing earlier to compare with
                 cpu += 100 * (times.user + times.system) / max(now - process.create_time(), 1)
                 rss += process.memory_info().rss
                 zombie |= index == 0 and process.status() == psutil.STATUS_ZOMBIE
@@ -7668,6 +7897,8 @@ def measure(tree: list) -> Footprint:
     return Footprint(round(cpu, 1), int(rss), len(tree), zombie)
 
 
+# A shell says 128 + n where its child was ended by signal n; tmux itself tells of the pane's own
+# process only.
 def end_cause(session: Session | None) -> str:
     """Why a session is over, from what tmux knows of its process."""
     if session is None:
@@ -7891,6 +8122,7 @@ class WorkCount:
         whole = os.fsdecode(self.output.read()).rpartition("\n")[0]
         self.found = {name: [int(commits), int(lines)] for name, commits, lines in read_tsv(whole)}
         self.output.close()
+        # the longer a count takes, the longer until the next: on a big repo git would never rest
         self.process, self.due_at = None, CLOCK.monotonic() + max(2.0, seconds / self.SHARE)
 
 
@@ -8028,6 +8260,7 @@ SHELLS_OWN = (
 )
 
 
+# Digests, as the note lies on disk and the values are keys and tokens.
 def digest_environment() -> dict[str, str]:
     """name -> a digest of its value, of the variables that sessions get from their caller."""
     import hashlib
@@ -8100,6 +8333,7 @@ def undo_of(repo: str, key: str, known: dict) -> str:
     return f"look at {path}; it is to be {wanted} (if it is right: ./farm.py up)"
 
 
+# Its time and not a number in it: each `up` writes it anew, also where nothing has changed.
 def stamp_of(note: str) -> str:
     """Which `up` has written this note; empty without one."""
     try:
@@ -8146,6 +8380,8 @@ class SharedWatch:
         self.due_at, now = CLOCK.monotonic() + SHARED_SECONDS, self.read()
         keys = sorted(key for key in {*known, *now} if known.get(key) != now.get(key))
         for key in keys:
+            # told once, with those who were at work when it was first seen; later lookers would be
+            # suspects
             if self.changes.get(key, ("", "", ""))[2] != stamp:
                 self.changes[key] = [
                     describe_change(key, known, now, busy),
@@ -8162,6 +8398,8 @@ class SharedWatch:
 
 CLI_SETTINGS_FILE = "cli-settings.json"
 
+# The loop is started again by the shell of its pane: nobody else looks after it. An agent's pane
+# is the agent itself (exec), so that the pane's process and exit status are its own.
 SESSION_COMMAND = """\
 if [ "$FARM_AGENT_NAME" = control ]; then
   until "$FARM_HOME/scripts/farm" --repo "$FARM_REPO" run; do sleep 1; done
@@ -8256,6 +8494,7 @@ class Sessions:
             *("spawn-tmux.sh", *where, *pairs, "-c", SESSION_COMMAND),
             stdin="".join("\t".join(map(escape_field, row)) + "\n" for row in rows),
             allow=(0, 1),
+            # `up` may be typed in a tmux or by an agent: neither is the new sessions' business
             env={"TMUX": "", "FARM_AGENT_NAME": ""},
         )
         if result.stderr.strip():
@@ -8519,14 +8758,17 @@ class Ending:
             )
         else:
             self.remember("stopping")
+        # first: the loop would start again what is ended here
         self.stop_loop_and_merger()
         names = self.names = self.everyone()
+        # an idle agent waits at its bell, and sees at once that the farm is stopping
         for name in names:
             ring(self.store.path("mailbox", name, "bell"))
         deadline = CLOCK.monotonic() + grace_seconds
         wait_for(
             lambda: hurry() or not any(claim.task for claim in self.own_claims()), deadline, 0.1
         )
+        # before the work is kept: a rescue beside a writer would keep half a file
         self.sessions.end_all(names)
         kept = self.keep_work()
         if not self.is_blind:
@@ -8579,6 +8821,7 @@ class Ending:
         )
         places = {name: worktree_of(self.repo, self.settings, name) for name in busy}
         places = {name: place for name, place in places.items() if os.path.isdir(place)}
+        # a rescue is git over a whole worktree; fifty of them one by one would be a long goodbye
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             rescues = dict(
                 zip(
@@ -8630,6 +8873,8 @@ def find_leftovers(repo: str, target: str, state: State) -> tuple[list[list[str]
     ]
     pins = ("refs/farm/ready/", "refs/farm/returned/")
     pinned = {sha for ref, sha, where in rows if where == "out" and ref.startswith(pins)}
+    # A pin may go where the target has its commit. A branch may go also where a pin keeps it, but
+    # never the last name of a commit.
     over = [
         [ref, sha]
         for ref, sha, where in rows
@@ -8656,6 +8901,7 @@ class Housekeeping:
                     "drop",
                     "-C",
                     self.store.repo,
+                    # with the sha that was seen: a ref that has moved meanwhile stays
                     stdin="".join(f"{ref} {sha}\n" for ref, sha in over),
                 )
         if self.settings.keep_days and now >= self.sweep_at:
@@ -8697,6 +8943,8 @@ class MergerProcess:
         """Whether one that we have started runs."""
         return self.process is not None and self.process.poll() is None
 
+    # By the lock file and not by the child alone: after the loop was killed its merger goes on,
+    # and is no child of the next loop.
     def tend(self, now: float) -> None:
         """Let the one that runs be, whoever has started it; else start one, unless it keeps
         ending."""
@@ -8707,6 +8955,7 @@ class MergerProcess:
             self.process = None
         if self.process is not None or find_recorded(self.store.path("merger.lock")) is not None:
             return
+        # three of its ends are below PARK_AFTER: unlike an agent a merger is never given up
         start_at = self.policy.start_at(self.ends[-3:], now)
         if start_at is None or start_at <= now:
             self.start()
@@ -8727,6 +8976,9 @@ class MergerProcess:
             )
 
 
+# The order of a tick: the merger first, as it needs nothing of what may go wrong below; then what
+# has ended, whose tasks are free by that, before what is due starts again; idle agents are rung
+# last, when all that can be claimed is there.
 class Farm:
     """The lifecycle of a farm. Crash-only: kill it at any time, start it again, and it goes on
     from disk."""
@@ -9081,6 +9333,7 @@ class Farm:
 
 def open_farm(call: Call) -> Farm:
     """A Farm from the settings, everything checked that would stop its agents later."""
+    # first, as all below calls them
     run_script("check-tools.sh", "git", "tmux")
     settings = call.settings()
     target = target_of(call, settings)
@@ -10128,6 +10381,8 @@ def status_lines(status: dict, room: int = 6) -> list[str]:
     return [one_line(line) for line in lines]
 
 
+# a head here is a cell in agent_row; what a record does not have yet: agent_record, for agents on
+# hosts TOLD_OF_AGENT (both in sessions)
 COLUMNS = [
     "AGENT",
     "STATE",
@@ -10141,6 +10396,7 @@ COLUMNS = [
     "COST",
     "NOTE",
 ]
+# what goes first where the terminal is too narrow
 SPARE_COLUMNS = ("NOTE", "COST", "MEM", "CPU", "OUTPUT", "COMMITS", "LINES")
 
 
@@ -13073,6 +13329,7 @@ def verb_completion(call: Call) -> int:
     return 0
 
 
+# No git and no tmux: it is run at each press of the tab key.
 def find_completions(words: list[str], current: int) -> list[str]:
     """What the word at `current` of a command line may become. Reads files only; a farm that
     cannot be read has no names."""
@@ -13157,6 +13414,7 @@ def main(argv: list[str]) -> int:
     """Run one verb; print what went wrong on stderr, and return the exit code."""
     # two thousand records that wait are no garbage: to search them for some costs a claim some ms
     gc.set_threshold(20_000)
+    # before anything starts: all that we run inherits it
     forget_other_repos()
     try:
         mailbox = os.environ.get("FARM_MAILBOX")
@@ -13178,6 +13436,8 @@ def main(argv: list[str]) -> int:
             print(as_typed(call))
             return 0
         return VERBS[call.name].run(call) or 0
+    # `farm.py tasks | head`: Python would complain once more when it flushes at its end, so output
+    # goes nowhere from here on
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0

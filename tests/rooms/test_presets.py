@@ -57,7 +57,8 @@ def test_permissions_are_the_safe_ones_unless_the_user_says_otherwise():
 def test_no_other_room_knows_a_cli_by_name_or_by_a_word_of_its_command_line():
     """But for the sentence that explains --agent, and an example."""
     source = (ROOT / "farm.py").read_text(encoding="utf-8")
-    tree, known = ast.parse(source), re.compile("|".join([*toolkit.CLIS, "workspace-write", "stream-json", "\\bCLAUDE"]))
+    names = "|".join([*toolkit.CLIS, "workspace-write", "stream-json"])
+    tree, known = ast.parse(source), re.compile(f"(?<![a-z])({names})(?![a-z])|\\bCLAUDE")
     first, last = (source[:source.index(f"- {room}\n")].count("\n") + 1 for room in ("coding CLIs", "attempts"))
     documents = {node.body[0].value for node in ast.walk(tree)
                  if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and isinstance(node.body[0], ast.Expr)}
