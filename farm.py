@@ -10309,10 +10309,11 @@ def next_steps(status: dict, problems: list[str], state: State) -> list[tuple[st
     """(what is the matter, what to type) for each trouble, the most pressing first."""
     steps = [(problem, "./farm.py doctor") for problem in problems]
     steps += steps_of_agents(status["agents"])
-    steps += [
-        (f"{one['id']} waits for a review: {one['title']}", f"./farm.py diff {one['id']}")
-        for one in status.get("reviews", ())
-    ]
+    if reviews := status.get("reviews"):  # one line for all: what is below it has to be seen, too
+        first, more = reviews[0], len(reviews) - 1
+        who = f"{first['id']} and {more} more wait" if more else f"{first['id']} waits"
+        what = f"{who} for a review: {first['title']}"
+        steps.append((what, f"./farm.py diff {first['id']}"))
     steps += [(what, hint) for key in ("lonely", "changes") for what, hint in status.get(key, ())]
     if status["trouble"]:
         steps.append(tuple(status["trouble"]))
@@ -13124,7 +13125,14 @@ def verb_plan(call: Call) -> int:
 def draft_revert(task: Task, name: str, title: str) -> Task:
     """What takes back a landed task: like others, should its commit not merge."""
     prompt = f"Take back what {task.landed_commit} has brought, and keep all that came after it."
-    return Task(id=name, title=title, parent=task.id, priority=task.priority, prompt=prompt)
+    return Task(
+        id=name,
+        title=title,
+        parent=task.id,
+        priority=task.priority,
+        prompt=prompt,
+        source=name,  # made twice it is one
+    )
 
 
 def draft_retry(store: Store, task: Task, name: str) -> Task:
@@ -13137,6 +13145,7 @@ def draft_retry(store: Store, task: Task, name: str) -> Task:
         paths=task.paths,
         priority=task.priority,
         prompt=f"{told}\n\n{before}",
+        source=f"after {name}",
     )
 
 
@@ -13157,7 +13166,9 @@ def verb_revert(call: Call) -> int:
         name += ".2"
     guard = hold_pin(call.store, name)  # two at once: one makes it, the other finds it
     try:
-        if call.store.snapshot().find_task(name):  # before its pin is moved, which keeps its work
+        there = call.store.snapshot().find_task(name)
+        # before its pin is moved, which keeps its work; one that a kill has left is made whole
+        if there and there.rev > 1:
             raise UsageError(f"there is a task {name} already", f"./farm.py show {name}")
         answers = add_revert(call, task, name)
     finally:
@@ -13179,7 +13190,8 @@ def add_revert(call: Call, task: Task, name: str) -> list[tuple[Task, bool]]:
         drafts.append(draft_retry(call.store, task, name))
     with call.store.transaction() as tx:
         answers = TaskQueue(tx).add(drafts, call.settings().max_attempts)
-        # a kill before the next line leaves a task like others: an agent makes the revert
+        # a kill before the next line leaves a task like others: an agent makes the revert, or
+        # the same verb again
         ready = answers[0][0]._replace(
             state="ready",
             commit=commit,

@@ -58,6 +58,25 @@ def return_work(task_id: str) -> Callable:
     return in_transaction(move)
 
 
+def approve(task_id: str) -> Callable[[World], None]:
+    return lambda world: toolkit.approve(world.store, task_id, "c0ffee", "person")
+
+
+def send_back(task_id: str) -> Callable:
+    """A person's `return`, which is no attempt."""
+    def move(world: World, tx: toolkit.Transaction) -> None:
+        if task_id in tx.state.ready:
+            ref = "refs/farm/returned/x/0.3"
+            toolkit.TaskQueue(tx).give_back(tx.state.ready[task_id], "a person says: no", "return", start=ref, counts=False)
+
+    return in_transaction(move)
+
+
+def edit(task_id: str, **options) -> Callable[[World], None]:
+    """The verb itself."""
+    return lambda world: toolkit.verb_edit(SimpleNamespace(store=world.store, one=lambda what: task_id, options=options))
+
+
 def land(*ids: str) -> Callable:
     def move(world: World, tx: toolkit.Transaction) -> None:
         for task_id in ids:
@@ -103,6 +122,9 @@ MOVES = {
     "retry": on_queue("retry", "t-0006", 3),
     "return": return_work("t-0004"),
     "return for good": return_work("t-0005"),
+    "approve": approve("t-0004"),
+    "return by a person": send_back("t-0004"),
+    "edit": edit("t-0001", title="another", after=["t-0007"]),
     "land": land("t-0004"),
     "lock": acquire("agent-007", "db"),
     "lock more": acquire("agent-004", "db"),
@@ -114,7 +136,7 @@ COMPOSITE_MOVES = {  # several moves under one mutex: each may be made, or not, 
     "expire": in_transaction(lambda world, tx: toolkit.TaskQueue(tx).expire()),
     "land two": land("t-0004", "t-0005"),
 }
-COUNTING_MOVES = ("renew", "retry")  # made twice, they count twice
+COUNTING_MOVES = ("renew", "retry", "edit")  # made twice, they count twice
 LATER_MOVES = {  # by others, after a kill: an agent whose name sorts before or after the killed one's
     "claim t-0002 as agent-000": claim("agent-000", "t-0002"),
     "claim t-0002 as agent-009": claim("agent-009", "t-0002"),

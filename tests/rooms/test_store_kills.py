@@ -188,3 +188,29 @@ def test_a_merge_that_is_killed_in_any_call_lands_the_work_once_when_it_is_repea
         assert not (place.folder / "merge_queue" / "landing.json").exists()
     print(f"{number - 1} kills")
     assert done.returncode == 0 and number > 5
+
+
+def test_a_revert_that_is_killed_in_any_call_is_whole_when_it_is_repeated(make_repo, capsys):
+    repo = make_repo()
+    base = git(repo, "rev-parse", "HEAD")
+    blob = git(repo, "hash-object", "-w", "--stdin", input="work")
+    work = git(repo, "commit-tree", "-p", base, "-m", "work", git(repo, "mktree", input=f"100644 blob {blob}\twork.txt"))
+    place = Farm(repo, Case(f"{READY.replace('HEAD', work)}; merge", "revert t-0001 --retry"), capsys)
+    pin, kinds = "refs/farm/ready/revert-t-0001", set()
+    for number in range(1, CALLS_MAX):
+        place.reset()
+        git(repo, "update-ref", "-d", pin)
+        done = run([sys.executable, INJECTOR, number, *place.argv])
+        if done.returncode != -signal.SIGKILL:
+            break
+        view = place.view()
+        where = "ready" if "'ready'" in (told := view.get("revert-t-0001", "")) else "pending" if told else ""
+        kinds.add(f"{bool(git(repo, 'for-each-ref', pin)) * 'pinned '}{where}")
+        code, said = place.call(place.argv)
+        assert code == 0 or "revert-t-0001 already" in said, f"killed in call {number}, then repeated: {said}"
+        with toolkit.Store(str(repo)).transaction() as tx:
+            revert, again = tx.state.ready["revert-t-0001"], tx.state.pending["t-0002"]
+            assert len(tx.state.pending) == len(tx.state.ready) == 1, f"killed in call {number}, then repeated"
+        assert revert.commit == git(repo, "rev-parse", pin), f"killed in call {number}, then repeated"
+        assert again.after == ["revert-t-0001"]
+    assert done.returncode == 0 and kinds == {"", "pinned ", "pinned pending", "pinned ready"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import termios
@@ -83,6 +84,40 @@ def test_watch_follows_the_size_of_the_terminal(farm, screen):
     one.wait_for("q leave", mark)
     last = frames(one.read())[-1]
     assert len(last) <= 12 and max(map(len, last)) <= 60 and any("more" in line for line in last)
+
+
+def crowd(farm) -> None:
+    """200 tasks in all states, twelve of them for a review, and 50 agents at work."""
+    with toolkit.Store(str(farm.repo)).transaction() as tx:
+        queue, owner = toolkit.TaskQueue(tx), toolkit.identify(os.getpid())
+        queue.add([toolkit.Task(title=f"{'a title as long as people write them ' * 2}{n}") for n in range(1, 201)], 3)
+        for number in range(1, 31):
+            claim = queue.claim("agent-099", owner, f"t-{number:04d}")
+            if number > 27:
+                queue.fail("agent-099", claim.fence, "no use", retry=False)
+            else:
+                queue.submit("agent-099", claim.fence, "", f"{number:040x}")
+        for number in range(1, 51):
+            queue.claim(f"agent-{number:03d}", owner, f"t-{number + 100:04d}")
+    reviews = {f"t-{number:04d}": f"{number:040x}" for number in range(2, 14)}
+    (farm.folder / "merge_queue/now.json").write_text(json.dumps({"reviews": reviews}))
+
+
+def test_fifty_agents_and_two_hundred_tasks_fit_on_a_small_screen(farm, screen):
+    crowd(farm)
+    one = watch(screen)
+    shown = frames(one.read())[-1]
+    text = "\n".join(shown)
+    assert len(shown) == 24 and max(map(len, shown)) <= 80, text
+    assert " 0/200 tasks" not in text and " 3/200 tasks" in shown[1], "the failed ones are over"
+    assert sum(line.startswith("agent-") for line in shown) >= 8 and re.search(r"^\.\.\. \d+ more$", text, re.M), text
+    assert "tasks: claimed 50 \u00b7 failed 3 \u00b7 pending 120 \u00b7 ready 27" in shown
+    assert "review 12 \u00b7 ready 15" in text and shown[-1].startswith("v y n review")
+    steps = [step["what"] for step in json.loads(farm("status", "--json").stdout)["next"]]
+    assert steps[0].startswith("t-0002 and 11 more wait for a review") and steps[1].startswith("no loop runs")
+    assert len([line for line in shown if line.startswith("next: ")]) == len(steps) == 5, "nothing hides behind the reviews"
+    one.type("q")
+    assert one.end() == 0
 
 
 @pytest.mark.parametrize(("columns", "lines"), [(0, 0), (1, 1), (5, 2), (20, 4)])
