@@ -61,11 +61,13 @@ def format_row(row: Row) -> str:
 
 
 def run_groups(size: Size, pattern: str = "") -> Iterator[Row]:
-    """The rows of every group whose name matches, each in a private place of its own."""
+    """The rows of every group whose name matches, each in a private place of its own; says how long each group took."""
     for name, group in GROUPS.items():
         if re.search(pattern, name):
+            began = time.monotonic()
             with private_place() as box:
                 yield from group(Bench(size, box))
+            print(f"    ({name}: {time.monotonic() - began:.0f} s)", flush=True)
 
 
 def describe_machine() -> str:
