@@ -194,6 +194,7 @@ def as_typed(text: str) -> str:
 def find_typed(repo: str) -> str:
     """How this program is called from here: by the path that it was called by, with the repo
     when one was named."""
+    # scripts/farm starts python3 by -c, which has no name of its own
     program = os.environ.get("FARM_SHIM", "") if sys.argv[0] == "-c" else sys.argv[0]
     if os.environ.get("FARM_TASK"):  # in an agent's session the shim is first on its PATH
         return "farm"
@@ -419,6 +420,8 @@ class Disk:
         finally:
             os.close(descriptor)
 
+    # Unlike `append` it writes until all is there: the archive's records are nowhere else, while a
+    # cut line of history is only missed in a report.
     def append_durably(self, path: str, data: bytes) -> int:
         """All of it, and on the disk when it returns; the file's length then."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -755,6 +758,9 @@ class Task(Record, collections.namedtuple("Task", TASK_DEFAULTS, defaults=TASK_D
         return self.attempts + 1
 
 
+# A pid is given out again; with its start it is one process, and with boot one of this start of
+# the machine. namespace: whether its pids mean anything here. machine outlives a change of the
+# host's name, which boot alone could not bridge: it is another one after each start.
 OWNER_DEFAULTS = {
     "pid": 0,
     "start": "",
@@ -781,6 +787,7 @@ class Owner(
         return self.namespace == "host:" + self.host
 
 
+# renewals is a number and no time: who watches a lease sees it change, and compares no clocks.
 CLAIM_DEFAULTS = {
     "schema": SCHEMA,
     "agent": "",
@@ -924,6 +931,8 @@ def machine_id() -> str:
     return MACHINE["machine"]
 
 
+# Two containers may share a folder and a boot; a pid of one names another process in the other, or
+# none.
 def pid_namespace() -> str:
     if "namespace" not in MACHINE:
         try:
@@ -967,6 +976,7 @@ def identify(pid: int) -> Owner:
     )
 
 
+# A verb's own process is over with its answer: a lock that it owned would be free at once.
 def caller(owner_pid: int | None = None) -> Owner:
     """The owner of what this command acquires: --owner-pid, else the session leader (in a pane:
     the pane's own process)."""
@@ -1229,6 +1239,7 @@ def kill_group(group: int) -> None:
 REVIEWER = os.path.join("tmp", "reviewer")
 
 
+# By the folders, not by what a merger has noted: a killed one may not have come to its note.
 def end_all_gates(slots_folder: str) -> None:
     """End the gates that a dead merger of this farm has left running."""
     names = os.listdir(slots_folder) if os.path.isdir(slots_folder) else []
@@ -1533,6 +1544,7 @@ def variable_of(name: str) -> str:
     return "FARM_" + name.rstrip("_").upper()  # `pass` is a word of Python's
 
 
+# The error names the origin, as one of four places is to be mended.
 def convert_setting(name: str, text, origin: str):
     """`text` as the setting's kind. Raises UsageError that names where it came from."""
     kind = SETTINGS[name].kind
@@ -1586,6 +1598,8 @@ def read_env_file(path: str) -> dict:
     return pairs
 
 
+# FARM_AS_TOLD: loop and merger run on for days. What tmux has in its environment, or a farm.env
+# that has changed since, must not give them another gate than the one that `up` has named.
 def load_settings(repo: str, flags: dict | None = None, remembered: dict | None = None) -> Settings:
     """flag > FARM_* in the environment > farm.env > what the last `up` was told > default.
 
@@ -1678,6 +1692,7 @@ def find_git_dirs(folder: str) -> tuple[str, str]:
     """(git dir, common git dir) of a worktree's top folder or of a bare repo; ("", "") when it
     is neither."""
     git_dir = os.path.join(folder, ".git")
+    # whoever stands in coordination/ is in the repo above it: its .git is a guard
     if not os.path.exists(git_dir) or os.path.exists(os.path.join(git_dir, GUARD)):
         is_bare = all(
             os.path.exists(os.path.join(folder, name)) for name in ("HEAD", "objects", "refs")
@@ -1775,6 +1790,7 @@ def agent_number(name: str) -> str:
 # The only way to git and tmux: whoever wants to know what the farm may do to a repo reads scripts/.
 # (tests/scripts/test_scripts_*.py)
 
+# Both languages have the same exit codes, so a script's code is a class here.
 ERROR_OF_EXIT = {kind.exit_code: kind for kind in FarmError.__subclasses__() if kind.exit_code > 1}
 
 ScriptResult = collections.namedtuple("ScriptResult", "code stdout stderr")
@@ -2098,6 +2114,7 @@ def resolve_isolation(settings: Settings) -> str:
     import shutil
 
     said = settings.isolate
+    # what a prefix lets through is its engine's business
     if said not in ("", "none", "bwrap"):
         if not shutil.which(word := said.split()[0]):
             raise MissingTool(
@@ -2349,6 +2366,8 @@ class State:
             (claim for claim in self.claims.values() if claim.task.get("id") == task_id), None
         )
 
+    # The archive's highest numbers are kept beside it: else what comes after a landing would be
+    # first.
     def next_seq(self) -> int:
         return 1 + max((self.seqs[0], *(task.seq for task in self.live_tasks())))
 
@@ -2521,6 +2540,7 @@ class Folder:
             os.path.exists(self.path(name)) for name in ("events.jsonl", PENDING_FILE, READY_FILE)
         )
 
+    # A clone has no second copy, and begins a queue of its own without a word.
     def is_lost(self) -> bool:
         """Whether the history knows of a queue that is there no more: somebody has removed
         coordination/ or all that is in it."""
@@ -2807,6 +2827,7 @@ class Reader(Folder):
         # the inode is new after each rename, so that no two moves within one tick of the clock look
         # alike
         marks = []
+        # the folder's own time changes whenever a lock file is linked, renamed or removed
         for name in (PENDING_FILE, READY_FILE, LOCK_FOLDER, "events.jsonl"):
             try:
                 status = os.stat(self.path(name))
@@ -3503,6 +3524,7 @@ class LockRegistry:
             raise Refused(describe_holder(claim), "./farm.py locks")
         return claim
 
+    # All or none: two agents with a half each would wait for each other.
     def acquire(self, agent: str, names: list, owner: Owner) -> Claim:
         """Hold all of `names` or none. Raises Refused that says who holds what is in the way."""
         claim = self.get_own(agent, owner)
@@ -4181,11 +4203,14 @@ def with_labels(draft: Task, body: list[str], items: int) -> Task:
 def find_agent_label(item: dict) -> dict:
     """{"preset"} where an item, or a label of an issue, says `agent: PRESET`."""
     labels = [label.get("name") for label in item.get("labels") or () if isinstance(label, dict)]
+    # last, and the last one counts: a key of the item's own goes before an issue's labels
     labels += [f"agent: {item['agent']}"] if "agent" in item else []
     named = [str(label) for label in labels if str(label).startswith("agent:")]
     return read_labels(named[-1:])[0]
 
 
+# Only keys that are a person's to choose. State, rev or fence of a record that was copied from
+# `tasks --json` would be those of another moment.
 def parse_json_item(item, where: str) -> Task:
     """One object: a task's own keys, or an issue as `gh issue list --json
     number,title,body,labels,url` prints it."""
@@ -4608,6 +4633,8 @@ class Verdicts:
         self.green_trees, self.flaky_trees = (
             count(known, key) for key in ("green_trees", "flaky_trees")
         )
+        # The sums are a short cut: where their file is gone, all verdicts are read once more.
+        # After a year there are thousands.
         for name in () if known else self.store.disk.list_folder(self.store.path("results")):
             if name.endswith(f"-{self.key}.json"):
                 self.count(self.evidence_in(os.path.join("results", name)), 1)
@@ -4662,6 +4689,7 @@ class Verdicts:
         # once may be an accident (a kill, a busy machine); a command that is not there is none
         if self.unjudged[tree] >= 2 or verdict.exit_code in CANNOT_START:
             self.silent[tree] = verdict.note
+            # more than reds_needed ever asks for
             self.memo[tree] = Evidence(0, 99)
             again = 2 ** max(0, self.unjudged[tree] - 2)
             pause = min(max(ASK_AGAIN_SECONDS, verdict.seconds) * again, ASK_AGAIN_SECONDS_MAX)
@@ -4973,6 +5001,8 @@ class Chain:
         self.base, self.tasks = base, tasks
         self.walked: dict[tuple, Step | None] = {}  # ids -> the last step of their chain
 
+    # A gate that gives no verdict on the target is told apart from a red one: there the gate has
+    # to be mended, and nobody's commit is at fault.
     def describe_red_base(self) -> tuple[str, str]:
         """What is wrong with the target itself, and the ways out of it."""
         name, commit, tree = self.target, self.base.commit, self.base.tree
@@ -6023,6 +6053,8 @@ def find_activity(store: Store) -> dict:
     return now if start_of(now["pid"]) == now["start"] else {}
 
 
+# The file is as old as the merger's last tick: a yes, or another commit, that has come since
+# counts.
 def find_reviews(store: Store, state: State) -> dict[str, str]:
     """id -> commit of what is green and waits for a yes, as the merger has found it last."""
     told = next(read_json_lines(store.path(NOW_FILE)), {}).get("reviews")
@@ -7840,6 +7872,7 @@ class Attempt:
         return not has_saved and not has_commits(self.store.repo, self.branch)
 
 
+# Any exit code will do: a branch that is gone, or that git cannot read, has brought nothing.
 def has_commits(repo: str, branch: str) -> bool:
     """Whether the task's branch is elsewhere than where the attempt began."""
     result = run_script(
@@ -8080,6 +8113,8 @@ class WorkCount:
             else:
                 self.found = {}
 
+    # Files, not pipes: nobody reads while the loop goes on, and a full pipe would hold git up. A
+    # session of its own, so that one blow ends git and all that it has started.
     def begin(self, repo: str, target: str, rows: list[list[str]]) -> None:
         import subprocess
         import tempfile
@@ -8119,6 +8154,7 @@ class WorkCount:
             kill_group(self.process.pid)
             self.process.wait()
         self.output.seek(0)
+        # without a last line that the kill has cut in two
         whole = os.fsdecode(self.output.read()).rpartition("\n")[0]
         self.found = {name: [int(commits), int(lines)] for name, commits, lines in read_tsv(whole)}
         self.output.close()
@@ -8143,6 +8179,7 @@ class Sight:
         value, due = self.kept.get(name, (None, -math.inf))
         if CLOCK.monotonic() < due:
             return value
+        # children that were waited for count, too: most of a look is tmux's and git's
         before, used = CLOCK.monotonic(), sum(os.times()[:4])
         value = function()
         cost = max(sum(os.times()[:4]) - used, CLOCK.monotonic() - before)
@@ -8200,6 +8237,8 @@ def host_records(store: Store, lease_seconds: float) -> list[dict]:
     return records
 
 
+# Agents of hosts have claims here, and neither session nor process: their host's word is all there
+# is.
 def agent_records(store: Store, state: State, settings: Settings, sight: Sight) -> list[dict]:
     """Every agent that has a session, a claim or a place in the farm."""
     noted = store.read_loop()
@@ -8322,6 +8361,7 @@ def describe_change(key: str, known: dict, now: dict, busy: list[str]) -> str:
     return f"{name} {what}{value}, which all worktrees share; at work then: {who}"
 
 
+# Of a file only a digest is known, so its way back is for a person to find.
 def undo_of(repo: str, key: str, known: dict) -> str:
     """The command that brings a shared setting or file back to what it was at the start."""
     kind, _, name = key.partition(":")
@@ -8419,6 +8459,8 @@ class Sessions:
         self.found: dict[str, Session] = {}
         self.unable = ""  # why not all worktrees could be made
 
+    # One after the other, by one script: of 60 `git worktree add`s, 20 at once, 36 failed for the
+    # lock of .git/config.
     def prepare(self) -> None:
         """Worktrees for all agents: made, adopted or repaired."""
         folder = worktrees_folder(self.repo, self.settings)
@@ -8483,6 +8525,7 @@ class Sessions:
             "FARM_CLI_STATE": ":".join(cli_of(launch.preset).state),
             "FARM_CLI_PASS": " ".join(cli_of(launch.preset).passes),
             **isolation_environment(),
+            # else a CLI may refuse to work as root with all permissions, sandbox or not
             **({"IS_SANDBOX": "1"} if is_isolated() else {}),
         }
 
@@ -8547,6 +8590,8 @@ class Sessions:
             seconds,
         )
 
+    # The trees first: once the server is gone its panes' children belong to init, and only those
+    # that have kept their environment can still be told apart.
     def end_all(self, names: list[str]) -> None:
         """End the sessions' process trees by pid and start time, then the private tmux server."""
         self.probe()
@@ -8737,6 +8782,7 @@ class Ending:
             None, (find_recorded(self.store.path(name)) for name in ("loop.lock", "merger.lock"))
         )
         children = process_children()
+        # all found before the first is killed, as parents lead to children only while they live
         trees = [process for pid in roots for process in tree_of(pid, children)]
 
         def find() -> list:
@@ -8908,6 +8954,8 @@ class Housekeeping:
             self.sweep_at = now + SWEEP_SECONDS
             self.sweep(state, CLOCK.now() - self.settings.keep_days * 86400)
 
+    # Of trees that is safe for all: without its verdict a tree is gated once more. Prompts and
+    # returns of tasks that are not done are still read.
     def sweep(self, state: State, oldest: float) -> None:
         """Remove what was written before `oldest` (epoch seconds): verdicts, and the prompts and
         returns of landed tasks."""
@@ -8960,6 +9008,8 @@ class MergerProcess:
         if start_at is None or start_at <= now:
             self.start()
 
+    # A session of its own, as a Ctrl-C in the terminal of a foreground `run` goes to all of its
+    # group, and the merger is to be ended in order.
     def start(self) -> None:
         import subprocess
 
@@ -13390,6 +13440,7 @@ def find_names(verb_name: str, args: list[str], before: str, repo: str) -> list[
                     *(os.path.basename(name)[:-5] for name in store.lock_files()),
                 }
             )
+    # a word of an error would be typed into the reader's command line
     except (FarmError, OSError):
         return []
     if not args and verb_name in ("completion", "rescue"):
