@@ -146,6 +146,8 @@ class NotDurable(OSError):
     """A change is visible, but its folder could not be fsynced: a power cut may undo it."""
 
 
+# "The state is as it was" is true of every move: what fails before its rename has changed nothing
+# that is read, and what comes after it is no error but NotDurable.
 def describe_os_error(error: OSError) -> FarmError:
     """A full disk, a read-only folder and the like, in words."""
     what = f"{error.filename}: " if error.filename else ""
@@ -183,6 +185,7 @@ CLOCK = Clock()
 CALLED_WITH = {"repo": ""}  # the --repo of this call; `main` knows
 
 
+# Reasons and hints are written to disk by one process and read in another folder, or by an agent.
 def as_typed(text: str) -> str:
     """`text` with its commands as they can be typed where the reader stands; on disk they are
     always `./farm.py VERB`."""
@@ -333,6 +336,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}h{minutes % 60:02d}" if minutes < 2880 else f"{minutes // 1440}d"
 
 
+# On a terminal only: what programs read stays UTC.
 def local_times(text: str) -> str:
     """Stored times within a text as the reader's clock has them: `14:02`, with the day when that
     is not today."""
@@ -545,6 +549,7 @@ def is_json(line: str) -> bool:
     return True
 
 
+# jq and gh print objects so, over several lines.
 def read_values(text: str):
     """JSON values that stand one after the other. Raises json.JSONDecodeError."""
     decoder, place = json.JSONDecoder(), 0
@@ -553,6 +558,7 @@ def read_values(text: str):
         yield value
 
 
+# For what others write (CLIs, agents, killed writers): a line that is none costs no other.
 def read_json_lines(path: str):
     """Each JSON object of a file; other lines are passed over. A file that is one JSON document
     gives that."""
@@ -1090,6 +1096,7 @@ def find_by_environment(**wanted: str) -> list:
     return found
 
 
+# Monotonic seconds: a clock that somebody sets must neither end a wait nor prolong it.
 def wait_for(is_true, deadline: float, pause: float, sleep=time.sleep) -> bool:
     """Whether `is_true` has become true by the deadline (monotonic seconds); asked every `pause`
     seconds, or when `sleep` (an Event's wait, say) returns early."""
@@ -1325,6 +1332,7 @@ def find_recorded(path: str) -> int | None:
         return None
 
 
+# By signal 0, as this is asked of each session five times a second.
 def process_exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -1678,6 +1686,8 @@ BENT_BASH = (
 CALLER_ENVIRONMENT = dict(os.environ)  # as it was, for a command of the caller's own
 
 
+# CALLER_ENVIRONMENT above keeps what is dropped here: a command that the caller names (with-lock)
+# gets the environment that it would have had.
 def forget_other_repos() -> None:
     """Drop from the environment, and so for all that we start, what names another repo (a hook's
     GIT_DIR, an alias's, that of yadm or vcsh) or bends bash: with GIT_DIR set, git would work
@@ -1962,6 +1972,8 @@ def find_server(repo: str) -> str:
     """
     common = find_git_dirs(repo)[1]
     socket, pid, owner = (read_line(os.path.join(common, TMUX_NOTE)).split("\t") + ["", "", ""])[:3]
+    # of a repo that was moved the folder that is named is gone, and the server is its own still;
+    # of a copy it is there, and the server is that one's
     if not socket or owner != common and os.path.isdir(owner):
         return farm_socket(repo)
     if not os.path.exists(socket) and pid.isdigit() and is_tmux(int(pid), socket):
@@ -2724,6 +2736,7 @@ class Reader(Folder):
         try:
             claim = Claim.from_json(data)
             Owner.from_json(claim.owner)
+            # a copy under another name would be a second lock of one agent
             if claim.agent + ".lock" != os.path.basename(name) or (
                 claim.task and not is_name(claim.get_task().id)
             ):
@@ -3287,6 +3300,7 @@ def load_parts(store: Store) -> tuple[State, dict[str, str]]:
     return state, damaged
 
 
+# The whole first: files that are read one by one, while moves go on, need not fit together.
 def load_anyway(store: Store) -> tuple[State, list[str]]:
     """The state, and what is damaged in words: then it holds what can be read."""
     try:
@@ -3366,6 +3380,7 @@ def mend(store: Store) -> list[str]:
             else:
                 restore_task(tx, task, event)
             done.append(f"{task.id} is {task.state} again, from events.jsonl")
+        # restore_task and archive change the memory: both files once, at the end
         tx.write("pending")
         tx.write("ready")
     return done
@@ -3629,6 +3644,7 @@ def kept_conversation(task: Task, now: float) -> dict:
     )
 
 
+# No agent: that is the loop, which asks for all that anybody may claim.
 def is_kept_for_another(task: Task, agent: str, now: str) -> bool:
     kept = task.conversation
     return bool(agent and kept.get("agent") != agent and kept.get("until", "") > now)
@@ -4090,6 +4106,7 @@ def describe_wait(task: Task, state: State, now: float) -> str:
     return f"until {task.not_before}, as it has failed before" if task.not_before > utc(now) else ""
 
 
+# `run --until-drained` ends when nothing but such tasks is left: it would wait for them for ever.
 def is_stranded(task: Task, state: State) -> bool:
     """Whether a task that nobody holds can never be claimed: it is over, or it comes after one
     that is."""
@@ -4644,6 +4661,7 @@ class Verdicts:
         self.green_trees += step * bool(found.greens)
         self.flaky_trees += step * bool(found.greens and found.reds)
 
+    # Not below results/, where what is old is swept away.
     def sums_file(self) -> str:
         return os.path.join("merge_queue", f"verdicts-{self.key}.json")
 
@@ -4848,6 +4866,8 @@ class Gate:
         end_gates(self.folder)
 
 
+# The worktrees stay between two gates: what git ignores in them, caches of builds and tests, makes
+# the next one quick.
 class Slots:
     """The worktrees in which gates run, one each; the gates that run, and those that are over
     and not yet judged."""
@@ -6752,6 +6772,7 @@ def find_blockers(repo: str, settings: Settings, shared: list[str]) -> list[tupl
     ]
 
 
+# Beside the worktrees and in none of them: its files are no work, and the next task has them, too.
 def agent_home(repo: str, settings: Settings, agent: str) -> str:
     """The HOME that an agent's CLI has."""
     return (
@@ -6899,6 +6920,8 @@ def list_clis() -> list[str]:
     ]
 
 
+# Chosen before the start where that can be: after a kill the farm knows what to go on in, although
+# the CLI has told nothing yet.
 def new_conversation(preset: str) -> dict:
     """{"preset"}, with a random UUID as "id" where the CLI lets the farm choose it; empty for a
     command."""
@@ -7819,6 +7842,7 @@ class Attempt:
     def commit_rest(self, outcome: Outcome) -> tuple[Outcome, dict]:
         """Commit what the CLI has left; the outcome, which is another one when that cannot be
         done, with what the script has found (NAME -> value)."""
+        # git takes no empty message
         words = (*describe_branch(), "-m", os.environ["FARM_TITLE"] or "work", self.worktree)
         argv = (self.store.repo, self.worktree, "agent/commit-rest.sh", *words)
         try:
@@ -7831,6 +7855,7 @@ class Attempt:
         if result.code == 4:
             return outcome._replace(move="resume", cause="ended early", why=said), {}
         if result.code:
+            # told apart, as that is nobody's task: no commit of any agent will be signed
             cause = "cannot sign" if re.search(SIGNING_WORDS, said) else "cannot commit"
             why = f"what it left could not be committed: {said}"
             return outcome._replace(move="fail", cause=cause, why=why), {}
@@ -7856,7 +7881,7 @@ class Attempt:
                 self.agent,
                 self.fence,
                 one_line(outcome.why, 500),
-                retry=outcome.cause != "budget",
+                retry=outcome.cause != "budget",  # another attempt would only cost more
                 rescue=kept,
                 resume=resumes,
                 start="" if is_plain else self.branch,
@@ -7949,6 +7974,7 @@ def end_cause(session: Session | None) -> str:
 START_SECONDS = 120.0  # a CLI that has not taken its prompt by then asks something on its screen
 
 
+# A CLI without hooks tells of no turn: as long as its process lives and it has a task, it works.
 def session_state(
     session: Session | None,
     noted: dict,
@@ -8033,6 +8059,7 @@ def judge_agent(
     limit: str,
 ) -> tuple[str, str, str]:
     """(state, since when, why) of an agent; the process tree speaks before anything else."""
+    # before all else: a session of that name here is not where this claim's owner runs
     if claim is not None and is_unseen(claim):
         lapses_at = noted.get("lapses_at")
         until = f"at {lapses_at}" if lapses_at else "when a loop has waited for its lease"
@@ -8042,6 +8069,7 @@ def judge_agent(
     state = session_state(session, noted, footprint, claim, turn, preset)
     at_work = claim if claim is not None and claim.task else None
     since, cause = explain_state(state, session, noted, at_work, turn)
+    # who is at work goes on; a limit holds up only who would begin
     return ("limited", since, limit) if limit and state == "idle" else (state, since, cause)
 
 
@@ -8318,6 +8346,7 @@ def digest_environment() -> dict[str, str]:
     }
 
 
+# Values go to the script by stdin: each user of the machine can read arguments.
 def bring_environment(store: Store, socket: str) -> list[str]:
     """Give the tmux server what the caller's shell has (a new key, PATH, venv); the names that
     have changed since the last time.
@@ -8429,6 +8458,7 @@ class SharedWatch:
                     stamp,
                 ]
                 say(self.changes[key][0])
+        # what was brought back is none any more
         self.changes = {key: self.changes[key] for key in keys}
 
 
@@ -8803,6 +8833,7 @@ class Ending:
                 f"./farm.py doctor --fix)"
             )
         else:
+            # before the wait: who ends a task now must not claim the next
             self.remember("stopping")
         # first: the loop would start again what is ended here
         self.stop_loop_and_merger()
@@ -8907,6 +8938,7 @@ def task_of_ref(ref: str) -> str:
     return next(filter(None, found.groups())) if found else ""
 
 
+# Only of tasks that are done: all other refs belong to work that may yet go on from them.
 def find_leftovers(repo: str, target: str, state: State) -> tuple[list[list[str]], list[str]]:
     """([ref, sha] of landed work's refs that keep nothing any more, refs whose commits neither
     the target nor another pin has)."""
@@ -9021,6 +9053,7 @@ class MergerProcess:
                 stdout=log,
                 stderr=log,
                 cwd=TOOLKIT,
+                # this interpreter, as it has the packages that a merger needs
                 env={**os.environ, "FARM_AS_TOLD": "1", "FARM_PYTHON": sys.executable},
                 start_new_session=True,
             )
@@ -9418,6 +9451,8 @@ def find_lonely(state: State, keys: set[str]) -> dict[str, str]:
     }
 
 
+# Sessions without a farm.json: somebody has removed coordination/, and they have to be ended all
+# the same.
 def started_farm(call: Call) -> Farm:
     """The farm that the last `up` started, to steer it. Raises NotFound."""
     settings = call.settings()
@@ -13480,6 +13515,7 @@ def main(argv: list[str]) -> int:
     # before anything starts: all that we run inherits it
     forget_other_repos()
     try:
+        # before a repo is looked for: in a sandbox coordination/ can neither be read nor written
         mailbox = os.environ.get("FARM_MAILBOX")
         if mailbox and argv and argv[0] in (*MAILBOX_VERBS, "hook"):
             return ask_by_mailbox(mailbox, argv)
