@@ -146,6 +146,8 @@ class NotDurable(OSError):
     """A change is visible, but its folder could not be fsynced: a power cut may undo it."""
 
 
+# "The state is as it was" is true of every move: what fails before its rename has changed nothing
+# that is read, and what comes after it is no error but NotDurable.
 def describe_os_error(error: OSError) -> FarmError:
     """A full disk, a read-only folder and the like, in words."""
     what = f"{error.filename}: " if error.filename else ""
@@ -183,6 +185,7 @@ CLOCK = Clock()
 CALLED_WITH = {"repo": ""}  # the --repo of this call; `main` knows
 
 
+# Reasons and hints are written to disk by one process and read in another folder, or by an agent.
 def as_typed(text: str) -> str:
     """`text` with its commands as they can be typed where the reader stands; on disk they are
     always `./farm.py VERB`."""
@@ -194,6 +197,7 @@ def as_typed(text: str) -> str:
 def find_typed(repo: str) -> str:
     """How this program is called from here: by the path that it was called by, with the repo
     when one was named."""
+    # scripts/farm starts python3 by -c, which has no name of its own
     program = os.environ.get("FARM_SHIM", "") if sys.argv[0] == "-c" else sys.argv[0]
     if os.environ.get("FARM_TASK"):  # in an agent's session the shim is first on its PATH
         return "farm"
@@ -332,6 +336,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}h{minutes % 60:02d}" if minutes < 2880 else f"{minutes // 1440}d"
 
 
+# On a terminal only: what programs read stays UTC.
 def local_times(text: str) -> str:
     """Stored times within a text as the reader's clock has them: `14:02`, with the day when that
     is not today."""
@@ -419,6 +424,8 @@ class Disk:
         finally:
             os.close(descriptor)
 
+    # Unlike `append` it writes until all is there: the archive's records are nowhere else, while a
+    # cut line of history is only missed in a report.
     def append_durably(self, path: str, data: bytes) -> int:
         """All of it, and on the disk when it returns; the file's length then."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -542,6 +549,7 @@ def is_json(line: str) -> bool:
     return True
 
 
+# jq and gh print objects so, over several lines.
 def read_values(text: str):
     """JSON values that stand one after the other. Raises json.JSONDecodeError."""
     decoder, place = json.JSONDecoder(), 0
@@ -550,6 +558,7 @@ def read_values(text: str):
         yield value
 
 
+# For what others write (CLIs, agents, killed writers): a line that is none costs no other.
 def read_json_lines(path: str):
     """Each JSON object of a file; other lines are passed over. A file that is one JSON document
     gives that."""
@@ -755,6 +764,9 @@ class Task(Record, collections.namedtuple("Task", TASK_DEFAULTS, defaults=TASK_D
         return self.attempts + 1
 
 
+# A pid is given out again; with its start it is one process, and with boot one of this start of
+# the machine. namespace: whether its pids mean anything here. machine outlives a change of the
+# host's name, which boot alone could not bridge: it is another one after each start.
 OWNER_DEFAULTS = {
     "pid": 0,
     "start": "",
@@ -781,6 +793,7 @@ class Owner(
         return self.namespace == "host:" + self.host
 
 
+# renewals is a number and no time: who watches a lease sees it change, and compares no clocks.
 CLAIM_DEFAULTS = {
     "schema": SCHEMA,
     "agent": "",
@@ -924,6 +937,8 @@ def machine_id() -> str:
     return MACHINE["machine"]
 
 
+# Two containers may share a folder and a boot; a pid of one names another process in the other, or
+# none.
 def pid_namespace() -> str:
     if "namespace" not in MACHINE:
         try:
@@ -967,6 +982,7 @@ def identify(pid: int) -> Owner:
     )
 
 
+# A verb's own process is over with its answer: a lock that it owned would be free at once.
 def caller(owner_pid: int | None = None) -> Owner:
     """The owner of what this command acquires: --owner-pid, else the session leader (in a pane:
     the pane's own process)."""
@@ -1080,6 +1096,7 @@ def find_by_environment(**wanted: str) -> list:
     return found
 
 
+# Monotonic seconds: a clock that somebody sets must neither end a wait nor prolong it.
 def wait_for(is_true, deadline: float, pause: float, sleep=time.sleep) -> bool:
     """Whether `is_true` has become true by the deadline (monotonic seconds); asked every `pause`
     seconds, or when `sleep` (an Event's wait, say) returns early."""
@@ -1229,6 +1246,7 @@ def kill_group(group: int) -> None:
 REVIEWER = os.path.join("tmp", "reviewer")
 
 
+# By the folders, not by what a merger has noted: a killed one may not have come to its note.
 def end_all_gates(slots_folder: str) -> None:
     """End the gates that a dead merger of this farm has left running."""
     names = os.listdir(slots_folder) if os.path.isdir(slots_folder) else []
@@ -1314,6 +1332,7 @@ def find_recorded(path: str) -> int | None:
         return None
 
 
+# By signal 0, as this is asked of each session five times a second.
 def process_exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -1533,6 +1552,7 @@ def variable_of(name: str) -> str:
     return "FARM_" + name.rstrip("_").upper()  # `pass` is a word of Python's
 
 
+# The error names the origin, as one of four places is to be mended.
 def convert_setting(name: str, text, origin: str):
     """`text` as the setting's kind. Raises UsageError that names where it came from."""
     kind = SETTINGS[name].kind
@@ -1586,6 +1606,8 @@ def read_env_file(path: str) -> dict:
     return pairs
 
 
+# FARM_AS_TOLD: loop and merger run on for days. What tmux has in its environment, or a farm.env
+# that has changed since, must not give them another gate than the one that `up` has named.
 def load_settings(repo: str, flags: dict | None = None, remembered: dict | None = None) -> Settings:
     """flag > FARM_* in the environment > farm.env > what the last `up` was told > default.
 
@@ -1664,6 +1686,8 @@ BENT_BASH = (
 CALLER_ENVIRONMENT = dict(os.environ)  # as it was, for a command of the caller's own
 
 
+# CALLER_ENVIRONMENT above keeps what is dropped here: a command that the caller names (with-lock)
+# gets the environment that it would have had.
 def forget_other_repos() -> None:
     """Drop from the environment, and so for all that we start, what names another repo (a hook's
     GIT_DIR, an alias's, that of yadm or vcsh) or bends bash: with GIT_DIR set, git would work
@@ -1678,6 +1702,7 @@ def find_git_dirs(folder: str) -> tuple[str, str]:
     """(git dir, common git dir) of a worktree's top folder or of a bare repo; ("", "") when it
     is neither."""
     git_dir = os.path.join(folder, ".git")
+    # whoever stands in coordination/ is in the repo above it: its .git is a guard
     if not os.path.exists(git_dir) or os.path.exists(os.path.join(git_dir, GUARD)):
         is_bare = all(
             os.path.exists(os.path.join(folder, name)) for name in ("HEAD", "objects", "refs")
@@ -1775,6 +1800,7 @@ def agent_number(name: str) -> str:
 # The only way to git and tmux: whoever wants to know what the farm may do to a repo reads scripts/.
 # (tests/scripts/test_scripts_*.py)
 
+# Both languages have the same exit codes, so a script's code is a class here.
 ERROR_OF_EXIT = {kind.exit_code: kind for kind in FarmError.__subclasses__() if kind.exit_code > 1}
 
 ScriptResult = collections.namedtuple("ScriptResult", "code stdout stderr")
@@ -1946,6 +1972,8 @@ def find_server(repo: str) -> str:
     """
     common = find_git_dirs(repo)[1]
     socket, pid, owner = (read_line(os.path.join(common, TMUX_NOTE)).split("\t") + ["", "", ""])[:3]
+    # of a repo that was moved the folder that is named is gone, and the server is its own still;
+    # of a copy it is there, and the server is that one's
     if not socket or owner != common and os.path.isdir(owner):
         return farm_socket(repo)
     if not os.path.exists(socket) and pid.isdigit() and is_tmux(int(pid), socket):
@@ -2098,6 +2126,7 @@ def resolve_isolation(settings: Settings) -> str:
     import shutil
 
     said = settings.isolate
+    # what a prefix lets through is its engine's business
     if said not in ("", "none", "bwrap"):
         if not shutil.which(word := said.split()[0]):
             raise MissingTool(
@@ -2349,6 +2378,8 @@ class State:
             (claim for claim in self.claims.values() if claim.task.get("id") == task_id), None
         )
 
+    # The archive's highest numbers are kept beside it: else what comes after a landing would be
+    # first.
     def next_seq(self) -> int:
         return 1 + max((self.seqs[0], *(task.seq for task in self.live_tasks())))
 
@@ -2521,6 +2552,7 @@ class Folder:
             os.path.exists(self.path(name)) for name in ("events.jsonl", PENDING_FILE, READY_FILE)
         )
 
+    # A clone has no second copy, and begins a queue of its own without a word.
     def is_lost(self) -> bool:
         """Whether the history knows of a queue that is there no more: somebody has removed
         coordination/ or all that is in it."""
@@ -2704,6 +2736,7 @@ class Reader(Folder):
         try:
             claim = Claim.from_json(data)
             Owner.from_json(claim.owner)
+            # a copy under another name would be a second lock of one agent
             if claim.agent + ".lock" != os.path.basename(name) or (
                 claim.task and not is_name(claim.get_task().id)
             ):
@@ -2807,6 +2840,7 @@ class Reader(Folder):
         # the inode is new after each rename, so that no two moves within one tick of the clock look
         # alike
         marks = []
+        # the folder's own time changes whenever a lock file is linked, renamed or removed
         for name in (PENDING_FILE, READY_FILE, LOCK_FOLDER, "events.jsonl"):
             try:
                 status = os.stat(self.path(name))
@@ -3266,6 +3300,7 @@ def load_parts(store: Store) -> tuple[State, dict[str, str]]:
     return state, damaged
 
 
+# The whole first: files that are read one by one, while moves go on, need not fit together.
 def load_anyway(store: Store) -> tuple[State, list[str]]:
     """The state, and what is damaged in words: then it holds what can be read."""
     try:
@@ -3345,6 +3380,7 @@ def mend(store: Store) -> list[str]:
             else:
                 restore_task(tx, task, event)
             done.append(f"{task.id} is {task.state} again, from events.jsonl")
+        # restore_task and archive change the memory: both files once, at the end
         tx.write("pending")
         tx.write("ready")
     return done
@@ -3503,6 +3539,7 @@ class LockRegistry:
             raise Refused(describe_holder(claim), "./farm.py locks")
         return claim
 
+    # All or none: two agents with a half each would wait for each other.
     def acquire(self, agent: str, names: list, owner: Owner) -> Claim:
         """Hold all of `names` or none. Raises Refused that says who holds what is in the way."""
         claim = self.get_own(agent, owner)
@@ -3607,6 +3644,7 @@ def kept_conversation(task: Task, now: float) -> dict:
     )
 
 
+# No agent: that is the loop, which asks for all that anybody may claim.
 def is_kept_for_another(task: Task, agent: str, now: str) -> bool:
     kept = task.conversation
     return bool(agent and kept.get("agent") != agent and kept.get("until", "") > now)
@@ -4068,6 +4106,7 @@ def describe_wait(task: Task, state: State, now: float) -> str:
     return f"until {task.not_before}, as it has failed before" if task.not_before > utc(now) else ""
 
 
+# `run --until-drained` ends when nothing but such tasks is left: it would wait for them for ever.
 def is_stranded(task: Task, state: State) -> bool:
     """Whether a task that nobody holds can never be claimed: it is over, or it comes after one
     that is."""
@@ -4181,11 +4220,14 @@ def with_labels(draft: Task, body: list[str], items: int) -> Task:
 def find_agent_label(item: dict) -> dict:
     """{"preset"} where an item, or a label of an issue, says `agent: PRESET`."""
     labels = [label.get("name") for label in item.get("labels") or () if isinstance(label, dict)]
+    # last, and the last one counts: a key of the item's own goes before an issue's labels
     labels += [f"agent: {item['agent']}"] if "agent" in item else []
     named = [str(label) for label in labels if str(label).startswith("agent:")]
     return read_labels(named[-1:])[0]
 
 
+# Only keys that are a person's to choose. State, rev or fence of a record that was copied from
+# `tasks --json` would be those of another moment.
 def parse_json_item(item, where: str) -> Task:
     """One object: a task's own keys, or an issue as `gh issue list --json
     number,title,body,labels,url` prints it."""
@@ -4608,6 +4650,8 @@ class Verdicts:
         self.green_trees, self.flaky_trees = (
             count(known, key) for key in ("green_trees", "flaky_trees")
         )
+        # The sums are a short cut: where their file is gone, all verdicts are read once more.
+        # After a year there are thousands.
         for name in () if known else self.store.disk.list_folder(self.store.path("results")):
             if name.endswith(f"-{self.key}.json"):
                 self.count(self.evidence_in(os.path.join("results", name)), 1)
@@ -4617,6 +4661,7 @@ class Verdicts:
         self.green_trees += step * bool(found.greens)
         self.flaky_trees += step * bool(found.greens and found.reds)
 
+    # Not below results/, where what is old is swept away.
     def sums_file(self) -> str:
         return os.path.join("merge_queue", f"verdicts-{self.key}.json")
 
@@ -4662,6 +4707,7 @@ class Verdicts:
         # once may be an accident (a kill, a busy machine); a command that is not there is none
         if self.unjudged[tree] >= 2 or verdict.exit_code in CANNOT_START:
             self.silent[tree] = verdict.note
+            # more than reds_needed ever asks for
             self.memo[tree] = Evidence(0, 99)
             again = 2 ** max(0, self.unjudged[tree] - 2)
             pause = min(max(ASK_AGAIN_SECONDS, verdict.seconds) * again, ASK_AGAIN_SECONDS_MAX)
@@ -4820,6 +4866,8 @@ class Gate:
         end_gates(self.folder)
 
 
+# The worktrees stay between two gates: what git ignores in them, caches of builds and tests, makes
+# the next one quick.
 class Slots:
     """The worktrees in which gates run, one each; the gates that run, and those that are over
     and not yet judged."""
@@ -4973,6 +5021,8 @@ class Chain:
         self.base, self.tasks = base, tasks
         self.walked: dict[tuple, Step | None] = {}  # ids -> the last step of their chain
 
+    # A gate that gives no verdict on the target is told apart from a red one: there the gate has
+    # to be mended, and nobody's commit is at fault.
     def describe_red_base(self) -> tuple[str, str]:
         """What is wrong with the target itself, and the ways out of it."""
         name, commit, tree = self.target, self.base.commit, self.base.tree
@@ -6023,6 +6073,8 @@ def find_activity(store: Store) -> dict:
     return now if start_of(now["pid"]) == now["start"] else {}
 
 
+# The file is as old as the merger's last tick: a yes, or another commit, that has come since
+# counts.
 def find_reviews(store: Store, state: State) -> dict[str, str]:
     """id -> commit of what is green and waits for a yes, as the merger has found it last."""
     told = next(read_json_lines(store.path(NOW_FILE)), {}).get("reviews")
@@ -6720,6 +6772,7 @@ def find_blockers(repo: str, settings: Settings, shared: list[str]) -> list[tupl
     ]
 
 
+# Beside the worktrees and in none of them: its files are no work, and the next task has them, too.
 def agent_home(repo: str, settings: Settings, agent: str) -> str:
     """The HOME that an agent's CLI has."""
     return (
@@ -6867,6 +6920,8 @@ def list_clis() -> list[str]:
     ]
 
 
+# Chosen before the start where that can be: after a kill the farm knows what to go on in, although
+# the CLI has told nothing yet.
 def new_conversation(preset: str) -> dict:
     """{"preset"}, with a random UUID as "id" where the CLI lets the farm choose it; empty for a
     command."""
@@ -7787,6 +7842,7 @@ class Attempt:
     def commit_rest(self, outcome: Outcome) -> tuple[Outcome, dict]:
         """Commit what the CLI has left; the outcome, which is another one when that cannot be
         done, with what the script has found (NAME -> value)."""
+        # git takes no empty message
         words = (*describe_branch(), "-m", os.environ["FARM_TITLE"] or "work", self.worktree)
         argv = (self.store.repo, self.worktree, "agent/commit-rest.sh", *words)
         try:
@@ -7799,6 +7855,7 @@ class Attempt:
         if result.code == 4:
             return outcome._replace(move="resume", cause="ended early", why=said), {}
         if result.code:
+            # told apart, as that is nobody's task: no commit of any agent will be signed
             cause = "cannot sign" if re.search(SIGNING_WORDS, said) else "cannot commit"
             why = f"what it left could not be committed: {said}"
             return outcome._replace(move="fail", cause=cause, why=why), {}
@@ -7824,7 +7881,7 @@ class Attempt:
                 self.agent,
                 self.fence,
                 one_line(outcome.why, 500),
-                retry=outcome.cause != "budget",
+                retry=outcome.cause != "budget",  # another attempt would only cost more
                 rescue=kept,
                 resume=resumes,
                 start="" if is_plain else self.branch,
@@ -7840,6 +7897,7 @@ class Attempt:
         return not has_saved and not has_commits(self.store.repo, self.branch)
 
 
+# Any exit code will do: a branch that is gone, or that git cannot read, has brought nothing.
 def has_commits(repo: str, branch: str) -> bool:
     """Whether the task's branch is elsewhere than where the attempt began."""
     result = run_script(
@@ -7916,6 +7974,7 @@ def end_cause(session: Session | None) -> str:
 START_SECONDS = 120.0  # a CLI that has not taken its prompt by then asks something on its screen
 
 
+# A CLI without hooks tells of no turn: as long as its process lives and it has a task, it works.
 def session_state(
     session: Session | None,
     noted: dict,
@@ -8000,6 +8059,7 @@ def judge_agent(
     limit: str,
 ) -> tuple[str, str, str]:
     """(state, since when, why) of an agent; the process tree speaks before anything else."""
+    # before all else: a session of that name here is not where this claim's owner runs
     if claim is not None and is_unseen(claim):
         lapses_at = noted.get("lapses_at")
         until = f"at {lapses_at}" if lapses_at else "when a loop has waited for its lease"
@@ -8009,6 +8069,7 @@ def judge_agent(
     state = session_state(session, noted, footprint, claim, turn, preset)
     at_work = claim if claim is not None and claim.task else None
     since, cause = explain_state(state, session, noted, at_work, turn)
+    # who is at work goes on; a limit holds up only who would begin
     return ("limited", since, limit) if limit and state == "idle" else (state, since, cause)
 
 
@@ -8080,6 +8141,8 @@ class WorkCount:
             else:
                 self.found = {}
 
+    # Files, not pipes: nobody reads while the loop goes on, and a full pipe would hold git up. A
+    # session of its own, so that one blow ends git and all that it has started.
     def begin(self, repo: str, target: str, rows: list[list[str]]) -> None:
         import subprocess
         import tempfile
@@ -8119,6 +8182,7 @@ class WorkCount:
             kill_group(self.process.pid)
             self.process.wait()
         self.output.seek(0)
+        # without a last line that the kill has cut in two
         whole = os.fsdecode(self.output.read()).rpartition("\n")[0]
         self.found = {name: [int(commits), int(lines)] for name, commits, lines in read_tsv(whole)}
         self.output.close()
@@ -8143,6 +8207,7 @@ class Sight:
         value, due = self.kept.get(name, (None, -math.inf))
         if CLOCK.monotonic() < due:
             return value
+        # children that were waited for count, too: most of a look is tmux's and git's
         before, used = CLOCK.monotonic(), sum(os.times()[:4])
         value = function()
         cost = max(sum(os.times()[:4]) - used, CLOCK.monotonic() - before)
@@ -8200,6 +8265,8 @@ def host_records(store: Store, lease_seconds: float) -> list[dict]:
     return records
 
 
+# Agents of hosts have claims here, and neither session nor process: their host's word is all there
+# is.
 def agent_records(store: Store, state: State, settings: Settings, sight: Sight) -> list[dict]:
     """Every agent that has a session, a claim or a place in the farm."""
     noted = store.read_loop()
@@ -8279,6 +8346,7 @@ def digest_environment() -> dict[str, str]:
     }
 
 
+# Values go to the script by stdin: each user of the machine can read arguments.
 def bring_environment(store: Store, socket: str) -> list[str]:
     """Give the tmux server what the caller's shell has (a new key, PATH, venv); the names that
     have changed since the last time.
@@ -8322,6 +8390,7 @@ def describe_change(key: str, known: dict, now: dict, busy: list[str]) -> str:
     return f"{name} {what}{value}, which all worktrees share; at work then: {who}"
 
 
+# Of a file only a digest is known, so its way back is for a person to find.
 def undo_of(repo: str, key: str, known: dict) -> str:
     """The command that brings a shared setting or file back to what it was at the start."""
     kind, _, name = key.partition(":")
@@ -8389,6 +8458,7 @@ class SharedWatch:
                     stamp,
                 ]
                 say(self.changes[key][0])
+        # what was brought back is none any more
         self.changes = {key: self.changes[key] for key in keys}
 
 
@@ -8419,6 +8489,8 @@ class Sessions:
         self.found: dict[str, Session] = {}
         self.unable = ""  # why not all worktrees could be made
 
+    # One after the other, by one script: of 60 `git worktree add`s, 20 at once, 36 failed for the
+    # lock of .git/config.
     def prepare(self) -> None:
         """Worktrees for all agents: made, adopted or repaired."""
         folder = worktrees_folder(self.repo, self.settings)
@@ -8483,6 +8555,7 @@ class Sessions:
             "FARM_CLI_STATE": ":".join(cli_of(launch.preset).state),
             "FARM_CLI_PASS": " ".join(cli_of(launch.preset).passes),
             **isolation_environment(),
+            # else a CLI may refuse to work as root with all permissions, sandbox or not
             **({"IS_SANDBOX": "1"} if is_isolated() else {}),
         }
 
@@ -8547,6 +8620,8 @@ class Sessions:
             seconds,
         )
 
+    # The trees first: once the server is gone its panes' children belong to init, and only those
+    # that have kept their environment can still be told apart.
     def end_all(self, names: list[str]) -> None:
         """End the sessions' process trees by pid and start time, then the private tmux server."""
         self.probe()
@@ -8737,6 +8812,7 @@ class Ending:
             None, (find_recorded(self.store.path(name)) for name in ("loop.lock", "merger.lock"))
         )
         children = process_children()
+        # all found before the first is killed, as parents lead to children only while they live
         trees = [process for pid in roots for process in tree_of(pid, children)]
 
         def find() -> list:
@@ -8757,6 +8833,7 @@ class Ending:
                 f"./farm.py doctor --fix)"
             )
         else:
+            # before the wait: who ends a task now must not claim the next
             self.remember("stopping")
         # first: the loop would start again what is ended here
         self.stop_loop_and_merger()
@@ -8861,6 +8938,7 @@ def task_of_ref(ref: str) -> str:
     return next(filter(None, found.groups())) if found else ""
 
 
+# Only of tasks that are done: all other refs belong to work that may yet go on from them.
 def find_leftovers(repo: str, target: str, state: State) -> tuple[list[list[str]], list[str]]:
     """([ref, sha] of landed work's refs that keep nothing any more, refs whose commits neither
     the target nor another pin has)."""
@@ -8908,6 +8986,8 @@ class Housekeeping:
             self.sweep_at = now + SWEEP_SECONDS
             self.sweep(state, CLOCK.now() - self.settings.keep_days * 86400)
 
+    # Of trees that is safe for all: without its verdict a tree is gated once more. Prompts and
+    # returns of tasks that are not done are still read.
     def sweep(self, state: State, oldest: float) -> None:
         """Remove what was written before `oldest` (epoch seconds): verdicts, and the prompts and
         returns of landed tasks."""
@@ -8960,6 +9040,8 @@ class MergerProcess:
         if start_at is None or start_at <= now:
             self.start()
 
+    # A session of its own, as a Ctrl-C in the terminal of a foreground `run` goes to all of its
+    # group, and the merger is to be ended in order.
     def start(self) -> None:
         import subprocess
 
@@ -8971,6 +9053,7 @@ class MergerProcess:
                 stdout=log,
                 stderr=log,
                 cwd=TOOLKIT,
+                # this interpreter, as it has the packages that a merger needs
                 env={**os.environ, "FARM_AS_TOLD": "1", "FARM_PYTHON": sys.executable},
                 start_new_session=True,
             )
@@ -9368,6 +9451,8 @@ def find_lonely(state: State, keys: set[str]) -> dict[str, str]:
     }
 
 
+# Sessions without a farm.json: somebody has removed coordination/, and they have to be ended all
+# the same.
 def started_farm(call: Call) -> Farm:
     """The farm that the last `up` started, to steer it. Raises NotFound."""
     settings = call.settings()
@@ -13390,6 +13475,7 @@ def find_names(verb_name: str, args: list[str], before: str, repo: str) -> list[
                     *(os.path.basename(name)[:-5] for name in store.lock_files()),
                 }
             )
+    # a word of an error would be typed into the reader's command line
     except (FarmError, OSError):
         return []
     if not args and verb_name in ("completion", "rescue"):
@@ -13429,6 +13515,7 @@ def main(argv: list[str]) -> int:
     # before anything starts: all that we run inherits it
     forget_other_repos()
     try:
+        # before a repo is looked for: in a sandbox coordination/ can neither be read nor written
         mailbox = os.environ.get("FARM_MAILBOX")
         if mailbox and argv and argv[0] in (*MAILBOX_VERBS, "hook"):
             return ask_by_mailbox(mailbox, argv)
