@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -20,8 +21,8 @@ import farm as toolkit
 PROMPT = "What is to be done, and how one sees that it is. " * 41  # 2 kB
 
 
-def grow(farmed: Farmed, landed: int, pending: int) -> None:
-    """Give a new farm the landed tasks of a year, with their history and costs, and tasks with long prompts that wait."""
+def grow(farmed: Farmed, landed: int) -> None:
+    """Give a new farm the landed tasks of a year, with their history and costs."""
     store, now = farmed.store, time.time()
     with store.transaction() as tx:
         for number in range(1, landed + 1):
@@ -32,15 +33,18 @@ def grow(farmed: Farmed, landed: int, pending: int) -> None:
                 landed_commit="c0ffee" * 6, added_at=toolkit.utc(now - 3e6), submitted_at=toolkit.utc(now - 2e6),
                 landed_at=toolkit.utc(now - 1e6 + number))
             tx.state.landed[task.id], tx.state.done[task.id] = task, task.rev
-            for event in ("added", "claimed", "submitted", "landed") if landed else ():
+            for event in ("added", "claimed", "submitted", "landed"):
                 store.append_event(event, task)
         tx.write("ready")
-    with contextlib.redirect_stderr(io.StringIO()), store.transaction() as tx:  # which moves them to the archive
-        toolkit.TaskQueue(tx).add([toolkit.Task(title=f"open {number}", prompt=PROMPT if pending else "")
-                                   for number in range(max(pending, 60))], 3)
     for number in range(1, landed + 1):
         toolkit.note_usage(store, {"task": f"t-{number:04d}", "agent": "agent-001", "fence": f"t-{number:04d}.2"},
                            toolkit.Usage(50_000, 2_000, 0.12))
+
+
+def add_open(farmed: Farmed, count: int, prompt: str = "") -> None:
+    """Tasks that wait; the first move also takes the landed ones to the archive."""
+    with contextlib.redirect_stderr(io.StringIO()), farmed.store.transaction() as tx:
+        toolkit.TaskQueue(tx).add([toolkit.Task(title=f"open {number}", prompt=prompt) for number in range(count)], 3)
 
 
 def measure_verbs(farmed: Farmed, samples: Samples, kind: str) -> None:
@@ -76,9 +80,11 @@ def year_rows(bench: Bench) -> Iterator[Row]:
     """The verbs, `up` and the ticks with 10,000 landed tasks, and a claim with 2,000 long ones that wait as well."""
     landed, pending = bench.size.history
     farms = {"new": bench.farmed(), "old": bench.farmed(), "full": bench.farmed()}
-    grow(farms["new"], 0, 0)
-    grow(farms["old"], landed, 0)
-    grow(farms["full"], landed, pending)
+    grow(farms["old"], landed)
+    shutil.copytree(farms["old"].store.folder, farms["full"].store.folder, dirs_exist_ok=True)
+    for kind in ("new", "old"):
+        add_open(farms[kind], 60)
+    add_open(farms["full"], max(pending, 60), PROMPT)
     samples = Samples()
     for _ in range(bench.size.verb_rounds):
         for kind in ("new", "old"):
