@@ -3415,6 +3415,7 @@ def set_aside(store: Store) -> list[str]:
         if os.path.exists(store.path(name)):
             os.rename(store.path(name), f"{store.path(name)}.damaged-{stamp}")
             done.append(f"{name} is kept as {name}.damaged-{stamp}")
+        # an empty one in its place, as a queue file that is missing is damage, too
         if name in (PENDING_FILE, READY_FILE):
             store.write_durably(
                 name,
@@ -4650,8 +4651,8 @@ class Verdicts:
         self.green_trees, self.flaky_trees = (
             count(known, key) for key in ("green_trees", "flaky_trees")
         )
-        # The sums are a short cut: where their file is gone, all verdicts are read once more.
-        # After a year there are thousands.
+        # The sums are a short cut: where their file is gone, all verdicts are read once more, of
+        # which a busy farm has thousands.
         for name in () if known else self.store.disk.list_folder(self.store.path("results")):
             if name.endswith(f"-{self.key}.json"):
                 self.count(self.evidence_in(os.path.join("results", name)), 1)
@@ -8675,6 +8676,7 @@ class Supervisor:
             over = self.find_excess(
                 claim, cost_of_task(spending, claim.task["id"]) + live[claim.agent], now
             ) or self.find_hog(claim, sessions.get(claim.agent), now)
+            # once: at each tick until it has ended it is still over its limit
             if over and not read_mail(self.store, claim.agent, ENDING_FILE, claim.fence):
                 say(f"{claim.agent}: {over[1]}")
                 end_attempt(self.store, claim.agent, claim.fence, *over)
@@ -8923,6 +8925,8 @@ class Ending:
 # What landed work has left behind goes by itself, so that a farm is after a year as it was after a
 # week: refs that the target contains, files that nobody reads. (tests/rooms/test_housekeeping.py)
 
+# At most so often: tidying up is a git over all refs of the farm, sweeping a look at all its
+# files.
 TIDY_SECONDS, SWEEP_SECONDS = 10.0, 3600.0
 
 
