@@ -1717,8 +1717,8 @@ def find_git_dirs(folder: str) -> tuple[str, str]:
     )
 
 
-# Looked up in the text of the config, as asking git takes longer than a claim. A key without a
-# value is true for git.
+# Looked up in the text of the config: each agent's verb comes by, and git is one process more. A
+# key without a value is true for git.
 def is_bare(common: str) -> bool:
     """Whether a common git dir has no worktree of its own. One with an index has: some tool has
     set core.bare there."""
@@ -3415,6 +3415,7 @@ def set_aside(store: Store) -> list[str]:
         if os.path.exists(store.path(name)):
             os.rename(store.path(name), f"{store.path(name)}.damaged-{stamp}")
             done.append(f"{name} is kept as {name}.damaged-{stamp}")
+        # an empty one in its place, as a queue file that is missing is damage, too
         if name in (PENDING_FILE, READY_FILE):
             store.write_durably(
                 name,
@@ -4650,8 +4651,8 @@ class Verdicts:
         self.green_trees, self.flaky_trees = (
             count(known, key) for key in ("green_trees", "flaky_trees")
         )
-        # The sums are a short cut: where their file is gone, all verdicts are read once more.
-        # After a year there are thousands.
+        # The sums are a short cut: where their file is gone, all verdicts are read once more, of
+        # which a busy farm has thousands.
         for name in () if known else self.store.disk.list_folder(self.store.path("results")):
             if name.endswith(f"-{self.key}.json"):
                 self.count(self.evidence_in(os.path.join("results", name)), 1)
@@ -6165,8 +6166,7 @@ def text_of(message: dict) -> str:
 
 
 # What an agent may run unasked whatever FARM_PERMISSIONS says: it can work, commit and hand in
-# without a person. What leaves the worktree's own branch (push, checkout, reset) is not among
-# these.
+# without a person. Push, checkout and reset are not among these.
 ALLOWED_VERBS = ("submit", "fail", "lock", "unlock", "renew", "add")
 ALLOWED_GIT = (
     "status",
@@ -7699,8 +7699,8 @@ def verify_objects(repo: str, head: str) -> None:
         raise BrokenObjects(str(error), error.hint) from None
 
 
-# An agent may have worked on a branch that it has made itself, or without any. Only where HEAD is
-# not on the task's branch has a script to look, which costs some processes.
+# An agent may have worked on a branch that it has made itself, or without any. Where HEAD is on the
+# task's branch, and the attempt the first, no script has to look, which would cost some processes.
 def find_own_head(agent: str, branch: str) -> str:
     """The commit to submit where an agent that submits by itself has left its task's branch; empty
     where it has not. In the usual case two files are read.
@@ -8449,8 +8449,8 @@ class SharedWatch:
         self.due_at, now = CLOCK.monotonic() + SHARED_SECONDS, self.read()
         keys = sorted(key for key in {*known, *now} if known.get(key) != now.get(key))
         for key in keys:
-            # told once, with those who were at work when it was first seen; later lookers would be
-            # suspects
+            # told once, with those who were at work when it was first seen: who begins later is no
+            # suspect
             if self.changes.get(key, ("", "", ""))[2] != stamp:
                 self.changes[key] = [
                     describe_change(key, known, now, busy),
@@ -8489,8 +8489,8 @@ class Sessions:
         self.found: dict[str, Session] = {}
         self.unable = ""  # why not all worktrees could be made
 
-    # One after the other, by one script: of 60 `git worktree add`s, 20 at once, 36 failed for the
-    # lock of .git/config.
+    # One after the other, by one script: of 60 `git worktree add`s that track a branch, 20 at
+    # once, 36 failed for the lock of .git/config.
     def prepare(self) -> None:
         """Worktrees for all agents: made, adopted or repaired."""
         folder = worktrees_folder(self.repo, self.settings)
@@ -8676,6 +8676,7 @@ class Supervisor:
             over = self.find_excess(
                 claim, cost_of_task(spending, claim.task["id"]) + live[claim.agent], now
             ) or self.find_hog(claim, sessions.get(claim.agent), now)
+            # once: at each tick until it has ended it is still over its limit
             if over and not read_mail(self.store, claim.agent, ENDING_FILE, claim.fence):
                 say(f"{claim.agent}: {over[1]}")
                 end_attempt(self.store, claim.agent, claim.fence, *over)
@@ -8924,6 +8925,8 @@ class Ending:
 # What landed work has left behind goes by itself, so that a farm is after a year as it was after a
 # week: refs that the target contains, files that nobody reads. (tests/rooms/test_housekeeping.py)
 
+# At most so often: tidying up is a git over all refs of the farm, sweeping a look at all its
+# files.
 TIDY_SECONDS, SWEEP_SECONDS = 10.0, 3600.0
 
 
@@ -9040,8 +9043,8 @@ class MergerProcess:
         if start_at is None or start_at <= now:
             self.start()
 
-    # A session of its own, as a Ctrl-C in the terminal of a foreground `run` goes to all of its
-    # group, and the merger is to be ended in order.
+    # A session of its own: a Ctrl-C in the terminal of a foreground `run` goes to all of its group,
+    # while it is for `down` to end the merger.
     def start(self) -> None:
         import subprocess
 
