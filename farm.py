@@ -3458,42 +3458,39 @@ def restore_task(tx: Transaction, task: Task, event: dict) -> None:
 # only a dead one loses it. (tests/rooms/test_locks.py)
 
 
+# Each pair of places is looked at once, and there is no recursion: a hundred `**` in a path, or a
+# thousand folders, cost as many steps as there are pairs.
+def find_meetings(a, b, star: str, meet) -> set[tuple[int, int]]:
+    """The places in two patterns to which one common beginning leads. `star` stands for any number
+    of elements, of which meet(x, y) says whether one text can match both."""
+    reached, frontier = {(0, 0)}, [(0, 0)]
+    for i, j in frontier:  # it grows while it is gone through
+        left, right = a[i] if i < len(a) else "", b[j] if j < len(b) else ""
+        steps = [(i + 1, j)] * (left == star) + [(i, j + 1)] * (right == star)
+        if left and right and (star in (left, right) or meet(left, right)):
+            steps.append((i + (left != star), j + (right != star)))
+        frontier += [step for step in steps if step not in reached]
+        reached.update(steps)
+    return reached
+
+
 # A class such as [ab] counts as any one character: excluding too much makes an agent wait,
 # excluding too little lets two of them edit one file.
 def segments_overlap(a: str, b: str) -> bool:
     """Whether one file name can match both patterns (`*`, `?`, `[...]` taken as any one
     character)."""
-    a, b = re.sub(r"\[[^]]+\]", "?", a), re.sub(r"\[[^]]+\]", "?", b)
-    reached = {(0, 0)}
-    frontier = [(0, 0)]
-    while frontier:
-        # the places in a and b to which one common beginning leads; each pair is looked at once
-        i, j = frontier.pop()
-        left, right = a[i : i + 1], b[j : j + 1]
-        steps = {(i + 1, j)} if left == "*" else set()
-        steps |= {(i, j + 1)} if right == "*" else set()
-        if left and right and (left == right or "?" in (left, right) or "*" in (left, right)):
-            steps.add((i + (left != "*"), j + (right != "*")))
-        frontier += steps - reached
-        reached |= steps
-    return (len(a), len(b)) in reached
+    a, b = (re.sub(r"\[[^]]+\]", "?", pattern) for pattern in (a, b))
+    return (len(a), len(b)) in find_meetings(a, b, "*", lambda x, y: x == y or "?" in (x, y))
 
 
 def globs_overlap(a: str, b: str) -> bool:
     """Whether one path can match both globs; `**` stands for any number of folders, a name
     covers all below it."""
-
-    def overlap(left: tuple, right: tuple) -> bool:
-        if not left or not right:
-            return True  # a lock on a folder holds what is in it
-        if left[0] == "**":
-            return overlap(left[1:], right) or overlap(left, right[1:])
-        if right[0] == "**":
-            return overlap(right, left)
-        return segments_overlap(left[0], right[0]) and overlap(left[1:], right[1:])
-
-    return overlap(
-        *(tuple(part for part in glob.split("/") if part not in ("", ".")) for glob in (a, b))
+    left, right = ([part for part in glob.split("/") if part not in ("", ".")] for glob in (a, b))
+    # a lock on a folder holds what is in it: the end of either is enough
+    return any(
+        i == len(left) or j == len(right)
+        for i, j in find_meetings(left, right, "**", segments_overlap)
     )
 
 
@@ -4108,15 +4105,22 @@ def describe_wait(task: Task, state: State, now: float) -> str:
 
 
 # `run --until-drained` ends when nothing but such tasks is left: it would wait for them for ever.
-def is_stranded(task: Task, state: State) -> bool:
-    """Whether a task that nobody holds can never be claimed: it is over, or it comes after one
-    that is."""
-    if task.state != "pending":
-        return True
-    before = [state.find_task(name) for name in task.after if not state.is_done(name)]
-    return any(
-        other is None or other.id in state.pending and is_stranded(other, state) for other in before
-    )
+# No recursion here either, and each task once: the loop asks at every tick.
+def find_stranded(state: State) -> set[str]:
+    """Ids of the tasks that nobody holds and that can never be claimed: they are over, or come
+    after one that is."""
+    stranded, followers = [], collections.defaultdict(list)
+    for task in state.pending.values():
+        before = [name for name in task.after if not state.is_done(name)]
+        if task.state != "pending" or any(state.find_task(name) is None for name in before):
+            stranded.append(task.id)
+        for name in before:
+            followers[name].append(task.id)
+    found = set(stranded)
+    for task_id in stranded:  # it grows while it is gone through
+        stranded += [name for name in followers[task_id] if name not in found]
+        found.update(followers[task_id])
+    return found
 
 
 # Derived and not stored: time and other tasks change it, and nobody would be there to write it.
@@ -9328,9 +9332,7 @@ class Farm:
         """Nothing is claimed, nothing is ready, and nothing that waits can ever start."""
         state = self.state
         return (
-            not state.ready
-            and not state.claimed()
-            and all(is_stranded(task, state) for task in state.pending.values())
+            not state.ready and not state.claimed() and find_stranded(state) == state.pending.keys()
         )
 
     def wait(self, should_stop) -> None:
@@ -9506,9 +9508,8 @@ class Standstill:
             return None
         if activity.get("trouble") and (farm.state.ready or not farm.sessions.worktrees):
             return 5, activity["trouble"][0]
-        waiting = [
-            task for task in farm.state.pending.values() if not is_stranded(task, farm.state)
-        ]
+        stranded = find_stranded(farm.state)
+        waiting = [task for task in farm.state.pending.values() if task.id not in stranded]
         free = [task for task in waiting if all(map(farm.state.is_done, task.after))]
         reviews = find_reviews(farm.store, farm.state)
         if reviews and not free and reviews.keys() == farm.state.ready.keys():

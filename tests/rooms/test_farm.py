@@ -253,6 +253,19 @@ def test_a_task_waits_for_those_it_comes_after(make_repo):
     assert landed_on_main(repo) == ["a", "b"]
 
 
+def test_a_run_ends_where_a_long_chain_of_tasks_waits_for_a_canceled_one(make_repo):
+    """Each but the first comes after the two before it: to follow every way would never end."""
+    repo = make_repo()
+    farm(repo, "add", "the first", "--id", "n-0", check=True)
+    farm(repo, "cancel", "n-0", check=True)
+    path = repo / "coordination/task_queue/pending.json"
+    chain = [{"id": f"n-{number}", "title": "next", "after": [f"n-{max(0, number - back)}" for back in (1, 2)]}
+             for number in range(1, 1200)]
+    path.write_text(json.dumps({"schema": 1, "tasks": json.loads(path.read_text())["tasks"] + chain}))
+    assert farm(repo, "run", "-n", "1", "--agent", "true", "--gate", "true", "--until-drained").returncode == 5
+    assert states(repo) == {"canceled": 1, "waiting": 1199}
+
+
 def test_run_until_drained_leaves_no_session_and_no_claim(make_repo):
     repo = make_repo()
     add_tasks(repo, 3)

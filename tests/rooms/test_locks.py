@@ -211,6 +211,12 @@ def test_globs_that_share_no_path_do_not_overlap(left, right):
         assert not toolkit.globs_overlap(left, right)
 
 
+def test_globs_of_many_folders_and_stars_are_compared_without_going_every_way():
+    stars, deep = "**/a/" * 15 + "c", "a/" * 1200
+    assert toolkit.globs_overlap(stars, deep + "b/d") and toolkit.globs_overlap(deep + "*", deep + "b")
+    assert not toolkit.globs_overlap(deep + "b", deep + "c")
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.text("ab*?[]!/.", max_size=8), st.text("ab*?[]!/.", max_size=8))
 def test_overlap_of_globs_is_symmetric(left, right):
