@@ -3589,15 +3589,18 @@ class LeaseWatch:
 
     def __init__(self, lease_seconds: float, host_lease_seconds: float = 90.0):
         self.lease_seconds, self.host_lease_seconds = lease_seconds, host_lease_seconds
-        self.first_seen: dict[tuple, float] = {}
+        # agent -> (its renewal, when that was seen first)
+        self.first_seen: dict[str, tuple[tuple, float]] = {}
 
     def seconds_left(self, claim: Claim) -> float:
-        """Until this claim's lease is over; each renewal is a new key and starts anew."""
+        """Until this claim's lease is over; each renewal starts it anew."""
         # Two wall clocks are never compared: they may be hours apart.
-        key = (claim.agent, claim.fence, claim.claimed_at, claim.renewals)
+        renewal = (claim.fence, claim.claimed_at, claim.renewals)
+        if self.first_seen.get(claim.agent, ((), 0.0))[0] != renewal:
+            self.first_seen[claim.agent] = (renewal, CLOCK.monotonic())
         on_host = Owner.from_json(claim.owner).is_on_host
         lease = self.host_lease_seconds if on_host else self.lease_seconds
-        return self.first_seen.setdefault(key, CLOCK.monotonic()) + lease - CLOCK.monotonic()
+        return self.first_seen[claim.agent][1] + lease - CLOCK.monotonic()
 
     def is_lapsed(self, claim: Claim) -> bool:
         return self.seconds_left(claim) <= 0
@@ -4699,6 +4702,8 @@ class Verdicts:
         self.count(self.evidence(tree), -1)  # taken out as it was, put back as it is
         self.store.write_json(name, data)
         self.memo.pop(tree, None)
+        if len(self.memo) > 1000:
+            self.forget()
         self.count(self.evidence(tree), 1)
         sums = {"green_trees": self.green_trees, "flaky_trees": self.flaky_trees}
         write_whole(self.store.path(self.sums_file()), dump_line(sums) + "\n")
@@ -4730,6 +4735,10 @@ class Verdicts:
             if CLOCK.monotonic() < self.ask_again_at:
                 return
             self.silent.clear()
+        self.forget()
+
+    def forget(self) -> None:
+        """Have all evidence read from disk again but what is in memory only."""
         self.memo = {tree: found for tree, found in self.memo.items() if tree in self.silent}
 
     # It goes back with the work, for an agent to read: the end says what has failed.
@@ -5025,6 +5034,9 @@ class Chain:
         order."""
         self.base, self.tasks = base, tasks
         self.walked: dict[tuple, Step | None] = {}  # ids -> the last step of their chain
+        # most are of what has landed; all are found out again by one call of the script
+        if len(self.steps) > 1000 + 10 * len(tasks):
+            self.steps.clear()
 
     # A gate that gives no verdict on the target is told apart from a red one: there the gate has
     # to be mended, and nobody's commit is at fault.

@@ -10,7 +10,6 @@ Exit: 0 all hold, 1 one does not, 2 usage.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import itertools
 import os
@@ -61,20 +60,30 @@ def run(farmed: Farmed, agents: int, tasks: int) -> dict[str, float]:
     environment = {**os.environ, "FARM_KEEP_DAYS": "0.0001", "FARM_PYTHON": sys.executable}
     words = [str(SCRIPTS / "farm"), "--repo", str(farmed.repo), "run", "-n", str(agents), "--agent", AGENT, "--gate", "true",
              "--until-drained"]
-    most, added = {"loop": 0.0, "merger": 0.0}, add_wave(farmed, 0, tasks)
+    most, added, told = {"loop": 0.0, "merger": 0.0}, add_wave(farmed, 0, tasks), 0
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(words, env=environment, stdout=said, stderr=said)
         while process.poll() is None:
-            for name in most:
-                with contextlib.suppress(psutil.Error):
-                    pid = toolkit.find_recorded(farmed.store.path(f"{name}.lock"))
-                    most[name] = max(most[name], psutil.Process(pid).memory_info().rss / 2**20 if pid else 0.0)
-            added = add_wave(farmed, added, tasks)
+            now = {name: memory_of(farmed, name) for name in most}
+            most = {name: max(most[name], now[name]) for name in most}
+            added, landed = add_wave(farmed, added, tasks), farmed.store.snapshot().count_landed()
+            if landed - told >= max(tasks // 10, 1):
+                told = landed
+                print(f"{landed} landed, MiB: " + ", ".join(f"{name} {mib:.1f}" for name, mib in now.items()), flush=True)
             time.sleep(0.5)
         said.seek(0)
         if process.returncode:
             raise SystemExit(f"year: the run ended with {process.returncode}\n{said.read()[-2000:].decode()}")
     return most
+
+
+def memory_of(farmed: Farmed, name: str) -> float:
+    """MiB, resident, of the loop or the merger; 0 where there is none."""
+    pid = toolkit.find_recorded(farmed.store.path(f"{name}.lock"))
+    try:
+        return psutil.Process(pid).memory_info().rss / 2**20 if pid else 0.0
+    except psutil.Error:
+        return 0.0
 
 
 def report(farmed: Farmed, tasks: int, agents: int, memory: dict[str, float]) -> int:
