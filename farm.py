@@ -1344,26 +1344,6 @@ def process_exists(pid: int) -> bool:
     return True
 
 
-def read_number(path: str) -> int | None:
-    try:
-        with open(path, encoding="ascii") as file:
-            return int(file.read())
-    except (OSError, ValueError):
-        return None
-
-
-def file_system_of(path: str) -> str:
-    """The type of the mount that `path` lies on; empty where /proc/mounts is not there to tell."""
-    try:
-        with open("/proc/mounts", encoding="utf-8", errors="replace") as file:
-            mounts = [line.split() for line in file]
-    except OSError:
-        return ""
-    # with the slash, or /home/al would be taken for a mount above /home/alice
-    above = [mount for mount in mounts if (path + "/").startswith(mount[1].rstrip("/") + "/")]
-    return max(above, key=lambda mount: len(mount[1]), default=["", "", ""])[2]
-
-
 def random_uuid() -> str:
     """RFC 4122, version 4; importing uuid takes longer than the rest of a claim."""
     digits = bytearray(os.urandom(16))
@@ -3323,8 +3303,8 @@ GONE_HINT = (
 
 # Refs are looked for in git's files: this is for status, which answers without git.
 def find_traces(store: Store, worktrees: str) -> str:
-    """What a farm has left in a repo whose coordination/ is not there, in words; empty where
-    that is nothing."""
+    """That coordination/ is not there, and what a farm has left, in words; empty where it has left
+    nothing."""
     if store.is_there():
         return ""
     common = find_git_dirs(store.repo)[1]
@@ -3343,7 +3323,8 @@ def find_traces(store: Store, worktrees: str) -> str:
             files for _, _, files in os.walk(os.path.join(common, folder))
         ):
             traces.append(words)
-    return ", ".join(traces)
+    told = f"{store.folder} is not there, but a farm has left {', '.join(traces)}"
+    return told if traces else ""
 
 
 def find_forgotten(store: Store, state: State) -> list[tuple[Task, dict]]:
@@ -7041,26 +7022,23 @@ def cost_of_task(lines: list[dict], task_id: str) -> float:
 
 def describe_overrun(task: Task, settings: Settings, cost_usd: float) -> str:
     """Empty while a task is within its budget, or has none."""
-    budget = task.budget_usd or settings.task_budget
-    if not budget or cost_usd < budget:
-        return ""
-    return f"its budget of ${budget:.2f} is used up (${cost_usd:.2f})"
+    return describe_budget("its", task.budget_usd or settings.task_budget, cost_usd)
 
 
 def describe_farm_overrun(settings: Settings, cost_usd: float) -> str:
-    budget = settings.budget
-    way_on = f"to go on: FARM_BUDGET={budget + cost_usd:.2f} ./farm.py up"
-    if not budget or cost_usd < budget:
-        return ""
-    return f"the farm's budget of ${budget:.2f} is used up (${cost_usd:.2f}); {way_on}"
+    told = describe_budget("the farm's", settings.budget, cost_usd)
+    return told and f"{told}; to go on: FARM_BUDGET={settings.budget + cost_usd:.2f} ./farm.py up"
+
+
+def describe_budget(whose: str, budget: float, cost_usd: float) -> str:
+    is_over = budget and cost_usd >= budget
+    return f"{whose} budget of ${budget:.2f} is used up (${cost_usd:.2f})" if is_over else ""
 
 
 def sum_usage(lines: list[dict]) -> dict:
     """{"tokens_in", "tokens_out", "cost_usd"} of some lines of usage.jsonl."""
-    total = {
-        key: sum(line[key] for line in lines) for key in ("tokens_in", "tokens_out", "cost_usd")
-    }
-    return {**total, "cost_usd": round(total["cost_usd"], 6)}
+    keys = ("tokens_in", "tokens_out", "cost_usd")
+    return {key: round(sum(line[key] for line in lines), 6) for key in keys}
 
 
 def describe_usage(spent: dict) -> str:
@@ -7144,8 +7122,9 @@ PAUSE_SECONDS, PAUSE_SECONDS_MAX = 30.0, 900.0
 STREAK_TASKS, STREAK_SECONDS = 3, 20.0
 # nothing but a person ends these; all others are tried again
 FOR_A_PERSON = ("not logged in", "no credit")
+LASTING = ("usage limit", *FOR_A_PERSON)
 # told by a CLI; the others are streaks of ends that are alike
-OWN_LIMITS = ("usage limit", "API failure", *FOR_A_PERSON)
+OWN_LIMITS = ("API failure", *LASTING)
 COMMAND = "command"  # where limits are kept of an agent that is no known CLI
 
 
@@ -7169,16 +7148,11 @@ def find_limit(store: Store, preset: str, now: float) -> str:
     limit = read_limits(store).get(preset) if preset else None
     if not limit or limit["until"] and limit["until"] <= utc(now):
         return ""
-    login = (
-        " (a login by environment variable: ./farm.py down first)"
-        if limit["cause"] == "not logged in"
-        else ""
-    )
-    until = (
-        f" until {limit['until']}"
-        if limit["until"]
-        else f", until a person mends it and types ./farm.py up{login}"
-    )
+    until = f" until {limit['until']}"
+    if not limit["until"]:
+        until = ", until a person mends it and types ./farm.py up"
+        if limit["cause"] == "not logged in":
+            until += " (a login by environment variable: ./farm.py down first)"
     who = "the agent command" if preset == COMMAND else preset
     return f"{who}: {limit['cause']}{until} ({one_line(limit['said'], 200)})"
 
@@ -7196,17 +7170,16 @@ def find_presets(store: Store, settings: Settings, key: str, now: float) -> tupl
     )
 
 
-def write_limits(tx: Transaction, limits: dict) -> None:
-    tx.store.write_json(
-        LIMITS_FILE,
-        {**(tx.store.read_json(LIMITS_FILE) or {}), "schema": SCHEMA, "presets": limits},
-    )
+def write_limits(tx: Transaction, **parts: dict) -> None:
+    """`presets`, `streaks` or both; the other one stays."""
+    before = tx.store.read_json(LIMITS_FILE) or {"presets": {}}
+    tx.store.write_json(LIMITS_FILE, {**before, "schema": SCHEMA, **parts})
 
 
 def forget_limits(tx: Transaction) -> None:
     """A person has started or resumed the farm, and knows better: every CLI is tried again."""
     if read_limits(tx.store):
-        write_limits(tx, {})
+        write_limits(tx, presets={})
 
 
 def set_mode(store: Store, mode: str, reason: str = "") -> None:
@@ -7218,8 +7191,7 @@ def set_mode(store: Store, mode: str, reason: str = "") -> None:
             raise Refused("the farm is not running", "./farm.py up")
         if mode == "running":
             forget_limits(tx)
-        data = {**farm, "mode": mode, "reason": reason}
-        tx.store.write_json(FARM_FILE, data)
+        tx.store.write_json(FARM_FILE, {**farm, "mode": mode, "reason": reason})
         tx.store.append_event("paused" if mode == "paused" else "resumed", None, why=reason)
 
 
@@ -7247,11 +7219,7 @@ def note_limit(tx: Transaction, preset: str, outcome: Outcome, now: float) -> st
         is_same = before.get("cause") == outcome.cause
         times = count(before, "count") + (not is_known) if is_same else 1
         until = pause_until(outcome, times, now)
-        if (
-            is_on
-            and outcome.cause not in ("usage limit", *FOR_A_PERSON)
-            and before["cause"] in ("usage limit", *FOR_A_PERSON)
-        ):
+        if is_on and outcome.cause not in LASTING and before["cause"] in LASTING:
             return before["until"]
         limits[preset] = {
             "cause": outcome.cause,
@@ -7259,11 +7227,11 @@ def note_limit(tx: Transaction, preset: str, outcome: Outcome, now: float) -> st
             "said": outcome.why,
             "count": times,
         }
-    elif before and (before["cause"] not in ("usage limit", *FOR_A_PERSON) or not is_on):
+    elif before and (before["cause"] not in LASTING or not is_on):
         del limits[preset]
     else:
         return ""
-    write_limits(tx, limits)
+    write_limits(tx, presets=limits)
     return limits.get(preset, {}).get("until", "")
 
 
@@ -7278,23 +7246,14 @@ def judge_streak(
     before = streaks.pop(key, {})
     if outcome.move == "fail" and is_idle:
         words = one_line(f"{outcome.cause}: {outcome.why}", 300)
-        tasks = (
-            before.get("tasks", [])
-            if isinstance(before, dict) and before.get("words") == words
-            else []
-        )
+        is_longer = isinstance(before, dict) and before.get("words") == words
+        tasks = before.get("tasks", []) if is_longer else []
         tasks = [*dict.fromkeys([*tasks, task_id])][-STREAK_TASKS:]
         streaks[key] = {"words": words, "tasks": tasks}
         if len(tasks) == STREAK_TASKS or outcome.cause in ("cannot start", "cannot sign"):
             outcome = outcome._replace(move="release")
     if before or streaks.get(key):
-        tx.store.write_json(
-            LIMITS_FILE,
-            {
-                **(tx.store.read_json(LIMITS_FILE) or {"schema": SCHEMA, "presets": {}}),
-                "streaks": streaks,
-            },
-        )
+        write_limits(tx, streaks=streaks)
     return outcome
 
 
@@ -7307,7 +7266,7 @@ def begin_trial(tx: Transaction, key: str, now: float) -> None:
         if limit["until"] > utc(now):
             raise NotFound("another agent tries whether it goes on", "./farm.py status")
         limits[key] = {**limit, "until": utc(now + PAUSE_SECONDS)}
-        write_limits(tx, limits)
+        write_limits(tx, presets=limits)
 
 
 def note_outcome(store: Store, fence: str, outcome: Outcome, *, is_idle: bool = False) -> Outcome:
@@ -9548,6 +9507,15 @@ class Standstill:
         return (5, f"no new work starts: {farm.blocked}") if farm.blocked else None
 
 
+def describe_event(event: str, message: str, hint: str, **more) -> dict:
+    """What FARM_NOTIFY gets of a piece of news."""
+    return {"event": event, "message": message, "try": hint, **more}
+
+
+def names_of(task: Task, agent: str) -> dict:
+    return {"agent": agent, "task": task.id, "title": task.title}
+
+
 class News:
     """What a loop tells. One of its own a loop; what was told is kept in loop.json over
     restarts."""
@@ -9576,38 +9544,27 @@ class News:
         news = dict(pair for claim in state.claims.values() for pair in self.find_waiting(claim))
         news.update(self.find_failed())
         for task_id, commit in find_reviews(self.store, state).items():
-            news[f"review {task_id} {commit}"] = {
-                "event": "review",
-                "task": task_id,
-                "try": f"./farm.py diff {task_id}",
-                "message": state.ready[task_id].title,
-                "commit": commit,
-            }
-        trouble = find_activity(self.store).get("trouble")
-        if trouble:
-            event = {"event": "blocked", "message": trouble[0], "try": trouble[1]}
-            news[f"blocked {trouble[0]}"] = event
+            title, hint = state.ready[task_id].title, f"./farm.py diff {task_id}"
+            event = describe_event("review", title, hint, task=task_id, commit=commit)
+            news[f"review {task_id} {commit}"] = event
+        if trouble := find_activity(self.store).get("trouble"):
+            news[f"blocked {trouble[0]}"] = describe_event("blocked", *trouble)
         for key in sorted({limit_key(launch.preset) for launch in self.farm.launches.values()}):
             if limit := find_limit(self.store, key, CLOCK.now()):
-                event = {"event": "limited", "message": limit, "try": "./farm.py up"}
+                event = describe_event("limited", limit, "./farm.py up")
                 news[f"limited {limit.partition(' until ')[0]}"] = event
         counts = state.count_states()
         if counts and self.farm.is_drained():
             words = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-            event = {"event": "drained", "message": words, "tasks": dict(counts)}
-            news["drained"] = {**event, "try": "./farm.py report"}
+            event = describe_event("drained", words, "./farm.py report", tasks=dict(counts))
+            news["drained"] = event
         return news
 
     def find_failed(self) -> dict[str, dict]:
         return {
-            f"failed {task.id}.{task.rev}": {
-                "event": "failed",
-                "agent": task.agent,
-                "task": task.id,
-                "title": task.title,
-                "message": task.reason,
-                "try": f"./farm.py retry {task.id}",
-            }
+            f"failed {task.id}.{task.rev}": describe_event(
+                "failed", task.reason, f"./farm.py retry {task.id}", **names_of(task, task.agent)
+            )
             for task in self.farm.state.pending.values()
             if task.state == "failed"
         }
@@ -9627,19 +9584,9 @@ class News:
         ):
             return []
         since, message = explain_state("waiting", None, told, claim, turn)
-        return [
-            (
-                f"waiting {claim.fence} {since}",
-                {
-                    "event": "waiting",
-                    "agent": name,
-                    "task": task.id,
-                    "title": task.title,
-                    "message": message,
-                    "try": f"./farm.py attach {agent_number(name)}",
-                },
-            )
-        ]
+        hint = f"./farm.py attach {agent_number(name)}"
+        event = describe_event("waiting", message, hint, **names_of(task, name))
+        return [(f"waiting {claim.fence} {since}", event)]
 
     def notify(self, event: dict) -> None:
         """Say it, write the report when all is done, and run the user's command in the
@@ -10216,6 +10163,11 @@ def one_width(line: str, width: int) -> str:
     return (line + "\u2026")[: max(0, width)]
 
 
+def for_screen(lines, width: int) -> list[str]:
+    """Lines as a terminal of `width` shows them; 0: as they are."""
+    return [one_width(local_times(line), width) if width else line for line in lines]
+
+
 def text_width(text: str) -> int:
     """Columns of a terminal: wide characters take two, combining ones none."""
     if text.isascii():
@@ -10233,11 +10185,11 @@ def terminal_size() -> tuple[int, int]:
     return columns or 80, lines or 24
 
 
-def terminal_width() -> int:
-    """Columns for a table; COLUMNS in the environment goes first."""
+def shown_width() -> int:
+    """Columns for what goes to stdout, 0 in a pipe; COLUMNS in the environment goes first."""
     import shutil
 
-    return max(20, shutil.get_terminal_size().columns)
+    return max(20, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 0
 
 
 def fit_columns(rows: list[list], headers: list[str], spare: tuple, width: int) -> list[int]:
@@ -10281,31 +10233,19 @@ def table_lines(rows: list[list], headers: list[str], spare: tuple, width: int) 
 
 def print_table(rows: list[list], headers: list[str]) -> None:
     """A table on a terminal, tab-separated in a pipe."""
-    for line in table_lines(rows, headers, (), terminal_width() if sys.stdout.isatty() else 0):
+    for line in table_lines(rows, headers, (), shown_width()):
         print(line)
 
 
 def task_record(task: Task, state: State, now: float) -> dict:
     """What `tasks --json` says of a task."""
-    record = {
-        "id": task.id,
-        "state": derived_state(task, state, now),
-        "title": task.title,
-        "agent": task.agent,
-        "attempts": task.attempts,
-        "rev": task.rev,
-        "reason": task.reason,
-    }
+    keys = ("id", "state", "title", "agent", "attempts", "rev", "reason")
+    record = {key: getattr(task, key) for key in keys}
+    record["state"] = derived_state(task, state, now)
     if task.state == "pending" and (wait := describe_wait(task, state, now)):
         record["waits"] = wait
-    record.update(
-        {
-            key: value
-            for key, value in task.to_json().items()
-            if key not in record and key != "prompt"
-        }
-    )
-    return record
+    more = {key: value for key, value in task.to_json().items() if key != "prompt"}
+    return {**record, **more, **record}
 
 
 # --------------------------------------------------------------------------------- status and watch
@@ -10315,8 +10255,7 @@ def task_record(task: Task, state: State, now: float) -> dict:
 
 
 def farm_status(store: Store, settings: Settings, sight: Sight | None = None) -> dict:
-    """What `status --json` prints. Damage is listed under `problems`; the rest is shown as far
-    as it can be read."""
+    """What `status --json` prints: what is damaged under `problems`, the rest as far as it goes."""
     agents, activity, farm, sight = [], {}, {}, sight or Sight()
     state, problems = load_anyway(store)
     try:
@@ -10327,29 +10266,30 @@ def farm_status(store: Store, settings: Settings, sight: Sight | None = None) ->
         problems, sight.error = problems or [str(error)], error
     now, records = CLOCK.now(), []
     if not problems and (traces := find_traces(store, worktrees_folder(store.repo, settings))):
-        problems = [f"{store.folder} is not there, but a farm has left {traces}"]
+        problems = [traces]
     if not problems:
         records, problems = queue_records(store, state), [str(sight.error)] if sight.error else []
-    loop = find_recorded(store.path("loop.lock"))
-    task_counts = state.count_states(lambda task: derived_state(task, state, now))
+    loop, mode = find_recorded(store.path("loop.lock")), farm.get("mode", "")
     status = {
         "agents": agents,
-        "tasks": dict(task_counts),
+        "tasks": dict(state.count_states(lambda task: derived_state(task, state, now))),
         "merge_queue": dict(collections.Counter(record["state"] for record in records)),
         "queue_line": describe_queue(state, records, activity),
         "loop": {"pid": loop, "alive": loop is not None},
-        "mode": farm.get("mode", ""),
+        "mode": mode,
         "reason": farm.get("reason", ""),
         "trouble": activity.get("trouble", []),
         "target": activity.get("target", ""),
         "landed_at": sorted(task.landed_at for task in state.landed.values())[-20:],
+        "spent": sum_usage(sight.measure("spending", lambda: read_usage(store))),
+        "reviews": [
+            {key: record[key] for key in ("id", "commit", "title")}
+            for record in records
+            if record["state"] == "review"
+        ],
+        "changes": read_changes(store) if not problems else [],
+        "lonely": list_lonely(state, settings, mode),
     }
-    status["spent"] = sum_usage(sight.measure("spending", lambda: read_usage(store)))
-    shown = ("id", "commit", "title")
-    reviews = [record for record in records if record["state"] == "review"]
-    status["reviews"] = [{key: record[key] for key in shown} for record in reviews]
-    status["changes"] = read_changes(store) if not problems else []
-    status["lonely"] = list_lonely(state, settings, status["mode"])
     steps = next_steps(status, problems, state)
     status["next"] = [{"what": what, "try": hint} for what, hint in steps]
     code = sight.error.exit_code if sight.error else DamagedState.exit_code
@@ -10415,7 +10355,7 @@ def next_steps(status: dict, problems: list[str], state: State) -> list[tuple[st
         who = f"{first['id']} and {more} more wait" if more else f"{first['id']} waits"
         what = f"{who} for a review: {first['title']}"
         steps.append((what, f"./farm.py diff {first['id']}"))
-    steps += [(what, hint) for key in ("lonely", "changes") for what, hint in status.get(key, ())]
+    steps += [*status.get("lonely", ()), *status.get("changes", ())]
     if status["trouble"]:
         steps.append(tuple(status["trouble"]))
     if status["mode"] == "paused":
@@ -10460,10 +10400,7 @@ def agent_row(record: dict) -> list[str]:
 def status_lines(status: dict, room: int = 6) -> list[str]:
     """What stands below the agents: tasks, merge queue, loop, and what a person should type
     next, in `room` lines."""
-    tasks = (
-        " \u00b7 ".join(f"{name} {count}" for name, count in sorted(status["tasks"].items()))
-        or "none"
-    )
+    tasks = count_words(status["tasks"], sorted(status["tasks"])) or "none"
     loop = f"running (pid {status['loop']['pid']})" if status["loop"]["alive"] else "not running"
     mode = f", {status['mode']}" if status["mode"] in ("paused", "stopping") else ""
     steps = [f"next: {step['try']} # {step['what']}" for step in status["next"]]
@@ -10506,8 +10443,7 @@ def status_text(status: dict, width: int, height: int = 0) -> list[str]:
     """Agents that need a person first, then counts, then what to type next: lines of `width` (0:
     tab-separated), at most `height` of them (0: all).
     """
-    lines = map(as_typed, status_lines(status))
-    below = [one_width(local_times(line), width) if width else line for line in lines]
+    below = for_screen(map(as_typed, status_lines(status)), width)
     rows = [agent_row(record) for record in sorted(status["agents"], key=state_rank)]
     room = max(2, height - len(below) - 2) if height else len(rows)
     table = table_lines(rows[:room], COLUMNS, SPARE_COLUMNS, width) if rows else []
@@ -10515,7 +10451,18 @@ def status_text(status: dict, width: int, height: int = 0) -> list[str]:
 
 
 def print_status(status: dict) -> None:
-    print("\n".join(status_text(status, terminal_width() if sys.stdout.isatty() else 0)))
+    print("\n".join(status_text(status, shown_width())))
+
+
+def count_words(counts: dict, names) -> str:
+    """`landed 3 \u00b7 ready 1`: what there is none of is left out."""
+    return " \u00b7 ".join(f"{name} {counts[name]}" for name in names if counts[name])
+
+
+def count_over(counts: dict) -> tuple[int, int]:
+    """How many tasks are over, and of how many."""
+    over = sum(counts.get(name, 0) for name in ("landed", "failed", "canceled"))
+    return over, sum(counts.values())
 
 
 class Progress:
@@ -10526,9 +10473,9 @@ class Progress:
 
     def show(self, state: State) -> None:
         counts = state.count_states()
-        total, over = sum(counts.values()), counts["landed"] + counts["failed"] + counts["canceled"]
+        over, total = count_over(counts)
         shown = ("landed", "ready", "claimed", "pending", "failed", "canceled")
-        words = " \u00b7 ".join(f"{name} {counts[name]}" for name in shown if counts[name])
+        words = count_words(counts, shown)
         if words == self.last:
             return
         self.last = words
@@ -10557,7 +10504,7 @@ class LogReader:
     def __init__(self, path: str):
         import codecs
 
-        self.path, self.held, self.files = path, "", []
+        self.path, self.held, self.begun, self.files = path, "", "", []
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.open_newer(set())
 
@@ -10611,6 +10558,14 @@ class LogReader:
         self.held, text = (text[cut.start() :], text[: cut.start()]) if cut else ("", text)
         return printable(text.replace("\r\n", "\n").replace("\r", "\n"))
 
+    def show(self, text: str, head: str) -> None:
+        """Print it; with a head, whole lines only, each behind it: what is begun waits for its
+        end."""
+        if head:
+            whole, newline, self.begun = (self.begun + text).rpartition("\n")
+            text = "".join(f"{head}{line}\n" for line in whole.split("\n") if newline)
+        sys.stdout.write(text)
+
     def last_lines(self, count: int) -> str:
         """The last `count` lines of what is there."""
         self.skip_to_last(4096 * count)
@@ -10631,11 +10586,7 @@ def estimate_left(landed_at: list[float], left: int, now: float) -> float | None
 
 def progress_line(status: dict, width: int, now: float) -> str:
     """A bar over all tasks, and how long it will still take."""
-    counts = status["tasks"]
-    total, over = (
-        sum(counts.values()),
-        sum(counts.get(name, 0) for name in ("landed", "failed", "canceled")),
-    )
+    over, total = count_over(status["tasks"])
     seconds = (
         estimate_left(list(map(epoch, status["landed_at"])), total - over, now)
         if status["loop"]["alive"]
@@ -10810,18 +10761,10 @@ class Watch:
     def do(self, *words: str, pause: bool = False) -> None:
         """Another verb on the terminal as it was; its Ctrl-C brings back here."""
         import signal
-        import subprocess
 
         self.terminal.leave()
-        say(
-            f"{' '.join(words)} (Ctrl-C: back)"
-            if words[0] in ("logs", "merge")
-            else " ".join(words)
-        )
-        environment = {**os.environ, "FARM_PYTHON": sys.executable}
-        code = subprocess.call(
-            [os.path.join(SCRIPTS, "farm"), "--repo", self.call.repo, *words], env=environment
-        )
+        say(" ".join(words) + " (Ctrl-C: back)" * (words[0] in ("logs", "merge")))
+        code = call_farm(self.call.repo, *words)
         if self.should_stop.signal == signal.SIGINT:
             self.should_stop.clear()
         if (code or pause) and self.terminal.has_keys and code not in (130, -signal.SIGINT):
@@ -10829,6 +10772,15 @@ class Watch:
             self.terminal.read_key(60)
         self.terminal.enter()
         self.drawn = ()
+
+
+def call_farm(repo: str, *words: str, **options) -> int:
+    """Another verb as a process of its own, to its end; its exit code."""
+    import subprocess
+
+    env = {**os.environ, "FARM_PYTHON": sys.executable}
+    argv = [os.path.join(SCRIPTS, "farm"), "--repo", repo, *words]
+    return subprocess.call(argv, env=env, **options)
 
 
 def read_status(call: Call, sight: Sight | None = None) -> dict:
@@ -10922,13 +10874,6 @@ SPANS = {
     ),
 }
 SETBACKS = ("returned", "attempt-failed", "owner-died", "session-ended")
-FORGES = {
-    "github": "/commit/",
-    "gitlab": "/-/commit/",
-    "bitbucket": "/commits/",
-    "codeberg": "/commit/",
-    "sr": "/commit/",
-}
 TASK_KEYS = (
     "id",
     "state",
@@ -10965,7 +10910,7 @@ class History:
 
     def fold(self, at: str, event: dict) -> None:
         kind, task, ids = event["event"], event.get("task"), event.get("ids")
-        names = [name for name in ids if isinstance(name, str)] if isinstance(ids, list) else []
+        names = ids if is_texts(ids) else []
         known = {
             "agent": word(event, "agent") or word(task, "agent"),
             "task": word(task, "id"),
@@ -11066,26 +11011,6 @@ def fold_history(store: Store) -> History:
     return history
 
 
-def find_commit_url(repo: str, remote: str) -> str:
-    """What a sha is put behind to see it at a known forge, else empty.
-
-    Read from git's file, without the credentials in it.
-    """
-    try:
-        with open(os.path.join(repo, ".git", "config"), encoding="utf-8", errors="replace") as file:
-            section = file.read().partition(f'[remote "{remote}"]')[2].partition("\n[")[0]
-    except OSError:
-        return ""
-    host_and_path = (
-        r"(?:\w+://(?:[^@/\s]+@)?([\w.-]+)(?::\d+)?/|(?:[^@/:\s]+@)?([\w.-]+):)"
-        r"([\w./~-]+?)(?:\.git)?/?"
-    )
-    url = re.search(rf"^\s*url\s*=\s*{host_and_path}\s*$", section, re.MULTILINE)
-    host = (url[1] or url[2]).lower() if url else ""
-    forge = next((name for name in host.split(".")[:-1] if name in FORGES), "")
-    return f"https://{host}/{url[3]}{FORGES[forge]}" if forge else ""
-
-
 def read_farm(store: Store) -> tuple[State, dict, bool, list[str]]:
     """(state, what `up` was told, whether a task or a gate is being worked on, what is damaged)."""
     state, problems = load_anyway(store)
@@ -11128,11 +11053,13 @@ def task_of_report(task: Task, state: State, now: float) -> dict:
 
 
 def name_report(store: Store, told: dict) -> dict:
+    remote = told.get("remote") or "origin"
+    url = run_script("merge/commit-url.sh", "-C", store.repo, remote).stdout
     return {
         "schema": SCHEMA,
         "name": one_line(os.path.basename(store.repo), 80),
         "into": one_line(str(told.get("into") or ""), 80),
-        "commit_url": find_commit_url(store.repo, told.get("remote") or "origin"),
+        "commit_url": url.strip(),
     }
 
 
@@ -11231,15 +11158,6 @@ def report_page(document: dict) -> str:
         ),
         page,
     )
-
-
-def write_report(store: Store, path: str = "", is_json: bool = False) -> list[str]:
-    """Write the page, or only its document, in one step (by default to
-    coordination/report.html); what is damaged."""
-    document = report_document(store)
-    text = dump_line(document) + "\n" if is_json else report_page(document)
-    write_whole(path or store.path("report.html"), text)
-    return document["problems"]
 
 
 # ----------------------------------------------------------------------------------------- one task
@@ -11348,17 +11266,10 @@ def find_work(call: Call, task: Task, attempt: int = 0) -> list[str]:
         return ["-f", before, task.landed_commit]
     base = ["-b", before or target_of(call, settings)]
     place = worktree_of(call.repo, settings, task.agent)
-    branch = f"farm/{task.agent}/{task.id}" if task.agent else ""
+    branch = branch_of(task.agent, task.id) if task.agent else ""
     if attempt:
-        events = read_task_events(call.store, task.id)
-        work = next(
-            (
-                one["commit"]
-                for one in reversed(fold_attempts(events, []))
-                if one["attempt"] == attempt
-            ),
-            "",
-        )
+        attempts = fold_attempts(read_task_events(call.store, task.id), [])
+        work = {one["attempt"]: one["commit"] for one in attempts}.get(attempt, "")
     elif task.state == "claimed":
         work = branch
         base += ["-w", place] * os.path.isdir(place)
@@ -11419,15 +11330,15 @@ def show_lines(document: dict, width: int) -> list[str]:
         lines.append(f"{number(document['commits'], 'commit')}, {number(len(files), 'file')}")
     lines += [f"  {one_line(path)} +{added} -{removed}" for path, added, removed in files]
     if gate:
-        lines.append(f"gate: {gate.get('colour')} {gate.get('note')}: cat {gate['log']}")
+        log = gate["log"] and f": cat {gate['log']}"
+        lines.append(f"gate: {gate.get('colour')} {gate.get('note')}{log}")
     lines += [f"next: {step}" for step in document["next"]]
-    plain = [as_typed(undirected(printable(line))) for line in lines]
-    return [one_width(local_times(line), width) if width else line for line in plain]
+    return for_screen((as_typed(undirected(printable(line))) for line in lines), width)
 
 
 # ------------------------------------------------------------------------------------------- doctor
-# What is missing or damaged. A finding is (what is wrong, what to type, exit code); code 0 is a
-# warning. (tests/rooms/test_doctor.py)
+# What is missing or damaged. A finding is (what is wrong, what to type, exit code); one without a
+# code is a warning. (tests/rooms/test_doctor.py)
 
 
 def run_check(check, *args) -> list[tuple[str, str, int]]:
@@ -11441,22 +11352,18 @@ def run_check(check, *args) -> list[tuple[str, str, int]]:
 
 def check_tools(call: Call) -> list[tuple]:
     """Programs and packages."""
-    packages = [
-        finding
-        for name in ("psutil", "portalocker", "tabulate")
-        for finding in run_check(import_package, name)
-    ]
-    result = run_script("check-tools.sh", env={"FARM_PYTHON": sys.executable}, allow=(0, 6))
-    return packages + (
-        [(str(error), error.hint, 6)]
-        if (error := script_error("check-tools.sh", result)) and result.code
-        else []
-    )
+    checks = [(import_package, name) for name in ("psutil", "portalocker", "tabulate")]
+    checks.append((lambda: run_script("check-tools.sh", env={"FARM_PYTHON": sys.executable}),))
+    return [finding for check in checks for finding in run_check(*check)]
 
 
 def check_settings(call: Call) -> list[tuple]:
-    found = run_check(call.settings) or run_check(lambda: target_of(call, call.settings()))
-    return found or [(what, hint, 1) for what, hint in find_obstacles(call)]
+    """What they name: the target, and the sandbox that they want for agents."""
+    if found := run_check(call.settings):
+        return found
+    found = run_check(lambda: target_of(call, call.settings()))
+    found = found or [(what, hint, 1) for what, hint in find_obstacles(call)]
+    return found + run_check(lambda: resolve_isolation(call.settings()))
 
 
 def check_state(call: Call) -> list[tuple]:
@@ -11468,9 +11375,7 @@ def check_state(call: Call) -> list[tuple]:
     ]
     traces = find_traces(store, worktrees_folder(call.repo, load_settings(call.repo)))
     if traces:
-        findings.append(
-            (f"{store.folder} is not there, but a farm has left {traces}", GONE_HINT, 0)
-        )
+        findings.append((traces, GONE_HINT))
     if findings or not os.path.isdir(store.folder):
         return findings
     state = store.snapshot()
@@ -11486,7 +11391,6 @@ def check_state(call: Call) -> list[tuple]:
         (
             f"{claim.agent} holds its lock, and its owner (pid {claim.owner.get('pid')}) is gone",
             "./farm.py up, or any claim: both take it over",
-            0,
         )
         for claim in state.claims.values()
         if find_liveness(Owner.from_json(claim.owner)) is False
@@ -11498,8 +11402,6 @@ def check_state(call: Call) -> list[tuple]:
 
 def check_pins(call: Call) -> list[tuple]:
     """Submitted work that a pin keeps and no task knows."""
-    if find_damaged(call.store):
-        return []
     state = call.store.snapshot()
     pins = read_tsv(run_script("merge/pins.sh", "list", "-C", call.repo, allow=(0, 2, 3)).stdout)
     orphans = [(ref, sha, ref.rpartition("/")[2]) for ref, sha in pins]
@@ -11507,7 +11409,6 @@ def check_pins(call: Call) -> list[tuple]:
         (
             f"{ref} keeps {sha[:10]}, and no task {task_id} is known",
             f"git log {sha[:10]}; git update-ref -d {ref}",
-            0,
         )
         for ref, sha, task_id in orphans
         if not state.is_done(task_id) and not state.find_task(task_id)
@@ -11516,109 +11417,49 @@ def check_pins(call: Call) -> list[tuple]:
 
 def check_refs(call: Call) -> list[tuple]:
     """Refs of landed work that hold commits which are nowhere else: nothing removes them."""
-    if find_damaged(call.store):
-        return []
     target = call.store.farm().get("settings", {}).get("into")
-    if not target:
-        return []
-    kept = find_leftovers(call.repo, target, call.store.snapshot())[1]
-    if not kept:
-        return []
-    return [
-        (
-            f"{number(len(kept), 'ref')} of landed tasks hold commits that {target} has not: "
-            f"{', '.join(kept[:3])}{' ...' * (len(kept) > 3)}",
-            f"git log {kept[0]}; git update-ref -d {kept[0]}",
-            0,
-        )
-    ]
-
-
-def measure_disk(call: Call) -> str:
-    """What the farm takes on disk, in a line."""
-    import subprocess
-
-    settings, store = load_settings(call.repo), call.store
-    folder, sizes = worktrees_folder(call.repo, settings), {"worktrees": 0, "slots": 0}
-    places = [
-        ("slots" if name.startswith("gate-") else "worktrees", os.path.join(folder, name))
-        for name in (os.listdir(folder) if os.path.isdir(folder) else ())
-    ]
-    for what, place in (*places, ("coordination", store.folder)):
-        if os.path.isdir(place):
-            try:
-                said = subprocess.run(["du", "-sk", place], capture_output=True, text=True).stdout
-            except FileNotFoundError:
-                return "du is not installed, so nobody can tell"
-            sizes[what] = sizes.get(what, 0) + int(said.partition("\t")[0] or 0)
-    refs = run_script("merge/tidy-refs.sh", "list", "-C", call.repo, allow=(0, 2, 3)).stdout
-    return (
-        ", ".join(f"{what} {size / 1024:.1f} MiB" for what, size in sizes.items())
-        + f", {number(len(refs.splitlines()), 'ref')}"
+    kept = find_leftovers(call.repo, target, call.store.snapshot())[1] if target else []
+    what = (
+        f"{number(len(kept), 'ref')} of landed tasks hold commits that {target} has not: "
+        f"{', '.join(kept[:3])}{' ...' * (len(kept) > 3)}"
     )
+    return [(what, f"git log {kept[0]}; git update-ref -d {kept[0]}")] if kept else []
 
 
 def check_machine(call: Call) -> list[tuple]:
     """Disk, memory, limits of the kernel, and the file system that locks must work on."""
-    import resource
-
-    settings, found = load_settings(call.repo), []
-    if short := find_shortage(call.repo, settings.min_free_mib):
-        found.append((short, "free some, or lower FARM_MIN_FREE_MIB"))
-    limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
-    needed = 64 * settings.n
-    if 0 < limit < needed:
-        what = f"only {limit} processes are allowed, for {settings.n} agents"
-        found.append((what, f"ulimit -u {needed}"))
-    watches = read_number("/proc/sys/fs/inotify/max_user_instances")
-    needed = 4 * settings.n
-    if watches is not None and watches < needed:
-        what = f"only {watches} inotify instances are allowed, for {settings.n} agents"
-        found.append((what, f"sudo sysctl fs.inotify.max_user_instances={needed}"))
-    kind = file_system_of(call.repo)
-    if kind.startswith(("nfs", "cifs", "smb", "fuse.sshfs", "9p")):
-        what = f"{call.repo} lies on {kind}, where flock may not hold"
-        found.append((what, "move the repo to a local disk"))
-    return [(what, hint, 0) for what, hint in found]
+    settings = load_settings(call.repo)
+    short = find_shortage(call.repo, settings.min_free_mib)
+    said = run_script("check-machine.sh", "-n", str(settings.n), call.repo).stdout
+    return [(short, "free some, or lower FARM_MIN_FREE_MIB")] * bool(short) + read_tsv(said)
 
 
 def check_repo(call: Call) -> list[tuple]:
     """What in the repo itself would stop a farm, and what the loop and the merger say now."""
-    settings = load_settings(
-        call.repo,
-        call.options,
-        {} if find_damaged(call.store) else call.store.farm().get("settings", {}),
-    )
-    state = State() if find_damaged(call.store) else call.store.snapshot()
+    is_whole = not find_damaged(call.store)
+    told = call.store.farm().get("settings", {}) if is_whole else {}
+    settings = load_settings(call.repo, call.options, told)
+    state = call.store.snapshot() if is_whole else State()
     landed = "".join(f"{task.landed_commit}\n" for task in state.all_tasks() if task.landed_commit)
     target = ["-b", settings.into] if settings.into else []
-    rows = read_tsv(
-        run_script(
-            "merge/check-repo.sh", "-C", call.repo, *target, stdin=landed, allow=(0, 1)
-        ).stdout
-    )
-    findings = [(what, hint, 1) for what, hint in rows]
-    if not find_damaged(call.store):
-        trouble = find_activity(call.store).get("trouble")
-        findings += [(trouble[0], trouble[1], 1)] if trouble else []
-        findings += [(what, undo, 0) for what, undo in read_changes(call.store)]
-    return findings
-
-
-def check_isolation(call: Call) -> list[tuple]:
-    """What keeps agents from the sandbox that the settings want."""
-    return run_check(lambda: resolve_isolation(call.settings()))
+    said = run_script(
+        "merge/check-repo.sh", "-C", call.repo, *target, stdin=landed, allow=(0, 1)
+    ).stdout
+    rows = read_tsv(said)
+    if is_whole and (trouble := find_activity(call.store).get("trouble")):
+        rows.append(trouble)
+    return [(*row, 1) for row in rows] + (read_changes(call.store) if is_whole else [])
 
 
 def describe_sandbox() -> str:
     """Whether there can be sandboxes of bubblewrap here, why not, and what they leave open."""
-    result = run_script("sandbox/check-sandbox.sh", allow=(0, 6))
-    if result.code:
-        error = script_error("sandbox/check-sandbox.sh", result)
+    try:
+        rows = read_tsv(run_script("sandbox/check-sandbox.sh").stdout)
+    except FarmError as error:
         return f"sandbox: {error}\n  try: {error.hint}"
     return "\n".join(
         ["sandbox: bubblewrap works here, for FARM_ISOLATE=bwrap"]
-        + [f"sandbox: {what}\n  try: {hint}" for what, hint in read_tsv(result.stdout)]
+        + [f"sandbox: {what}\n  try: {hint}" for what, hint in rows]
     )
 
 
@@ -11635,9 +11476,9 @@ def check_agents(call: Call) -> list[tuple]:
         for finding in run_check(check_command, command_of(agent), call.repo)
     ]
     if not findings:
-        findings += [(what, hint, 0) for what, hint in find_blockers(call.repo, settings, shared)]
+        findings += find_blockers(call.repo, settings, shared)
     return findings + [
-        (limit, "./farm.py up", 0)
+        (limit, "./farm.py up")
         for preset in (*CLIS, COMMAND)
         if (limit := find_limit(call.store, preset, CLOCK.now()))
     ]
@@ -11651,7 +11492,7 @@ def check_agents(call: Call) -> list[tuple]:
 
 Verb = collections.namedtuple("Verb", "run synopsis summary options example")
 VERBS: dict[str, Verb] = {}
-GLOBAL_OPTIONS = "repo= help h|help"
+GLOBAL_OPTIONS = "repo= h|help"
 
 
 def verb(synopsis: str, summary: str, options: str = "", example: str = ""):
@@ -11698,6 +11539,9 @@ class Call:
         text = self.args[0]
         return f"agent-{int(text):03d}" if text.isdigit() else checked_name(text, "agent")
 
+    def get(self, option: str, default=None):
+        return self.options.get(option, default)
+
     def one(self, what: str) -> str:
         if len(self.args) != 1:
             raise UsageError(
@@ -11717,43 +11561,37 @@ def parse_options(verb_name: str, argv: list[str]) -> tuple[list[str], dict]:
     """getopt over the verb's option words; (positional, options). Raises UsageError."""
     import getopt
 
-    kinds, shorts, short_names = {}, "", {}
-    for word in (VERBS[verb_name].options + " " + GLOBAL_OPTIONS).split():
-        short, bar, rest = word.partition("|")
-        name, equals, kind = (rest if bar else word).partition("=")
-        kinds[name] = (equals + kind) if equals else ""
-        if bar:
-            shorts += short + (":" if equals else "")
-            short_names["-" + short] = name
-    own, separator, command = argv, [], []
-    if "--" in argv:
-        cut = argv.index("--")
-        own, separator, command = argv[:cut], ["--"], argv[cut + 1 :]
+    kinds, shorts, names = {}, "", {}
+    for word in f"{VERBS[verb_name].options} {GLOBAL_OPTIONS}".split():
+        flags, equals, kind = word.partition("=")
+        short, _, name = flags.rpartition("|")
+        kinds[name], names["-" + short], names["--" + name] = equals + kind, name, name
+        shorts += short + ":" * bool(short and equals)
+    cut = argv.index("--") if "--" in argv else len(argv)
     try:
         pairs, args = getopt.gnu_getopt(
-            own, shorts, [name + ("=" if kind else "") for name, kind in kinds.items()]
+            argv[:cut], shorts, [name + "=" * bool(kind) for name, kind in kinds.items()]
         )
     except getopt.GetoptError as error:
-        near = find_near(error.opt, [name for name in kinds if name != "h"])
+        near = find_near(error.opt, kinds)
         raise UsageError(
             f"{verb_name}: {error.msg}", f"./farm.py {verb_name} --{near or 'help'}"
         ) from None
-    options: dict = {"command": command} if separator else {}
+    command = argv[cut + 1 :]
+    options: dict = {"command": command} if cut < len(argv) else {}
     for flag, value in pairs:
-        name = short_names.get(flag, flag[2:])
-        options.update(
-            {name.replace("-", "_"): read_option(verb_name, name, kinds[name], value, options)}
-        )
-    return args + ([] if verb_name == "with-lock" else command), options
+        name, key = names[flag], names[flag].replace("-", "_")
+        options[key] = read_option(verb_name, name, kinds[name], value, options.get(key, []))
+    return args + command * (verb_name != "with-lock"), options
 
 
-def read_option(verb_name: str, name: str, kind: str, value: str, options: dict):
+def read_option(verb_name: str, name: str, kind: str, value: str, before: list):
     """One option's value by its kind: flag, text, whole number (#), seconds (s), or a list that
-    grows (*)."""
+    grows (*) from what stood `before`."""
     if kind == "":
         return True
     if kind == "=*":
-        return [*options.get(name.replace("-", "_"), []), value]
+        return [*before, value]
     if kind in ("=#", "=s"):
         try:
             number = int(value) if kind == "=#" else float(value)
@@ -11827,61 +11665,62 @@ def overview_text() -> str:
 
 
 # What options say that are no settings of the same name.
-OPTIONS = {
-    "prompt": "what the agent is told beyond the title",
-    "prompt-file": "the same, from a file",
-    "id": "an id of your own (claim: this task and no other)",
-    "priority": "higher goes first (default 0)",
-    "no-after": "an agent's: do not wait until its own task has landed",
-    "after": "an id that must have landed before; may be repeated",
-    "path": "a glob that nobody else may work in meanwhile; may be repeated",
-    "time-limit": "seconds until an attempt is ended",
-    "budget": "dollars that the task may cost",
-    "file": "a checklist, JSON lines or plain lines; - is standard input",
-    "json": "one JSON document on standard output",
-    "fence": "the token of the claim, as it printed it",
-    "owner-pid": "the process that lives as long as the agent",
-    "wait": "seconds to wait for it",
-    "env": "FARM_* lines for run-agent.sh",
-    "why": "the reason, which the next attempt reads",
-    "no-retry": "the task is failed at once",
-    "branch": "another branch than the task's own",
-    "commit": "this commit, wherever branches are",
-    "code": "the exit code of its command",
-    "name": "what the hub calls this host (default: this machine's name)",
-    "folder": "where its clone and worktrees are (default: ~/farm-hosts/HOST)",
-    "watch": "again and again, until it is stopped",
-    "until-drained": "end when all is done, or nothing can move",
-    "now": "do not let agents finish",
-    "all": "of all agents",
-    "follow": "go on as it grows",
-    "lines": "so many of the last lines",
-    "raw": "with its escape codes",
-    "stat": "only which files, and how much",
-    "state": "in this state; may be repeated",
-    "match": "whose title or id has this text",
-    "sort": "priority, attempts, cost_usd, state, agent, title or added_at",
-    "yes": "without asking",
-    "fail": "it counts as an attempt",
-    "retry": "and have it tried again after that",
-    "failed": "all that have failed",
-    "title": "what to do, in a line",
-    "attempt": "what this attempt has submitted",
-    "into": "where to (rescue)",
-    "fix": "keep damaged files aside and rebuild what they held",
-    "output": "another file",
-    "repo": "the repo to work on (default: the one you stand in)",
-    "help": "this",
-}
+OPTION_HELP = """\
+prompt         what the agent is told beyond the title
+prompt-file    the same, from a file
+id             an id of your own (claim: this task and no other)
+priority       higher goes first (default 0)
+no-after       an agent's: do not wait until its own task has landed
+after          an id that must have landed before; may be repeated
+path           a glob that nobody else may work in meanwhile; may be repeated
+time-limit     seconds until an attempt is ended
+budget         dollars that the task may cost
+file           a checklist, JSON lines or plain lines; - is standard input
+json           one JSON document on standard output
+fence          the token of the claim, as it printed it
+owner-pid      the process that lives as long as the agent
+wait           seconds to wait for it
+env            FARM_* lines for run-agent.sh
+why            the reason, which the next attempt reads
+no-retry       the task is failed at once
+branch         another branch than the task's own
+commit         this commit, wherever branches are
+code           the exit code of its command
+name           what the hub calls this host (default: this machine's name)
+folder         where its clone and worktrees are (default: ~/farm-hosts/HOST)
+watch          again and again, until it is stopped
+until-drained  end when all is done, or nothing can move
+now            do not let agents finish
+all            of all agents
+follow         go on as it grows
+lines          so many of the last lines
+raw            with its escape codes
+stat           only which files, and how much
+tool           in your difftool (git config --global diff.tool)
+state          in this state; may be repeated
+match          whose title or id has this text
+sort           priority, attempts, cost_usd, state, agent, title or added_at
+yes            without asking
+fail           it counts as an attempt
+retry          and have it tried again after that
+failed         all that have failed
+title          what to do, in a line
+attempt        what this attempt has submitted
+into           where to (rescue)
+fix            keep damaged files aside and rebuild what they held
+output         another file
+repo           the repo to work on (default: the one you stand in)
+help           this
+"""
 
 
 def option_lines(words: str) -> list[str]:
     """`--name  what it is` for each option of a verb."""
-    lines = []
+    meanings, lines = dict(line.split(None, 1) for line in OPTION_HELP.splitlines()), []
     for word in words.split():
         short, bar, name = word.partition("=")[0].rpartition("|")
         setting = SETTINGS.get(name.replace("-", "_"))
-        meaning = OPTIONS.get(name) or (setting.meaning if setting else "")
+        meaning = meanings.get(name) or (setting.meaning if setting else "")
         flags = f"-{short}, --{name}" if bar and short != name else f"--{name}"
         lines.append(f"  {flags:<18} {meaning}")
     return lines
@@ -11898,11 +11737,10 @@ def help_text(name: str) -> str:
 
 def settings_text() -> str:
     """Every setting: its variable, its default, its meaning."""
-    rows = [
-        [variable_of(name), str(entry.default) or "-", entry.meaning]
+    lines = [
+        f"{variable_of(name):<22} {str(entry.default) or '-':<8} {entry.meaning}"
         for name, entry in SETTINGS.items()
     ]
-    lines = [f"{name:<22} {default:<8} {meaning}" for name, default, meaning in rows]
     return "\n".join(
         [
             "A flag goes before FARM_* in the environment, that before farm.env (KEY=VALUE lines",
@@ -11929,15 +11767,14 @@ def clis_text() -> str:
 # A few lines each, in the order of a task's way, then locks. The agents' own are called often:
 # their start is their cost. (tests/rooms/test_task_queue.py, tests/rooms/test_fences.py)
 
+NEED_STATE = (check_pins, check_refs)
 CHECKS = (
     check_tools,
     check_settings,
     check_state,
-    check_pins,
-    check_refs,
+    *NEED_STATE,
     check_repo,
     check_machine,
-    check_isolation,
     check_agents,
 )
 
@@ -11951,7 +11788,7 @@ CHECKS = (
 )
 def verb_add(call: Call) -> int:
     settings = call.settings()
-    if call.options.get("file"):
+    if call.get("file"):
         drafts = parse_tasks(
             read_text(call.options["file"]), os.path.basename(call.options["file"])
         )
@@ -11965,7 +11802,7 @@ def verb_add(call: Call) -> int:
         drafts = [draft_from(call)]
     check_presets(drafts)
     with call.store.transaction() as tx:
-        drafts = follow_up(tx, drafts, settings, not call.options.get("no_after"))
+        drafts = follow_up(tx, drafts, settings, not call.get("no_after"))
         answers = TaskQueue(tx).add(drafts, settings.max_attempts)
     for task, is_new in answers:
         print(task.id)
@@ -12018,31 +11855,47 @@ def follow_up(tx: Transaction, drafts: list[Task], settings: Settings, waits: bo
     ]
 
 
+# the options that are no fields of the same name
+TASK_OPTIONS = {
+    "path": "paths",
+    "agent": "preset",
+    "time_limit": "time_limit_seconds",
+    "budget": "budget_usd",
+}
+
+
 def draft_from(call: Call) -> Task:
     """The task that the command line of `add` describes."""
     title = " ".join(call.args).strip()
     if not title:
         raise UsageError("a task needs a title", "./farm.py add 'what to do'")
-    options = call.options
-    if options.get("max_attempts", 1) < 1:
+    fields = fields_of(call)
+    if fields.get("max_attempts", 1) < 1:
         raise UsageError("a task needs at least one attempt: --max-attempts 1")
-    prompt = (
-        read_text(options["prompt_file"])
-        if options.get("prompt_file")
-        else options.get("prompt", "")
-    )
-    return Task(
-        id=checked_name(options["id"], "task id") if options.get("id") else "",
-        title=title,
-        prompt=prompt,
-        priority=options.get("priority", 0),
-        after=options.get("after", []),
-        paths=options.get("path", []),
-        max_attempts=options.get("max_attempts", 0),
-        time_limit_seconds=options.get("time_limit", 0.0),
-        budget_usd=options.get("budget", 0.0),
-        preset=options.get("agent", ""),
-    )
+    if file := fields.pop("prompt_file", ""):
+        fields["prompt"] = read_text(file)
+    if fields.get("id"):
+        checked_name(fields["id"], "task id")
+    return Task(title=title, **fields)
+
+
+def fields_of(call: Call) -> dict:
+    """The fields of a task that the options of `add` and `edit` name, whose lists may be emptied
+    by an empty word."""
+    return {
+        TASK_OPTIONS.get(key, key): list(filter(None, value)) if isinstance(value, list) else value
+        for key, value in call.options.items()
+        if key not in ("repo", "file", "no_after", "command")
+    }
+
+
+def print_records(call: Call, records: list[dict], heads: list[str], cells) -> int:
+    """As JSON, or as a table of `cells(record)`."""
+    if call.get("json"):
+        print_json(records)
+    else:
+        print_table(list(map(cells, records)), heads)
+    return 0
 
 
 SORTED_BY = ("priority", "attempts", "cost_usd", "state", "agent", "title", "added_at")
@@ -12089,23 +11942,20 @@ def verb_tasks(call: Call) -> int:
         ],
         call.options,
     )
-    if call.options.get("json"):
-        print_json(records)
-        return 0
-    rows = [
-        [
-            r["id"],
-            r["state"],
-            r["agent"] or "-",
-            r["attempts"],
-            r["title"],
-            r.get("landed_commit", "")[:10]
-            or as_typed("; ".join(filter(None, (r.get("waits"), r["reason"])))),
-        ]
-        for r in records
-    ]
-    print_table(rows, ["TASK", "STATE", "AGENT", "TRIES", "TITLE", "COMMIT OR REASON"])
-    return 0
+    return print_records(
+        call,
+        records,
+        ["TASK", "STATE", "AGENT", "TRIES", "TITLE", "COMMIT OR REASON"],
+        lambda task: [
+            task["id"],
+            task["state"],
+            task["agent"] or "-",
+            task["attempts"],
+            task["title"],
+            task.get("landed_commit", "")[:10]
+            or as_typed("; ".join(filter(None, (task.get("waits"), task["reason"])))),
+        ],
+    )
 
 
 def move_each(call: Call, ids: list[str], move) -> int:
@@ -12130,7 +11980,7 @@ def move_each(call: Call, ids: list[str], move) -> int:
     "./farm.py cancel t-0007",
 )
 def verb_cancel(call: Call) -> int:
-    text = call.options.get("match", "").lower()
+    text = call.get("match", "").lower()
     ids = [
         task.id
         for task in call.store.snapshot().live_tasks()
@@ -12150,9 +12000,24 @@ def verb_retry(call: Call) -> int:
     ids = [task.id for task in call.store.snapshot().pending.values() if task.state == "failed"]
     return move_each(
         call,
-        ids if call.options.get("failed") else [call.one("task id")],
+        ids if call.get("failed") else [call.one("task id")],
         lambda queue, task_id: queue.retry(task_id, more),
     )
+
+
+def wait_until_made(call: Call, settings: Settings, error: type, move):
+    """What `move(watch)` returns: while it raises `error`, again at each change of the state, up
+    to --wait seconds."""
+    watch = LeaseWatch(settings.lease_seconds, settings.host_lease_seconds)
+    deadline = CLOCK.monotonic() + call.get("wait", 0)
+    while True:
+        before = call.store.signature()
+        try:
+            return move(watch)
+        except error:
+            if CLOCK.monotonic() >= deadline:
+                raise
+        wait_for_change(call.store, before, deadline)
 
 
 @verb(
@@ -12162,21 +12027,11 @@ def verb_retry(call: Call) -> int:
     "./farm.py claim agent-001 --owner-pid $$",
 )
 def verb_claim(call: Call) -> int:
-    agent, owner = call.agent(), caller(call.options.get("owner_pid"))
+    agent, owner = call.agent(), caller(call.get("owner_pid"))
     settings = call.settings()
-    watch, deadline = (
-        LeaseWatch(settings.lease_seconds, settings.host_lease_seconds),
-        CLOCK.monotonic() + call.options.get("wait", 0),
+    claim = wait_until_made(
+        call, settings, NotFound, lambda watch: claim_once(call, agent, owner, watch, settings)
     )
-    while True:
-        before = call.store.signature()
-        try:
-            claim = claim_once(call, agent, owner, watch, settings)
-            break
-        except NotFound:
-            if CLOCK.monotonic() >= deadline:
-                raise
-        wait_for_change(call.store, before, deadline)
     cli = cli_of(os.environ.get("FARM_PRESET", ""))
     resumes = cli.can_resume(claim)
     try:
@@ -12187,24 +12042,29 @@ def verb_claim(call: Call) -> int:
             f"could not be written",
             "repeat the command",
         ) from None
-    if cli.stagger_seconds and call.options.get("env"):
+    if cli.stagger_seconds and call.get("env"):
         wait_for_start(call.store, cli.stagger_seconds)
     print(
-        claim_environment(claim, prompt, resumes)
-        if call.options.get("env")
-        else dump_line(claim.to_json())
+        claim_environment(claim, prompt, resumes) if call.get("env") else dump_line(claim.to_json())
     )
     return 0
 
 
 def fence_of(call: Call) -> str:
-    fence = call.options.get("fence") or os.environ.get("FARM_FENCE", "")
+    fence = call.get("fence") or os.environ.get("FARM_FENCE", "")
     if not fence:
         raise UsageError(
             f"{call.name} needs --fence",
             f"the claim printed it: ./farm.py {call.name} AGENT --fence t-0001.2",
         )
     return fence
+
+
+def move_claim(call: Call, *args, **options) -> int:
+    """The move that the verb is called, of what the agent holds by its fence."""
+    with call.store.transaction() as tx:
+        getattr(TaskQueue(tx), call.name)(call.agent(), fence_of(call), *args, **options)
+    return 0
 
 
 @verb(
@@ -12214,9 +12074,7 @@ def fence_of(call: Call) -> str:
     "farm renew agent-001 --fence t-0001.2",
 )
 def verb_renew(call: Call) -> int:
-    with call.store.transaction() as tx:
-        TaskQueue(tx).renew(call.agent(), fence_of(call))
-    return 0
+    return move_claim(call)
 
 
 @verb(
@@ -12226,11 +12084,7 @@ def verb_renew(call: Call) -> int:
     "farm release agent-001 --fence t-0001.2",
 )
 def verb_release(call: Call) -> int:
-    with call.store.transaction() as tx:
-        TaskQueue(tx).release(
-            call.agent(), fence_of(call), one_line(call.options.get("why", ""), 500)
-        )
-    return 0
+    return move_claim(call, one_line(call.get("why", ""), 500))
 
 
 @verb(
@@ -12240,14 +12094,10 @@ def verb_release(call: Call) -> int:
     "farm fail agent-001 --fence t-0001.2 --why 'the API is gone'",
 )
 def verb_fail(call: Call) -> int:
-    why = one_line(call.options.get("why", ""), 500)
+    why = one_line(call.get("why", ""), 500)
     if not why:
         raise UsageError("fail needs --why: the next attempt reads it")
-    with call.store.transaction() as tx:
-        TaskQueue(tx).fail(
-            call.agent(), fence_of(call), why, retry=not call.options.get("no_retry")
-        )
-    return 0
+    return move_claim(call, why, retry=not call.get("no_retry"))
 
 
 @verb(
@@ -12257,7 +12107,7 @@ def verb_fail(call: Call) -> int:
     "farm submit agent-001 --fence t-0001.2",
 )
 def verb_submit(call: Call) -> int:
-    branch, commit = call.options.get("branch", ""), call.options.get("commit", "")
+    branch, commit = call.get("branch", ""), call.get("commit", "")
     submit(call.store, call.agent(), fence_of(call), branch=branch, commit=commit)
     return 0
 
@@ -12295,7 +12145,7 @@ def verb_finish(call: Call) -> int:
     agent, fence = call.agent(), fence_of(call)
     log = sys.stdin.buffer.read().decode("utf-8", "replace")
     try:
-        Attempt(call, agent, fence).finish(call.options.get("code", 0), log)
+        Attempt(call, agent, fence).finish(call.get("code", 0), log)
     except Refused as error:
         # somebody else has the task now, or the agent has made its move itself
         say(str(error))
@@ -12356,23 +12206,15 @@ def answer_request(agent: str, repo: str, path: str) -> dict:
 
 
 def acquire_waiting(call: Call, agent: str, names: list[str], owner: Owner) -> None:
-    """Hold all names, waiting up to --wait seconds. Raises Refused."""
-    settings, deadline = call.settings(), CLOCK.monotonic() + call.options.get("wait", 0)
-    watch = LeaseWatch(settings.lease_seconds, settings.host_lease_seconds)
-    while True:
-        before = call.store.signature()
-        try:
-            take_over(
-                call.store,
-                settings,
-                watch,
-                lambda tx: LockRegistry(tx).acquire(agent, names, owner),
-            )
-            return
-        except Refused:
-            if CLOCK.monotonic() >= deadline:
-                raise
-        wait_for_change(call.store, before, deadline)
+    """Hold all names. Raises Refused."""
+    settings = call.settings()
+
+    def acquire(watch: LeaseWatch) -> None:
+        take_over(
+            call.store, settings, watch, lambda tx: LockRegistry(tx).acquire(agent, names, owner)
+        )
+
+    wait_until_made(call, settings, Refused, acquire)
 
 
 def lock_names(call: Call, names: list[str]) -> list[str]:
@@ -12389,7 +12231,7 @@ def lock_names(call: Call, names: list[str]) -> list[str]:
 )
 def verb_lock(call: Call) -> int:
     acquire_waiting(
-        call, call.agent(), lock_names(call, call.args[1:]), caller(call.options.get("owner_pid"))
+        call, call.agent(), lock_names(call, call.args[1:]), caller(call.get("owner_pid"))
     )
     return 0
 
@@ -12416,23 +12258,20 @@ def verb_locks(call: Call) -> int:
         }
         for claim in claims
     ]
-    if call.options.get("json"):
-        print_json(records)
-        return 0
     words = {True: "alive", False: "dead", None: "unseen"}
-    rows = [
-        [
-            r["agent"],
-            r["task"] or "-",
-            ", ".join(r["locks"]) or "-",
-            r["owner"].get("pid"),
-            words[r["alive"]],
-            r["claimed_at"],
-        ]
-        for r in records
-    ]
-    print_table(rows, ["AGENT", "TASK", "LOCKS", "PID", "OWNER", "SINCE"])
-    return 0
+    return print_records(
+        call,
+        records,
+        ["AGENT", "TASK", "LOCKS", "PID", "OWNER", "SINCE"],
+        lambda one: [
+            one["agent"],
+            one["task"] or "-",
+            ", ".join(one["locks"]) or "-",
+            one["owner"].get("pid"),
+            words[one["alive"]],
+            one["claimed_at"],
+        ],
+    )
 
 
 @verb(
@@ -12444,7 +12283,7 @@ def verb_locks(call: Call) -> int:
 def verb_with_lock(call: Call) -> int:
     import shutil
 
-    command, names = call.options.get("command"), lock_names(call, call.args)
+    command, names = call.get("command"), lock_names(call, call.args)
     if not command:
         raise UsageError("with-lock needs a command after --", "farm with-lock NAME -- COMMAND")
     if not shutil.which(command[0]):
@@ -12487,7 +12326,7 @@ def fork_waiting(command: list[str]) -> tuple[int, int]:
 def verb_queue(call: Call) -> int:
     state = call.store.snapshot()
     records = queue_records(call.store, state)
-    if call.options.get("json"):
+    if call.get("json"):
         print_json(records)
         return 0
     rows = [
@@ -12517,7 +12356,7 @@ def verb_merge(call: Call) -> int:
     try:
         guard = hold_long(call.store.path("merger.lock"), "a merger")
     except Refused:
-        if call.options.get("watch"):
+        if call.get("watch"):
             raise
         return follow_merger(call)
     slots_folder = worktrees_folder(call.repo, settings)
@@ -12525,7 +12364,7 @@ def verb_merge(call: Call) -> int:
     queue.review.note_cost = functools.partial(note_review, call.store, settings.reviewer)
     should_stop = StopRequest()
     try:
-        Merger(queue, forever=bool(call.options.get("watch"))).run(should_stop)
+        Merger(queue, forever=bool(call.get("watch"))).run(should_stop)
     finally:
         queue.stop()
         guard.close()
@@ -12541,7 +12380,7 @@ def report_merge(call: Call, moved: list[tuple], trouble: tuple, gates: int) -> 
     came_back = [move for move in moved if move[1] != "landed"]
     if trouble:
         say(f"{trouble[0]}\n  try: {trouble[1]}")
-    if call.options.get("json"):
+    if call.get("json"):
         print_json(
             {
                 "landed": [move[0] for move in moved if move[1] == "landed"],
@@ -12627,7 +12466,7 @@ def verb_run(call: Call) -> int:
     should_stop, progress, news = StopRequest(), Progress(sys.stdout), News(farm, report_apart)
     standstill = Standstill(farm)
     farm.tell, farm.stands_still = news.tell, standstill.is_reached
-    until_drained = bool(call.options.get("until_drained"))
+    until_drained = bool(call.get("until_drained"))
     try:
         farm.run(
             should_stop,
@@ -12655,11 +12494,10 @@ def report_apart(store: Store) -> None:
     small."""
     import subprocess
 
-    argv = [os.path.join(SCRIPTS, "farm"), "--repo", store.repo, "report"]
-    env = {**os.environ, "FARM_PYTHON": sys.executable}
-    done = subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    if done.returncode not in (0, DamagedState.exit_code):
-        say(f"the report could not be written (exit code {done.returncode})")
+    nothing = subprocess.DEVNULL
+    code = call_farm(store.repo, "report", stdin=nothing, stdout=nothing)
+    if code not in (0, DamagedState.exit_code):
+        say(f"the report could not be written (exit code {code})")
 
 
 def end_run(farm: Farm, should_stop: StopRequest) -> None:
@@ -12678,7 +12516,7 @@ def end_run(farm: Farm, should_stop: StopRequest) -> None:
 )
 def verb_down(call: Call) -> int:
     farm = started_farm(call)
-    seconds = 0 if call.options.get("now") else farm.settings.grace_seconds
+    seconds = 0 if call.get("now") else farm.settings.grace_seconds
     say_kept(farm.ending().down(seconds))
     return 0
 
@@ -12695,12 +12533,8 @@ def verb_clean(call: Call) -> int:
     target = settings.into or target_of(call, settings)
     run_script("merge/pins.sh", "drop", "-C", call.repo, "-b", target)
     adopt_isolation(call.store)
-    way = (
-        ("sandbox/without-filters.sh", call.repo, "bash", os.path.join(SCRIPTS, "rm-worktrees.sh"))
-        if is_isolated()
-        else ("rm-worktrees.sh",)
-    )
-    result = run_script(*way, "-C", call.repo, "-d", folder, "-b", target, allow=(0, 4))
+    where = ("-C", call.repo, "-d", folder, "-b", target)
+    result = run_unfiltered(call.repo, "rm-worktrees.sh", *where, allow=(0, 4))
     print_table(read_tsv(result.stdout), ["AGENT", "WHAT", "WHY"])
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         if name.startswith(("gate-", "plan-")) and not name.endswith(".tmp"):
@@ -12715,17 +12549,17 @@ def verb_clean(call: Call) -> int:
     "./farm.py status --watch",
 )
 def verb_status(call: Call) -> int:
-    if call.options.get("watch"):
+    if call.get("watch"):
         return watch_status(call)
     status = read_status(call)
-    print_json(status) if call.options.get("json") else print_status(status)
+    print_json(status) if call.get("json") else print_status(status)
     return status.get("exit_code", 0)
 
 
 def watch_status(call: Call) -> int:
     """Until q or a signal; the farm goes on. In a pipe: the status every two seconds, when it
     has changed; JSON: one line each."""
-    should_stop, as_json = StopRequest(), call.options.get("json")
+    should_stop, as_json = StopRequest(), call.get("json")
     if sys.stdout.isatty() and not as_json:
         return Watch(call, functools.partial(read_status, call), should_stop).run()
     sight, last = Sight(0.004), ""
@@ -12749,7 +12583,7 @@ def verb_attach(call: Call) -> int:
     socket = find_server(call.repo)
     name = (
         run_script("overview-tmux.sh", "-L", socket).stdout.strip()
-        if call.options.get("all")
+        if call.get("all")
         else call.agent()
     )
     # what the script names where there is no such session
@@ -12764,49 +12598,24 @@ def verb_attach(call: Call) -> int:
     "./farm.py logs 3 -f",
 )
 def verb_logs(call: Call) -> int:
-    if call.options.get("all"):
-        return show_all_logs(call)
-    path = call.store.path("logs", call.agent() + ".log")
-    if not os.path.exists(path):
-        raise NotFound(f"{call.agent()} has no log yet", "./farm.py status")
-    reader, raw = LogReader(path), call.options.get("raw")
-    if call.options.get("lines") is not None and not raw:
-        sys.stdout.write(reader.last_lines(call.options["lines"]))
+    """Of all, the last 10 lines of each, or all with `-n` or without -f; -f goes on in the order in
+    which lines appear."""
+    is_all, follow, readers = call.get("all"), call.get("follow"), {}
+    one, raw = [] if is_all else [call.agent()], call.get("raw") and not is_all
+    if one and not os.path.exists(call.store.path("logs", one[0] + ".log")):
+        raise NotFound(f"{one[0]} has no log yet", "./farm.py status")
+    lines = call.get("lines", 10 if is_all and follow else None)
     while True:
-        data = reader.read()
-        sys.stdout.buffer.write(data) if raw else sys.stdout.write(reader.clean(data))
-        sys.stdout.flush()
-        if not data and not call.options.get("follow"):
-            return 0
-        if not data:
-            time.sleep(0.2)
-
-
-def show_all_logs(call: Call) -> int:
-    """Every agent's log, each line behind its agent's name: the last 10 lines of each, or all
-    with `-n` or without -f; -f goes on in the order in which lines appear.
-    """
-    follow, readers, begun = call.options.get("follow"), {}, {}
-    lines = call.options.get("lines", 10 if follow else None)
-    while True:
-        for name in find_logs(call.store):
-            text = ""
-            if name not in readers:
+        for name in one or find_logs(call.store):
+            if is_new := name not in readers:
                 readers[name] = LogReader(call.store.path("logs", name + ".log"))
-                text = readers[name].last_lines(lines) if lines is not None else ""
-            text = (
-                begun.pop(name, "")
-                + text
-                + "".join(map(readers[name].clean, iter(readers[name].read, b"")))
-            )
-            whole, newline, begun[name] = (
-                text.rpartition("\n")
-                if follow
-                else (text.removesuffix("\n"), "\n" * bool(text), "")
-            )
-            sys.stdout.write(
-                "".join(f"{name} | {line}\n" for line in (whole + newline).split("\n")[:-1])
-            )
+            reader, head = readers[name], f"{name} | " if is_all else ""
+            if is_new and lines is not None and not raw:
+                reader.show(reader.last_lines(lines), head)
+            for data in iter(reader.read, b""):
+                sys.stdout.buffer.write(data) if raw else reader.show(reader.clean(data), head)
+            if not follow:
+                reader.show("\n" * bool(reader.begun), head)
         sys.stdout.flush()
         if not follow:
             return 0
@@ -12820,10 +12629,10 @@ def show_all_logs(call: Call) -> int:
     "./farm.py send 3 'please also add a test'",
 )
 def verb_send(call: Call) -> int:
-    text = " ".join(call.args if call.options.get("all") else call.args[1:])
+    text = " ".join(call.args if call.get("all") else call.args[1:])
     if not text:
         raise UsageError("send needs a text", "./farm.py send AGENT TEXT")
-    if call.options.get("all"):
+    if call.get("all"):
         return send_to_all(call, text)
     run_script("send-tmux.sh", "-L", find_server(call.repo), call.agent(), stdin=text)
     return 0
@@ -12842,23 +12651,18 @@ def send_to_all(call: Call, text: str) -> int:
     )
     if not names:
         raise NotFound("no agent is at work", "./farm.py status")
+
+    def send(name: str) -> list[str]:
+        try:
+            run_script("send-tmux.sh", "-L", socket, name, stdin=text)
+        except FarmError as error:
+            return [name, str(error)]
+        return [name, "taken"]
+
     with ThreadPoolExecutor(4) as pool:
-        results = list(
-            pool.map(
-                lambda name: run_script(
-                    "send-tmux.sh", "-L", socket, name, stdin=text, allow=range(256)
-                ),
-                names,
-            )
-        )
-    print_table(
-        [
-            [name, "taken" if not result.code else str(script_error("send-tmux.sh", result))]
-            for name, result in zip(names, results, strict=True)
-        ],
-        ["AGENT", "TEXT"],
-    )
-    return Refused.exit_code if any(result.code for result in results) else 0
+        rows = list(pool.map(send, names))
+    print_table(rows, ["AGENT", "TEXT"])
+    return 0 if all(said == "taken" for _, said in rows) else Refused.exit_code
 
 
 @verb(
@@ -12868,7 +12672,7 @@ def send_to_all(call: Call, text: str) -> int:
     "./farm.py pause --why 'release at noon'",
 )
 def verb_pause(call: Call) -> int:
-    set_mode(started_farm(call).store, "paused", one_line(call.options.get("why", ""), 200))
+    set_mode(started_farm(call).store, "paused", one_line(call.get("why", ""), 200))
     return 0
 
 
@@ -12901,12 +12705,12 @@ def verb_estop(call: Call) -> int:
     "./farm.py rescue list",
 )
 def verb_rescue(call: Call) -> int:
-    action = call.args[0] if call.args else "list"
-    wanted = {"list": 1, "show": 2, "restore": 2}.get(action)
-    if wanted is None or len(call.args) > wanted or (wanted == 2 and len(call.args) < 2):
+    action, *refs = call.args or ["list"]
+    if (action, len(refs)) not in (("list", 0), ("show", 1), ("restore", 1)):
         raise UsageError("rescue list, rescue show REF, or rescue restore REF [--into DIR]")
-    extra = [call.options.get("into") or os.getcwd()] if action == "restore" else []
-    result = run_script("rescue.sh", action, "-C", call.repo, *call.args[1:], *extra)
+    if action == "restore":
+        refs.append(call.get("into") or os.getcwd())
+    result = run_script("rescue.sh", action, "-C", call.repo, *refs)
     print(result.stdout, end="")
     return 0
 
@@ -12918,26 +12722,30 @@ def verb_rescue(call: Call) -> int:
     "./farm.py doctor",
 )
 def verb_doctor(call: Call) -> int:
-    mended = mend(call.store) if call.options.get("fix") else []
-    findings = [finding for check in CHECKS for finding in check(call)]
-    if call.options.get("json"):
+    mended = mend(call.store) if call.get("fix") else []
+    unable = NEED_STATE if find_damaged(call.store) else ()
+    checks = [check for check in CHECKS if check not in unable]
+    findings = [(*finding, 0)[:3] for check in checks for finding in check(call)]
+    codes = {code for _, _, code in findings}
+    if call.get("json"):
         print_json(
             [
                 {"problem": one_line(what), "try": hint, "exit_code": code}
                 for what, hint, code in findings
             ]
         )
-        return max((code for _, _, code in findings), default=0)
-    lacks_tools = any(code == MissingTool.exit_code for _, _, code in findings)
-    is_there = os.path.isdir(call.store.folder) and not lacks_tools
-    disk = [f"disk: {measure_disk(call)}"] if is_there else []
-    for line in [f"mended: {line}" for line in mended] + list_clis() + [describe_sandbox()] + disk:
+        return max(codes, default=0)
+    for line in [f"mended: {line}" for line in mended] + list_clis() + [describe_sandbox()]:
         print(line)
+    if os.path.isdir(call.store.folder) and MissingTool.exit_code not in codes:
+        places = worktrees_folder(call.repo, load_settings(call.repo)), call.store.folder
+        disk = run_script("merge/measure-disk.sh", "-C", call.repo, *places, allow=(0, 2, 3))
+        print(f"disk: {disk.stdout.strip()}")
     for what, hint, _ in findings:
         print(as_typed(f"{printable(what)}\n  try: {hint}"))
     if not findings:
         print("all is well")
-    return max((code for _, _, code in findings), default=0)
+    return max(codes, default=0)
 
 
 @verb(
@@ -12947,20 +12755,18 @@ def verb_doctor(call: Call) -> int:
     "./farm.py report -o report.html",
 )
 def verb_report(call: Call) -> int:
-    output, is_json = call.options.get("output"), call.options.get("json", False)
-    if is_json and not output:
-        document = report_document(call.store)
+    output, document = call.get("output"), report_document(call.store)
+    if call.get("json") and not output:
         print_json(document)
-        problems = document["problems"]
     else:
-        if not output and not os.path.isdir(call.store.folder):
+        if not output:
             call.store.ensure_folders()
         path = output or call.store.path("report.html")
-        problems = write_report(call.store, path, is_json)
+        write_whole(path, dump_line(document) + "\n" if call.get("json") else report_page(document))
         print(path)
-    for problem in problems:
+    for problem in document["problems"]:
         say(problem)
-    return DamagedState.exit_code if problems else 0
+    return DamagedState.exit_code if document["problems"] else 0
 
 
 # -------------------------------------------------------------------------------- verbs of one task
@@ -12975,24 +12781,25 @@ def verb_report(call: Call) -> int:
 )
 def verb_show(call: Call) -> int:
     document = task_document(call, call.one("task id"))
-    if call.options.get("json"):
+    if call.get("json"):
         print_json(document)
         return 0
-    print("\n".join(show_lines(document, terminal_width() if sys.stdout.isatty() else 0)))
+    print("\n".join(show_lines(document, shown_width())))
     return 0
 
 
 @verb(
-    "diff ID [--stat] [--attempt K] [--raw]",
+    "diff ID [--stat | --tool | --raw] [--attempt K]",
     "what a task's work would bring to the target, or has brought; what is unsaved included",
-    "stat attempt=# raw",
+    "stat tool attempt=# raw",
     "./farm.py diff t-0007 --stat",
 )
 def verb_diff(call: Call) -> int:
     task_id, _, commit = call.one("task id").partition("@")
     task = find_submitted(call, call.args[0]) if commit else call.store.snapshot().get_task(task_id)
-    form = ["-s"] if call.options.get("stat") else ["-r"] if call.options.get("raw") else []
-    work = find_work(call, task, call.options.get("attempt", 0))
+    forms = {"stat": "-s", "tool": "-t", "raw": "-r"}
+    form = [flag for name, flag in forms.items() if call.get(name)]
+    work = find_work(call, task, call.get("attempt", 0))
     script = os.path.join(SCRIPTS, "merge/diff-work.sh")
     adopt_isolation(call.store)
     argv = [*unfiltered(call.repo), "bash", script, "-C", call.repo, *form, *work]
@@ -13028,9 +12835,8 @@ def edit_by_hand(task: Task) -> tuple[str, dict]:
         "w", prefix=f"{task.id}-", suffix=".md", encoding="utf-8", errors="replace", delete=False
     ) as file:
         file.write(text)
-    env = CALLER_ENVIRONMENT
-    editor = next(filter(None, map(env.get, ("GIT_EDITOR", "VISUAL", "EDITOR"))), "vi")
-    code = subprocess.call(["bash", "-c", f'{editor} "$1"', "bash", file.name])
+    script = os.path.join(SCRIPTS, "merge/edit-text.sh")
+    code = subprocess.call(["bash", script, file.name], env=CALLER_ENVIRONMENT)
     if code or read_text(file.name) == text:
         os.unlink(file.name)
         raise NotFound(f"nothing was changed (the editor ended with {code})")
@@ -13049,13 +12855,7 @@ def edit_by_hand(task: Task) -> tuple[str, dict]:
 def verb_edit(call: Call) -> int:
     state, file = call.store.snapshot(), ""
     task = state.get_task(call.one("task id"))
-    fields = {
-        LABELS.get(key.replace("_", "-"), key): list(filter(None, value))
-        if isinstance(value, list)
-        else value
-        for key, value in call.options.items()
-        if key != "repo"
-    }
+    fields = fields_of(call)
     check_free(state, task)
     try:
         if not fields:
@@ -13103,7 +12903,7 @@ def verb_approve(call: Call) -> int:
     found = find_reviews(call.store, call.store.snapshot())
     wanted = (
         [f"{task_id}@{commit}" for task_id, commit in found.items()]
-        if call.options.get("all")
+        if call.get("all")
         else call.args
     )
     if not wanted:
@@ -13133,17 +12933,14 @@ def verb_approve(call: Call) -> int:
     "./farm.py return t-0007 --why 'the old name has to stay'",
 )
 def verb_return(call: Call) -> int:
-    task, why = find_submitted(call, call.one("task id")), call.options.get("why", "")
+    task, why = find_submitted(call, call.one("task id")), call.get("why", "")
     if not why and sys.stdin.isatty():
         why = input(f"what is wrong with {task.id}? ")
     if not why.strip():
         raise UsageError("return needs --why: the next attempt reads it")
     target = target_of(call, call.settings())
     Returns(call.store, target, Tally()).send_back(
-        task,
-        f"a person says: {one_line(why, 500)}",
-        printable(why),
-        counts=call.options.get("fail", False),
+        task, f"a person says: {one_line(why, 500)}", printable(why), counts=call.get("fail", False)
     )
     if task.id in call.store.snapshot().ready:
         raise Refused(f"{task.id} has moved meanwhile", f"./farm.py show {task.id}")
@@ -13168,7 +12965,7 @@ there. Change no other file, and commit nothing. This is its form, where labels 
 
 def have_plan_made(call: Call, settings: Settings, goal: str) -> str:
     """The PLAN.md that one agent writes in a worktree of its own. Raises FarmError."""
-    agent = call.options.get("agent") or share_agents(settings)[0]
+    agent = call.get("agent") or share_agents(settings)[0]
     cli = cli_of(cli_of(agent).headless or agent)
     check_command(command_of(agent), call.repo)
     carry_isolation(settings)
@@ -13217,37 +13014,25 @@ def verb_plan(call: Call) -> int:
     write_whole(path, text)
     check_presets(parse_tasks(text, "plan.md"))
     print(text)
-    if call.options.get("yes"):
+    if call.get("yes"):
         return run_verb("add", ["--repo", call.repo, "-f", path])
     say(f"nothing was added yet\n  try: ./farm.py add -f {shell_word(path)}")
     return 0
 
 
-def draft_revert(task: Task, name: str, title: str) -> Task:
-    """What takes back a landed task: like others, should its commit not merge."""
-    prompt = f"Take back what {task.landed_commit} has brought, and keep all that came after it."
-    return Task(
-        id=name,
-        title=title,
-        parent=task.id,
-        priority=task.priority,
-        prompt=prompt,
-        source=name,  # made twice it is one
-    )
-
-
-def draft_retry(store: Store, task: Task, name: str) -> Task:
-    """The task once more, after its revert."""
-    told = find_prompt(task, read_task_events(store, task.id))
-    before = f"This was done before, in {task.landed_commit}, and has been taken back."
-    return Task(
-        title=task.title,
-        after=[name],
-        paths=task.paths,
-        priority=task.priority,
-        prompt=f"{told}\n\n{before}",
-        source=f"after {name}",
-    )
+def draft_revert(call: Call, task: Task, name: str, title: str) -> list[Task]:
+    """What takes back a landed task: like others, should its commit not merge; and the task once
+    more, after it. Added twice they are one."""
+    at = task.landed_commit
+    prompt = f"Take back what {at} has brought, and keep all that came after it."
+    shared = {"priority": task.priority}
+    drafts = [Task(id=name, title=title, parent=task.id, prompt=prompt, source=name, **shared)]
+    if call.get("retry"):
+        told = find_prompt(task, read_task_events(call.store, task.id))
+        prompt = f"{told}\n\nThis was done before, in {at}, and has been taken back."
+        shared |= {"paths": task.paths, "after": [name]}
+        drafts.append(Task(title=task.title, prompt=prompt, source=f"after {name}", **shared))
+    return drafts
 
 
 @verb(
@@ -13271,24 +13056,20 @@ def verb_revert(call: Call) -> int:
         # before its pin is moved, which keeps its work; one that a kill has left is made whole
         if there and there.rev > 1:
             raise UsageError(f"there is a task {name} already", f"./farm.py show {name}")
-        answers = add_revert(call, task, name)
+        add_revert(call, task, name)
     finally:
         os.close(guard)
-    print("\n".join(added.id for added, _ in answers))
     return 0
 
 
-def add_revert(call: Call, task: Task, name: str) -> list[tuple[Task, bool]]:
-    """Make the commit, pin it, and put it into the merge queue; the tasks, as `TaskQueue.add` does
-    it."""
+def add_revert(call: Call, task: Task, name: str) -> None:
+    """Make the commit, pin it, and put it into the merge queue; prints the ids of its tasks."""
     title, at = one_line(f"Revert {task.id}: {task.title}", TITLE_LENGTH), task.landed_commit
     begin = task.landed_from or f"{at}^"
     made = run_script("merge/revert-work.sh", "-C", call.repo, begin, at, title)
     commit = made.stdout.strip()
     run_script("merge/pins.sh", "set", "-C", call.repo, f"refs/farm/ready/{name}", commit)
-    drafts = [draft_revert(task, name, title)]
-    if call.options.get("retry"):
-        drafts.append(draft_retry(call.store, task, name))
+    drafts = draft_revert(call, task, name, title)
     with call.store.transaction() as tx:
         answers = TaskQueue(tx).add(drafts, call.settings().max_attempts)
         # a kill before the next line leaves a task like others: an agent makes the revert, or
@@ -13300,7 +13081,7 @@ def add_revert(call: Call, task: Task, name: str) -> list[tuple[Task, bool]]:
             queue_seq=tx.state.next_queue_seq(),
         )
         tx.move(ready, "ready", "submitted")
-    return answers
+    print("\n".join(task.id for task, _ in answers))
 
 
 # ----------------------------------------------------------------------------------- verbs of hosts
@@ -13325,7 +13106,7 @@ def verb_serve(call: Call) -> int:
     "./farm.py spoke-key h1 >>~/.ssh/authorized_keys",
 )
 def verb_spoke_key(call: Call) -> int:
-    host, output = checked_name(call.one("host"), "host"), call.options.get("output", "")
+    host, output = checked_name(call.one("host"), "host"), call.get("output", "")
     env = {"FARM_PYTHON": sys.executable}
     made = run_script("hosts/make-key.sh", "-o", output, call.repo, host, env=env)
     print(made.stdout, end="")

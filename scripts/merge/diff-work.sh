@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Usage: diff-work.sh [-C REPO] -b TARGET [-s|-n|-r] COMMIT-ISH   what it would bring to TARGET
-#        diff-work.sh [-C REPO] -b TARGET [-s|-n|-r] -w WORKTREE  the same, with what is unsaved
-#        diff-work.sh [-C REPO] -f BEFORE [-s|-n|-r] COMMIT-ISH   what it has changed since BEFORE
+# Usage: diff-work.sh [-C REPO] -b TARGET [-s|-t|-n|-r] COMMIT-ISH   what it would bring to TARGET
+#        diff-work.sh [-C REPO] -b TARGET [-s|-t|-n|-r] -w WORKTREE  the same, with what is unsaved
+#        diff-work.sh [-C REPO] -f BEFORE [-s|-t|-n|-r] COMMIT-ISH   what it has changed since
 # TARGET is a branch, or what it was: a commit.
 # Prints a diff: on a terminal through git's pager and in git's colours; -s: git's --stat. Control
 # characters in it, which could drive a terminal, are shown as ^X or <U+202E>, but not with -r,
-# which prints exactly what git does. -n prints how many commits that is (no merges), then
+# which prints exactly what git does. -t shows it in the difftool that the user's own settings name
+# (git config --global diff.tool), one file after the other; the repo's settings, which an agent may
+# have changed, name none. -n prints how many commits that is (no merges), then
 # path<TAB>added<TAB>removed, a line each (\\ \t \n \r escaped; - for a binary file; a
-# rename is two). No external diff and no textconv is run, and nothing is changed: new files are
-# looked at through an index of its own.
+# rename is two). No other external diff and no textconv is run, and nothing is changed: new files
+# are looked at through an index of its own.
 # Exit: 0 ok, 1 git failed, 2 usage or no repo, 3 no such commit, branch or worktree
 set -euo pipefail
 case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
@@ -64,6 +66,16 @@ show() { # GIT-DIFF'S ARGUMENTS: reads what git prints
   LC_ALL=C awk ${colours[@]+"${colours[@]}"} "$SHOWN" | sh -c "${pager:-cat}"
 }
 
+of_user() { (cd / && GIT_CEILING_DIRECTORIES=/ git config --get "$1") || true; }
+
+show_in_tool() { # COMMIT...
+  local tool own=() key
+  tool=$(of_user diff.tool)
+  [ -n "$tool" ] || die 3 "no difftool is set" "git config --global diff.tool vimdiff"
+  for key in "difftool.$tool.cmd" "difftool.$tool.path"; do own+=(-c "$key=$(of_user "$key")"); done
+  git_there "${own[@]}" difftool --no-prompt --tool="$tool" "$@" --
+}
+
 list_numbers() {
   local added removed path escaped
   git_there rev-list --count --no-merges "$base..${commit:-HEAD}"
@@ -94,10 +106,10 @@ find_base() { # COMMIT-ISH
 
 main() {
   local repo=. target='' before='' worktree='' form=diff option base commit place words=()
-  while getopts ':C:b:f:w:snrh' option; do
+  while getopts ':C:b:f:w:stnrh' option; do
     case $option in
       C) repo=$OPTARG ;; b) target=$OPTARG ;; f) before=$OPTARG ;; w) worktree=$OPTARG ;;
-      s) form=stat ;; n) form=numbers ;; r) form=raw ;;
+      s) form=stat ;; t) form=tool ;; n) form=numbers ;; r) form=raw ;;
       h) usage; exit 0 ;;
       *) die 2 "-$OPTARG is unknown or lacks its value" "diff-work.sh -h" ;;
     esac
@@ -119,6 +131,7 @@ main() {
   words=(diff --no-ext-diff --no-textconv --no-color "$base" ${commit:+"$commit"})
   case $form in
     numbers) git_there "${words[@]}" --no-renames --numstat -z -- | list_numbers ;;
+    tool) show_in_tool "$base" ${commit:+"$commit"} ;;
     stat) git_there "${words[@]}" --stat -- | show ;;
     *) git_there "${words[@]}" -- | show ;;
   esac

@@ -41,7 +41,7 @@ def submit(agent: str) -> Callable[[World], None]:
     """The verb itself; only git's part is stood in for."""
     def verb(world: World) -> None:
         toolkit.verb_submit(SimpleNamespace(store=world.store, repo=REPO, name="submit", args=[agent], agent=lambda: agent,
-                                         options={"fence": FENCES[agent]}))
+                                         get={"fence": FENCES[agent]}.get))
 
     return verb
 

@@ -140,6 +140,20 @@ def test_a_pager_of_the_users_gets_the_diff_on_a_terminal(farm, screen):
     assert "paged:" not in done.stdout and "\x1b" not in done.stdout and "+x" in done.stdout
 
 
+def test_the_difftool_is_that_of_the_users_own_settings(farm, sandbox):
+    farm.ok("add", "one"), farm.ok("add", "two")
+    farm.submit(A, {"f.txt": "x\n", "g.txt": "y\n"})
+    assert "no difftool is set" in farm.refused(3, "diff", "t-0001", "--tool")
+    mark, seen = sandbox.root / "ran", sandbox.root / "seen"
+    git(farm.repo, "config", "--global", "diff.tool", "mine")
+    git(farm.repo, "config", "--global", "difftool.mine.cmd", f'cat "$REMOTE" >>{seen}')
+    for key in ("diff.external", "difftool.mine.cmd"):
+        git(farm.repo, "config", key, f"touch {mark}")
+    git(farm.repo, "config", "diff.tool", "other")
+    farm.ok("diff", "t-0001", "--tool")
+    assert (seen.read_text(), mark.exists()) == ("x\ny\n", False)
+
+
 # ---------------------------------------------------------------------------------------------- edit, filters
 
 
@@ -168,6 +182,11 @@ def test_edit_opens_the_editor_as_git_does(farm, sandbox):
     told = json.loads(farm.ok("show", "t-0001", "--json"))
     assert (told["title"], told["priority"], told["paths"]) == ("better", -3, ["a b/**"])
     assert told["prompt"] == "first\n\n2nd: with a colon"
+    git(farm.repo, "config", "core.editor", "false")  # an agent could have set it
+    git(farm.repo, "config", "--global", "core.editor", "sed -i.bak 's/^title: better$/title: best/'")
+    farm.ok("edit", "t-0001", env={"EDITOR": "false"}, cwd=farm.repo)
+    git(farm.repo, "config", "--global", "--unset", "core.editor")
+    assert farm.task("t-0001")["title"] == "best"
     said = farm.refused(2, "edit", "t-0001", env={"EDITOR": "sed -i.bak 's/^priority: .*/priority: high/'"})
     assert "priority must be a number" in said
     meanwhile = f"farm() {{ {' '.join(farm.argv('edit', 't-0001', '--priority', '1'))}; }}; farm; echo more >>"
