@@ -6282,6 +6282,11 @@ class Cli:
         return []
 
 
+def state_in(folder: str, obeyed: str) -> tuple[str, ...]:
+    """A CLI's `state` that is one folder, but for what it runs or obeys of it outside, too."""
+    return (folder + "/", *(f"-{folder}/{name}" for name in obeyed.split()))
+
+
 class ClaudeCode(Cli):
     """Claude Code at its prompt; hooks in --settings tell the farm of its turns."""
 
@@ -6308,7 +6313,9 @@ class ClaudeCode(Cli):
         "StopFailure": "over",
     }
     # HOME cannot be written, where it would replace .claude.json: it keeps that in its folder
-    state = ((os.environ.get("CLAUDE_CONFIG_DIR") or ".claude") + "/", "-.claude.json")
+    own = os.environ.get("CLAUDE_CONFIG_DIR") or ".claude"
+    obeyed = "settings.json CLAUDE.md hooks/ commands/ agents/ skills/ plugins/"
+    state = (*state_in(own, obeyed), "-.claude.json")
     prelude = (
         '[ "${{CLAUDE_CONFIG_DIR-}}" ] || {{ export CLAUDE_CONFIG_DIR=$HOME/.claude; '
         'own=$CLAUDE_CONFIG_DIR/.claude.json; [ "$HOME/.claude.json" -ot "$own" ] || '
@@ -6540,7 +6547,8 @@ class Codex(Cli):
         f'-c "sandbox_workspace_write.writable_roots=[{writable}]"',
         "isolated": "--sandbox danger-full-access",
     }
-    state, passes = (".codex/",), (*Cli.passes, "OPENAI_*", "CODEX_*")
+    state = state_in(".codex", "config.toml AGENTS.md hooks.json prompts/ rules/ skills/")
+    passes = (*Cli.passes, "OPENAI_*", "CODEX_*")
     counts_conversation = True
 
     def read(self, path: str) -> Usage:
@@ -6577,7 +6585,8 @@ class Gemini(Cli):
         "edits": "--approval-mode auto_edit",
         "all": "--approval-mode yolo",
     }
-    state, passes = (".gemini/",), (*Cli.passes, "GEMINI_*", "GOOGLE_*")
+    state = state_in(".gemini", "settings.json GEMINI.md .env commands/ extensions/")
+    passes = (*Cli.passes, "GEMINI_*", "GOOGLE_*")
 
     def read(self, path: str) -> Usage:
         """One document with stats.models.NAME.tokens; or, behind stack traces, one with error."""
@@ -6604,7 +6613,7 @@ class OpenCode(Cli):
     start = f'{command} -- "$FARM_PROMPT" </dev/null'
     resume = f'{command} --session "$FARM_CONVERSATION" -- "$FARM_PROMPT" </dev/null'
     permissions = {"all": "--auto"}
-    state = (".local/share/opencode/", ".config/opencode/", ".local/state/opencode/")
+    state = (".local/share/opencode/", "-.config/opencode/", ".local/state/opencode/")
     passes = (*Cli.passes, *PROVIDER_KEYS, "OPENCODE_*")
 
     def read(self, path: str) -> Usage:

@@ -43,7 +43,7 @@ show() { # HOW PATH...
 hide() { # PATH; where a link is on the way, which is rare, a process is forked to follow it
   if ! [ -e "$1" ]; then return; fi
   if [ -L "$1" ] || [ -L "${1%/*}" ] || [ -L "${1%/*/*}" ]; then set -- "$(readlink -f -- "$1")"; fi
-  if [ -d "$1" ]; then box+=(--tmpfs "$1"); else box+=(--ro-bind /dev/null "$1"); fi
+  if [ -d "$1" ]; then box+=(--size 1048576 --tmpfs "$1"); else box+=(--ro-bind /dev/null "$1"); fi
 }
 
 hide_all() { # PATH...
@@ -99,7 +99,8 @@ guard='$SIG{INT} = $SIG{QUIT} = "DEFAULT"; my $wish = pack("QQQ", 0, 0, 1);
   exec { $ARGV[0] } @ARGV; print STDERR "farm: $ARGV[0]: $!\n"; exit 127'
 
 main() {
-  local option home box=() names=() refs=() last=() hidden=() net=() tree='' private='' temp=''
+  local option home box=() first=() names=() refs=() last=() hidden=() net=()
+  local tree='' private='' temp=''
   while getopts w:r:x:o:e:t:g:s:b:nh option; do
     case $option in
       w) last+=(--bind "$OPTARG" "$OPTARG") ;; r) last+=(--ro-bind "$OPTARG" "$OPTARG") ;;
@@ -112,7 +113,9 @@ main() {
   shift $((OPTIND - 1))
   [ $# -gt 0 ] || fail 2 'which command?' 'isolate.sh -h'
   command -v bwrap >/dev/null || fail 6 'bwrap is not installed' 'apt-get install bubblewrap'
-  box=(--ro-bind / / --dev /dev --size 268435456 --tmpfs /dev/shm --proc /proc --tmpfs /run)
+  # what lies in a tmpfs is nobody's memory: no limit would see it
+  box=(--ro-bind / / --dev /dev --size 268435456 --tmpfs /dev/shm --remount-ro /dev --proc /proc
+    --size 1048576 --tmpfs /run)
   for home in $in_run; do box+=(--ro-bind-try "$home" "$home"); done
   if [ -n "$temp" ]; then box+=(--bind "$temp" /tmp --bind "$temp" /var/tmp)
   else box+=(--tmpfs /tmp --tmpfs /var/tmp); fi
@@ -127,6 +130,7 @@ main() {
     fail 6 'sandbox/isolate-git.sh is not beside this' 'copy that folder, too'
   [ -z "$tree" ] || add_git "$tree" "$private" ${refs[@]+"${refs[@]}"} ||
     fail 1 "the folders of $tree cannot be made" 'df -h .'
+  set -- ${first[@]+"${first[@]}"} "$@"
   ! command -v perl >/dev/null || { set -- perl -e "$guard" -- "$@" && trap '' INT QUIT; }
   # What fails within <(...) is not seen here, but fails closed: of an empty filter bwrap ends, and
   # without its list a command has no variables at all.

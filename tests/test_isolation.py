@@ -225,6 +225,27 @@ LEFT = [
         '[ -e "$HOME/conf-$N/local.env" ]',
         alone=True,
     ),
+    Left(
+        "a name of two lines, of which the second is git's config",
+        'echo "ref: refs/heads/no-$N" >"$GIT/refs/heads/farm/$AGENT/x"$\'\\n\'"config"',
+        START,
+        '[ ! -e "$GIT/config" ] && touch "$GIT/config"',
+        alone=True,
+    ),
+    Left(
+        "what the farm keeps in its folder of refs is a link to a file that is not there yet",
+        'rm -f "$GIT/refs/heads/farm/$AGENT/.keep"; ln -s "$GIT/refs/heads/made-$N" "$GIT/refs/heads/farm/$AGENT/.keep"',
+        START,
+        '[ -e "$GIT/refs/heads/made-$N" ]',
+        alone=True,
+    ),
+    Left(
+        "a ref of a remote is a link out of its own",
+        'mkdir -p "$GIT/refs/remotes/other-$N"; ln -sf "$HOME/profile-$N" "$GIT/refs/remotes/other-$N/main"',
+        START,
+        '[ -s "$HOME/profile-$N" ]',
+        alone=True,
+    ),
     Left("its index is a FIFO", 'rm "$OWN/index" && mkfifo "$OWN/index"', RESCUE, WAITS),
 ]
 
@@ -254,6 +275,7 @@ printf '.env\\ncoordination/\\nconf/local.env\\n' >.gitignore; echo conf/local.e
 mkdir conf; echo x >conf/local.env
 for n in $(seq 4 $(($3 + 3))); do
   name=$(printf agent-%03d "$n") tree="../a repo-farm/$(printf agent-%03d-worktree "$n")"
+  git update-ref "refs/remotes/other-$n/main" HEAD; : >"$HOME/profile-$n"
   git branch "target-$n"; mkdir -p "$HOME/conf-$n" "coordination/mailbox/$name"; : >"coordination/mailbox/$name/pid"
   git -C "$tree" switch -q -c "farm/$name/t-0001"
 done
@@ -283,6 +305,38 @@ def test_objects_that_are_not_what_their_names_say_are_not_submitted(make_ground
     assert done.returncode == 0, done.stderr
     done = ground.run(*verify)
     assert (done.returncode, "objects" in done.stderr) == (5, True)
+    # nor do they land, of whatever is damaged between a submit and the landing
+    old, new = ground.git("rev-parse", "main"), ground.git("rev-parse", "farm/agent-001/t-0001")
+    land = ["bash", SCRIPTS / "merge/land.sh", "-C", ground.repo, "-b", "main", "-o", old, "-n", new]
+    assert ground.run(*land, FARM_ISOLATE="bwrap").returncode in (1, 3)  # 3: git itself has seen it
+    assert ground.git("rev-parse", "main") == old
+    assert tampered != "HEAD:mine.txt" or ground.run(*land, FARM_ISOLATE="none").returncode == 0, "this proves nothing"
+
+
+def test_what_is_verified_is_out_of_agents_reach_from_then_on(make_ground):
+    ground = make_ground(os.geteuid())
+    ground.enter("agent", "bwrap", ground.tree(1), "echo fine >mine.txt && git add mine.txt && git commit -q -m b")
+    branch = "farm/agent-001/t-0001"
+    ground.run("bash", SCRIPTS / "sandbox/verify-objects.sh", "-C", ground.repo, "-b", "main", branch, check=True)
+    names = [line.split()[0] for line in ground.git("rev-list", "--objects", branch, "^main").splitlines()]
+    files = [f"{name[:2]}/{name[2:]}" for name in names]
+    done = ground.enter("agent", "bwrap", ground.tree(1), f'cd "$GIT/objects" && rm -f {" ".join(files)}')
+    assert done.returncode == 0 and not any((ground.repo / ".git/objects" / file).exists() for file in files), done.stderr
+    assert ground.git("cat-file", "-p", f"{branch}:mine.txt") == "fine"
+
+
+@pytest.mark.parametrize("cli", [cli for cli in toolkit.CLIS.values() if cli.state], ids=lambda cli: cli.name)
+def test_what_a_cli_obeys_outside_of_its_sandbox_cannot_be_written_inside(make_ground, cli):
+    """Its hooks, its commands and its settings are the person's, too; its sessions and its login are written."""
+    ground = make_ground(os.geteuid())
+    (ground.home / ".config").mkdir(exist_ok=True)
+    obeyed = [name[1:] for name in cli.state if name[0] == "-"]
+    script = "".join(f"echo evil >~/{name}{'x' * name.endswith('/')}; mv ~/{name} ~/{cli.state[0]}old\n" for name in obeyed)
+    script += f"touch ~/{cli.state[0]}own"
+    done = ground.enter("agent", "bwrap", ground.tree(1), script, FARM_CLI_STATE=":".join(cli.state))
+    assert (done.returncode, (ground.home / cli.state[0] / "own").exists()) == (0, True), done.stderr
+    assert all((ground.home / name).exists() for name in obeyed if "/" in name)
+    assert run(["grep", "-rl", "evil", ground.home]).stdout == ""
 
 
 def test_twenty_sandboxed_agents_bring_their_tasks_to_a_green_main(farm):

@@ -9,8 +9,10 @@
 #   blocked<TAB>path... (nothing changed: these edited or untracked files are in the way, or a
 #     checkout in which a merge, rebase or bisect is under way, or a second checkout; no path:
 #     another git holds a lock)
-# Environment: FARM_LOCK_SECONDS, how long to wait for another git's locks (10)
-# Beside it: find-checkout.sh, fast-forward.sh, recover-landing.sh; for a remote push-branch.sh
+# Environment: FARM_LOCK_SECONDS, how long to wait for another git's locks (10); FARM_ISOLATE: where
+# agents are sandboxed, what they could have written of the objects is verified and packed first
+# Beside it: find-checkout.sh, fast-forward.sh, recover-landing.sh; for a remote push-branch.sh; for
+#   sandboxes ../sandbox/
 # Exit: 0 landed or already, 1 git failed, 2 usage or no repo, 3 no such branch or commit,
 #   4 moved, 5 blocked
 set -euo pipefail
@@ -114,6 +116,11 @@ main() {
   git_here merge-base --is-ancestor "$old" "$new" 2>/dev/null ||
     die 3 "$new is no descendant of $old" "git log $old..$new"
   compare
+  case ${FARM_ISOLATE:-none} in
+    none) ;;
+    *) bash "$here/../sandbox/verify-objects.sh" -C "$repo" -b "$target" "$new" ||
+      die 1 "$target was not moved" "git -C $repo fsck $new" ;;
+  esac
   find_place
   if [ -n "$remote" ]; then
     [ -z "$place" ] || run_step "$here/fast-forward.sh" -n "$place" "$old" "$new"

@@ -21,6 +21,16 @@ case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
 caches='.cache .npm .yarn .pnpm-store .local/share/pnpm .bun/install/cache .cargo/registry
   .cargo/git go/pkg .gradle/caches .m2/repository .nuget .bundle .composer'
 
+# What is not there could be made by an agent: a file that a CLI obeys, in a folder of its state.
+# Where one has left a link, it leads nowhere.
+make_file() { # PATH
+  local text=''
+  case $1 in *.json) text='{}' ;; esac
+  set -C
+  [ ! -d "${1%/*}" ] || printf '%s' "$text" 2>/dev/null >"$1"
+  set +C
+}
+
 add_list() { # OPTION PATHS: absolute, or below HOME
   local path how rest=$2: tilde='~'
   while [ -n "$rest" ]; do
@@ -28,7 +38,12 @@ add_list() { # OPTION PATHS: absolute, or below HOME
     how=$1
     case $path in +*) how=-w path=${path#+} ;; -*) how=-r path=${path#-} ;; esac
     case $path in '') continue ;; /*) ;; *) path=$HOME/${path#"$tilde"/} ;; esac
-    case $path in */) [ -d "$path" ] || mkdir -p "$path" ;; esac
+    case $path in
+      */) [ -d "$path" ] || mkdir -p "$path" ;;
+      *)
+        [ "$how$1" != -r-w ] || [ "${path%/*}" = "$HOME" ] || [ -e "$path" ] ||
+          make_file "$path" ;;
+    esac
     [ ! -e "$path" ] || box+=("$how" "${path%/}")
   done
 }
@@ -75,8 +90,8 @@ run_by_bwrap() {
       add_names "${FARM_CLI_PASS-}"
       add_list -w "${FARM_CLI_STATE-}" ;;
     tree)
-      . "$here/settle-git.sh"
-      settle_git
+      IFS= read -r name <"$folder/.git" && name=${name#gitdir: }
+      set -- bash "$here/settle-git.sh" "${name%/worktrees/*}" "$name" "$agent" "$@"
       [ -d "${folder%/*}/kept/$agent" ] || mkdir -p "${folder%/*}/kept/$agent" || return 1
       box+=(-r "$repo" -w "${folder%/*}/kept/$agent" -b "farm/rescue/$agent" -b farm/returned) ;;
   esac

@@ -7,7 +7,7 @@
 # about other worktrees, and the farm's notes, are hidden. PRIVATE has its own tags, remotes, stash.
 # Each fork costs a millisecond at the start of every agent, so there are few.
 # Exit: none of its own; what fails ends isolate.sh
-# shellcheck disable=SC2154  # box, fail and show are isolate.sh's
+# shellcheck disable=SC2016,SC2034,SC2154  # box, fail, first and show are isolate.sh's
 
 # Sets entry and common of a worktree, from files.
 find_git() { # WORKTREE
@@ -30,25 +30,36 @@ make() { # FOLDER...
   for path in "$@"; do [ -d "$path" ] || mkdir -p "$path" || return 1; done
 }
 
+keep() { # FILE: where an agent may have left a link, which leads nowhere
+  set -C
+  { : >"$1"; } 2>/dev/null || { rm -f -- "$1" && : >"$1"; }
+  set +C
+}
+
 add_git() { # WORKTREE PRIVATE REFS...
   local entry common name private=$2 path
   find_git "$1"
   [ -e "$entry/config.worktree" ] || : >"$entry/config.worktree"
   make "$common/objects/info" "$common/objects/pack" "$common/logs/refs/heads" || return 1
   show ro-bind "$common"
-  box+=(--tmpfs "$common/worktrees")
+  box+=(--size 1048576 --tmpfs "$common/worktrees")
   show bind "$entry" "$common/objects"
   show ro-bind "$entry/commondir" "$entry/gitdir" "$entry/config.worktree" \
     "$common/objects/info" "$common/objects/pack"
   if [ -d "$common/farm" ]; then
-    box+=(--tmpfs "$common/farm" --ro-bind-try "$common/farm/main" "$common/farm/main")
+    box+=(--size 1048576 --tmpfs "$common/farm")
+    box+=(--ro-bind-try "$common/farm/main" "$common/farm/main")
   fi
   [ ! -d "$common/lfs" ] || show bind "$common/lfs" # named by content, as objects
   if [ -n "$private" ]; then
     make "$private"/{refs,logs/refs}/heads "$private"/{refs/farm,rr-cache} || return 1
     for name in tags remotes; do
       for path in "$common/refs/$name"/*; do
-        if [ -e "$path" ]; then cp -Rp "$common/refs/$name" "$private/refs/" || return 1; fi
+        if [ -e "$path" ]; then
+          box+=(--ro-bind "$common/refs/$name" "/run/refs/$name")
+          # by the sandbox: out here, a link that the agent has left there would lead anywhere
+          first=(sh -c 'cp -Rpf /run/refs/* "$0"; exec "$@"' "$common/refs")
+        fi
         break
       done
     done
@@ -60,7 +71,7 @@ add_git() { # WORKTREE PRIVATE REFS...
   for name in "${@:3}"; do
     for path in "$common/refs/$name" "$common/logs/refs/$name"; do
       # a folder that is empty is removed by git, and with it what is mounted there
-      [ -e "$path/.keep" ] || { make "$path" && : >"$path/.keep"; } || return 1
+      make "$path" && { [ -f "$path/.keep" ] || keep "$path/.keep"; } || return 1
       show bind "$path"
     done
   done

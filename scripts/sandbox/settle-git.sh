@@ -1,22 +1,25 @@
 #!/usr/bin/env bash
-# Usage: . settle-git.sh     sourced by confine.sh for its `tree`; it is never run by itself
-# settle_git, which makes what an agent can write of git's own folders such as git outside of a
-# sandbox can work with. It uses repo, folder and agent, which confine.sh sets.
-# Exit: none of its own
-# shellcheck disable=SC2154  # they are set by confine.sh
+# Usage: settle-git.sh GITDIR ENTRY AGENT COMMAND [ARGUMENT]...
+# Removes from the agent's own part of git what git outside of a sandbox would follow or wait for:
+# links, FIFOs, a branch that is a symbolic ref to another. Then it runs COMMAND.
+# confine.sh runs it within the sandbox of its `tree`: whatever the names there lead to, it can
+# touch nothing that the agent could not.
+# Exit: COMMAND's own, 2 usage
+set -uo pipefail
 
-# What an agent can leave in its own part of git, and git outside would follow or wait for: links,
-# FIFOs, a branch that is a symbolic ref to another.
-settle_git() {
-  local entry='' common ref
-  IFS= read -r entry <"$folder/.git" && entry=${entry#gitdir: } common=${entry%/worktrees/*}
-  [ "$common" != "$entry" ] || return 0
+main() {
+  local common=${1-} entry=${2-} agent=${3-} ref
+  if [ "$common" = -h ]; then sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; exit 0; fi
+  [ $# -ge 4 ] || exit 2
+  shift 3
   find "$entry" "$common/refs/heads/farm/$agent" "$common/logs/refs/heads/farm/$agent" \
-    ! -type d ! -type f -exec rm -f {} + 2>/dev/null
-  { grep -rl '^ref:' "$common/refs/heads/farm/$agent" 2>/dev/null || :; } |
-    while IFS= read -r ref; do
+    ! -type d ! -type f -delete 2>/dev/null
+  { grep -rlZ '^ref:' "$common/refs/heads/farm/$agent" 2>/dev/null || :; } |
+    while IFS= read -r -d '' ref; do
       ref=${ref#"$common"/}
-      git -C "$repo" -c core.hooksPath=/dev/null update-ref --no-deref "$ref" \
-        "$(git -C "$repo" rev-parse -q --verify "$ref")" || rm -f "$common/$ref"
+      git --git-dir="$common" -c core.hooksPath=/dev/null update-ref --no-deref "$ref" \
+        "$(git --git-dir="$common" rev-parse -q --verify "$ref")" || rm -f "$common/$ref"
     done
+  exec "$@"
 }
+main "$@"

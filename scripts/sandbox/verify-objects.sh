@@ -2,8 +2,9 @@
 # Usage: verify-objects.sh -C REPO -b TARGET COMMIT
 # Are all objects that COMMIT has and TARGET lacks what their names say, well-formed, and with all
 # that they refer to? A sandboxed agent writes to the folder that holds everybody's. Only these are
-# read, by packing them into a folder that goes away, where git computes their names anew. Blobs of
-# LFS are not looked at.
+# read, by packing them into a folder that goes away, where git computes their names anew. Then that
+# pack is kept: agents cannot write to packs, and git reads them first, so that from then on nothing
+# can happen to these objects. Blobs of LFS are not looked at.
 # Exit: 0 yes, 2 usage, 3 no such commit, 5 no (git's words on stderr)
 set -uo pipefail
 case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
@@ -18,6 +19,12 @@ pack() {
   git -C "$repo" pack-objects -q --stdout --no-reuse-object <"$scratch/names" |
     GIT_OBJECT_DIRECTORY=$scratch/objects GIT_ALTERNATE_OBJECT_DIRECTORIES=$common/objects \
       git -C "$repo" index-pack --stdin --strict >/dev/null
+}
+
+keep() {
+  [ -s "$scratch/names" ] || return 0
+  git -C "$repo" index-pack --stdin <"$1" >/dev/null &&
+    git -C "$repo" maintenance run --auto --quiet --task=incremental-repack
 }
 
 main() {
@@ -44,5 +51,7 @@ main() {
     cut -d ' ' -f 2 | sort >"$scratch/found"
   said=$(comm -23 "$scratch/wanted" "$scratch/found" | head -n 3)
   [ -z "$said" ] || die 5 "objects are not what their names say: $said" "git -C $repo fsck $1"
+  said=$(keep "$scratch"/objects/pack/*.pack 2>&1) ||
+    die 1 "the objects of the commit cannot be packed: $said" "git -C $repo fsck $1"
 }
 main "$@"

@@ -165,8 +165,12 @@ def check_tasks(campaign: Campaign, done: bool, seconds: float) -> None:
     )
 
 
-def check_troubles(campaign: Campaign, watch: Watch) -> None:
-    requests = campaign.requests()
+def check_permission(campaign: Campaign, watch: Watch) -> None:
+    if campaign.env.get("FARM_PERMISSIONS") == "all":
+        campaign.check("permission: nobody was asked, as agents have all of them", not watch.waiting, watch.waiting)
+        inside = campaign.env.get("FARM_ISOLATE") != "none"
+        campaign.check("permission: what it wrote elsewhere came no further than its sandbox", inside != watch.asked.exists())
+        return
     campaign.check(
         "permission: status said waiting, and for what",
         watch.waiting.get("state") == "waiting" and "touch" in watch.waiting.get("cause", ""),
@@ -179,6 +183,11 @@ def check_troubles(campaign: Campaign, watch: Watch) -> None:
         watch.waiting.get("list", ""),
     )
     campaign.check("permission: the command ran only after a person said yes", watch.asked.exists())
+
+
+def check_troubles(campaign: Campaign, watch: Watch) -> None:
+    requests = campaign.requests()
+    check_permission(campaign, watch)
     campaign.check(
         "usage limit: status named it, and until when",
         any("usage limit until" in cause for cause in watch.causes),

@@ -44,6 +44,13 @@ def wants_to_write(what: str, path: str, **more) -> Row:
     return Row(f"write {what}", f'echo evil >>"{path}"', f'grep -qs evil "{path}"', **more)
 
 
+def fills(folders: str) -> str:
+    return (
+        f'ok=1; for d in {folders}; do f=$d/$MARK.fill; head -c 8000000 /dev/zero >"$f" && '
+        '[ "$(stat -c %s "$f")" = 8000000 ] && ok=0; rm -f "$f"; done; exit $ok'
+    )
+
+
 CONNECT = """perl -MSocket -e 'socket(my $s, %s, SOCK_STREAM, 0) or exit 2; connect($s, %s) or exit 1' -- """
 BY_FILE, BY_NAME = CONNECT % ("AF_UNIX", "pack_sockaddr_un($ARGV[0])"), CONNECT % ("AF_UNIX", 'pack_sockaddr_un("\\0$ARGV[0]")')
 BY_PORT = CONNECT % ("AF_INET", 'sockaddr_in($ARGV[0], inet_aton("127.0.0.1"))')
@@ -131,6 +138,8 @@ WRITES = [
     Row("make a worktree of its own", 'git -C "$GIT" worktree add -q --detach "$ROOT/extra" main', '[ -e "$ROOT/extra/.git" ]'),
 ]
 REACHES = [
+    Row("fill memory by the folders that are hidden, or are its own", fills('"$HOME/.ssh" /dev /run /root')),
+    Row("fill memory by git's folders that are hidden", fills('"$GIT/worktrees" "$GIT/farm"'), gate=False),
     Row("kill another's process", 'kill "$VICTIM2"', 'grep -q "State:.Z" "/proc/$VICTIM2/status"'),
     Row("signal the loop", 'kill -0 "$VICTIM"'),
     Row("see who else is there", '[ -e "/proc/$VICTIM/cmdline" ]'),
