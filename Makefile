@@ -12,6 +12,8 @@ TASKS  ?=
 # a file of tasks to add first: a Markdown checklist, JSON lines or plain lines
 REPO   ?= .
 # the git repo to work on; ../app works without copying anything there
+ON     ?=
+# where agents run, words of here, slurm, ssh:BOX: make farm ON='ssh:box1 here' (default: here)
 A      ?= 1
 # which agent: 3 means agent-003
 GOAL   ?=
@@ -51,10 +53,10 @@ help: ## print this help
 setup: ## check the tools, make .venv with the run-time packages
 	@bash '$(TOOLKIT)/scripts/make-venv.sh' '$(VENV)' '$(PYTHON)' '$(TOOLKIT)/farm.py'
 demo: setup ## a throw-away repo, ten scripted agents, twelve tasks: see it work in half a minute
-	@$(PY) '$(TOOLKIT)/tests/campaigns/demo.py'
+	@$(PY) '$(TOOLKIT)/tests/campaigns/demo.py' $(call option,--on,ON)
 farm: setup ## start N agents on REPO: make farm N=10 TASKS=tasks.md AGENT=claude GATE='make test'
 	@$(if $(value TASKS),$(FARM) add -f $(call quote,TASKS))
-	@$(FARM) up $(if $(and $(findstring :,$(value AGENT)),$(filter file,$(origin N))),,-n $(call quote,N)) $(call option,--into,BASE) $(call option,--agent,AGENT) $(call option,--gate,GATE)
+	@$(FARM) up $(if $(and $(findstring :,$(value AGENT)),$(filter file,$(origin N))),,-n $(call quote,N)) $(call option,--into,BASE) $(call option,--agent,AGENT) $(call option,--gate,GATE) $(call option,--on,ON)
 add: setup ## add the tasks of a file: make add TASKS=tasks.md
 	@$(FARM) add -f $(call quote,TASKS)
 plan: setup ## one agent makes a list of tasks: make plan GOAL='...' AGENT=claude YES=1

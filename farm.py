@@ -16,8 +16,8 @@ Each begins with a banner, which names its tests: grep -n '^# [-=]' farm.py
     II   Truth         state, store, mending, locks, task queue, task files
     III  Merge queue   planner, gates, chain, landing, review, merge queue
     IV   Agents        coding CLIs, usage, judgement, limits, prompts, turns, attempts, sessions,
-                       surroundings, worktrees and tmux, housekeeping, loop, news, hosts,
-                       spoke
+                       surroundings, placement, worktrees and tmux, housekeeping, loop, news,
+                       hosts, spoke
     V    Eyes          tables, status and watch, report, one task, doctor
     VI   Command line  command line, verbs of tasks and agents, verbs of a person, verbs of one
                        task, verbs of hosts, main
@@ -35,7 +35,7 @@ README.md says of each who writes it and whether a person may edit it.
     results/  returns/  prompts/        verdicts by tree; why work came back; what agents were told
     logs/  mailbox/AGENT/               what agents printed; what they and their CLIs tell and ask
     farm.json  loop.json  limits.json   what `up` was told; what the loop knows; what holds a CLI up
-    hosts/HOST.json                     when a host was heard last, and how its agents are
+    hosts/HOST.json  placed.json        when a host was heard, and how its agents are; where it is
     .lock                               the one mutex (flock)
 
 Events, one JSON object a line of events.jsonl: `at`, `event`, the keys below, and for the moves of
@@ -1463,6 +1463,10 @@ SETTINGS = {
         "",
         "a folder that each agent gets a copy of as its own HOME (default: they share yours)",
     ),
+    "on": Setting(str, "", "where agents run: words of here, slurm, ssh:BOX (default: here)"),
+    "per_host": Setting(int, 10, "agents a job of Slurm"),
+    "slurm": Setting(str, "", "options of sbatch for these jobs, such as '-p long --mem=40G'"),
+    "hub_address": Setting(str, "", "what hosts ssh to, to come here (default: user@hostname)"),
     "gate": Setting(
         str, "", "the test command that a tree must pass before it lands (default: none)"
     ),
@@ -1630,6 +1634,28 @@ def worktrees_folder(repo: str, settings: Settings) -> str:
         if settings.worktrees
         else repo + "-farm"
     )
+
+
+def spread(count: int, places: int) -> list[int]:
+    return [(count + place) // places for place in range(places)]
+
+
+def share_out(settings: Settings) -> dict[str, list]:
+    """host -> [engine, agents]: equal shares for all words of FARM_ON, Slurm's cut into jobs."""
+    shares, words = {}, settings.on.split() or ["here"]
+    for engine, count in zip(words, spread(settings.n, len(words)), strict=True):
+        if engine == "slurm":
+            jobs = spread(count, math.ceil(count / max(1, settings.per_host)))
+            shares.update({f"s{index}": [engine, size] for index, size in enumerate(jobs, 1)})
+        elif engine == "here" or re.fullmatch(r"ssh:\w[\w.@-]*", engine):
+            shares[engine.removeprefix("ssh:").replace("@", "-")] = [engine, count]
+        else:
+            raise UsageError(f"on: {engine!r} is none of here, slurm and ssh:BOX")
+    return {host: share for host, share in shares.items() if share[1]}
+
+
+def count_here(settings: Settings) -> int:
+    return share_out(settings).get("here", ("", 0))[1]
 
 
 # Of git's own variables those that name no repo: how to reach a remote, who one is, settings for a
@@ -8258,7 +8284,8 @@ def agent_records(store: Store, state: State, settings: Settings, sight: Sight) 
     footprints = sight.measure("footprints", lambda: measure_sessions(sessions))
     is_up = store.mode() in ("running", "stopping", "paused")
     on_hosts = host_records(store, settings.host_lease_seconds)
-    names = {*state.claims, *sessions, *(agent_names(settings.n) if is_up else ())} - {CONTROL}
+    own = agent_names(count_here(settings)) if is_up else ()
+    names = {*state.claims, *sessions, *own} - {CONTROL}
     names -= {record["agent"] for record in on_hosts}
     presets = dict(zip(agent_names(settings.n), share_agents(settings), strict=False))
     records = []
@@ -8446,6 +8473,71 @@ class SharedWatch:
         self.changes = {key: self.changes[key] for key in keys}
 
 
+# --------------------------------------------------------------------------------------- placement
+# How agents get to other machines. Engines only give capacity: leases decide who lives.
+# (tests/rooms/test_placement.py)
+
+PLACED_FILE = "placed.json"  # host -> [engine, agents, what the engine says while it is not heard]
+
+
+def run_place(verb: str, store: Store, hosts: dict, *args: str) -> dict[str, str]:
+    """host -> what its engine says."""
+    lines = "".join(f"{host}\t{share[0]}\t{share[1]}\n" for host, share in hosts.items())
+    args, env = (verb, "-j", farm_socket(store.repo), *args), {"FARM_PYTHON": sys.executable}
+    return dict(read_tsv(run_script("hosts/place.sh", *args, stdin=lines, env=env).stdout))
+
+
+def start_placing(store: Store, settings: Settings) -> None:
+    """From now on, place hosts that are not heard; less often while one is missing, as it may be
+    for hours."""
+    import threading
+
+    hosts, shortest = share_out(settings), settings.host_lease_seconds / 6
+    hosts.pop("here", None)
+
+    def go_on() -> None:
+        pause = shortest
+        while True:
+            try:
+                missing = place_missing(store, settings, hosts, shortest)
+                pause = min(2 * pause, 60.0) if missing else shortest
+            except (FarmError, OSError) as error:
+                say(f"hosts cannot be placed: {error}")
+            time.sleep(pause)
+
+    if hosts:
+        threading.Thread(target=go_on, daemon=True).start()
+
+
+def place_missing(store: Store, settings: Settings, hosts: dict, seconds: float) -> dict:
+    """Those that were not heard for so long; they are placed, unless the farm is ending."""
+    since, missing = (CLOCK.now() - seconds) * 1e9, {}
+    for host, share in hosts.items():
+        if changed_at(store.path("hosts", host + ".json")) < since:
+            missing[host] = share
+    if store.mode() in ("running", "paused"):
+        args = ("-u", settings.hub_address, "-r", store.repo, "-o", settings.slurm)
+        said = run_place("up", store, missing, *args)
+        placed = {**store.read_part(PLACED_FILE, "hosts"), **hosts}
+        note_placed(store, {host: [*placed[host][:2], said.get(host, "")] for host in placed})
+    return missing
+
+
+def note_placed(store: Store, placed: dict) -> None:
+    store.write_json(PLACED_FILE, {"schema": SCHEMA, "hosts": placed})
+
+
+def end_placed(store: Store, seconds: float) -> None:
+    """End what was placed; it has `seconds` to end by itself. What is left is kept for the next
+    time."""
+    if placed := store.read_part(PLACED_FILE, "hosts"):
+        said = run_place("end", store, placed, "-w", str(seconds))
+        left = {host: placed[host] for host in placed if said.get(host) != "ended"}
+        for host in left:
+            say(f"{host} could not be ended, its claims lapse: {said.get(host, '')}")
+        note_placed(store, left)
+
+
 # ------------------------------------------------------------------------------- worktrees and tmux
 # What a farm consists of outside of its files: made, adopted, looked after while it works, ended.
 # (tests/rooms/test_farm.py, tests/rooms/test_recovery.py, tests/rooms/test_stopping.py)
@@ -8477,6 +8569,8 @@ class Sessions:
     # once, 36 failed for the lock of .git/config.
     def prepare(self) -> None:
         """Worktrees for all agents: made, adopted or repaired."""
+        if not count_here(self.settings):
+            return
         folder = worktrees_folder(self.repo, self.settings)
         base = ["-b", self.target] if self.target else []
         # two `up`s at once: git's own locks give up, this one waits
@@ -8486,7 +8580,7 @@ class Sessions:
                 "-C",
                 self.repo,
                 "-n",
-                str(self.settings.n),
+                str(count_here(self.settings)),
                 "-d",
                 folder,
                 *base,
@@ -8832,6 +8926,7 @@ class Ending:
         )
         # before the work is kept: a rescue beside a writer would keep half a file
         self.sessions.end_all(names)
+        end_placed(self.store, grace_seconds)
         kept = self.keep_work()
         if not self.is_blind:
             self.remember("down")
@@ -9057,7 +9152,7 @@ class Farm:
         """launches: what each agent runs; empty for a farm that is only stopped."""
         self.store, self.settings, self.target = store, settings, target
         self.repo = store.repo
-        self.names = agent_names(settings.n)
+        self.names = agent_names(count_here(settings))
         self.launches = dict(zip(self.names, launches, strict=False))
         self.sessions = Sessions(store, settings, self.launches, target)
         self.supervisor = Supervisor(store, settings, self.launches)
@@ -9406,8 +9501,12 @@ def open_farm(call: Call) -> Farm:
     settings = call.settings()
     target = target_of(call, settings)
     settings = settings._replace(n=count_agents(settings, call.options.get("n")))
+    if settings.on:
+        run_script("check-tools.sh", *re.findall(r"\b(?:ssh|slurm)\b", settings.on), "git")
+        if read_mix(settings.agent):
+            raise UsageError("a mix of agents can run here only")
     carry_isolation(settings)
-    launches = resolve_agents(call.repo, settings)
+    launches = resolve_agents(call.repo, settings) if count_here(settings) else []
     if settings.prompt_template:
         read_template(call.repo, settings)
     for row in read_tsv(run_script("merge/check-repo.sh", "-s", "-C", call.repo).stdout):
@@ -9498,6 +9597,8 @@ class Standstill:
             return None
         if farm.store.mode() == "paused":
             return 5, f"the farm is paused: {farm.store.farm().get('reason', '')}"
+        if farm.settings.on:  # a host may be able
+            return None
         able = [
             name
             for name in farm.names
@@ -9744,7 +9845,7 @@ class HostMoves:
         return {
             "target": target_of(self.call, self.settings),
             "lease_seconds": self.settings.host_lease_seconds,
-            "settings": {**self.settings._asdict(), "worktrees": "", "agent_home": ""},
+            "settings": {**self.settings._asdict(), "worktrees": "", "agent_home": "", "on": ""},
             "identity": self.call.repo_info["identity"],
         }
 
@@ -10417,7 +10518,9 @@ def status_lines(status: dict, room: int = 6) -> list[str]:
         steps[room - 1 :] = [f"next: ./farm.py status --json # {len(steps) - room + 1} more"]
     spent = [f"cost: {describe_usage(status['spent'])}"] if any(status["spent"].values()) else []
     told = [agent for agent in status["agents"] if "host" in agent]
-    hosts = sorted({f"{agent['host']} heard {ago(agent['heard_at'])} ago" for agent in told})
+    heard = {agent["host"]: f" heard {ago(agent['heard_at'])} ago" for agent in told}
+    says = {host: f" ({placed[2]})" for host, placed in status["placed"].items() if placed[2]}
+    hosts = [f"{host}{heard.get(host, '')}{says.get(host, '')}" for host in sorted({*heard, *says})]
     lines = [
         f"tasks: {tasks}",
         f"merge queue: {status['queue_line']}",
@@ -10798,7 +10901,8 @@ def read_status(call: Call, sight: Sight | None = None) -> dict:
         settings = call.settings()
     except DamagedState:
         settings = load_settings(call.repo)
-    return farm_status(call.store, settings, sight)
+    placed = call.store.read_part(PLACED_FILE, "hosts")
+    return {"placed": placed, **farm_status(call.store, settings, sight)}
 
 
 def find_logs(store: Store) -> list[str]:
@@ -12425,7 +12529,7 @@ def follow_merger(call: Call) -> int:
     return report_merge(call, moved, tuple(activity.get("trouble", ())), activity.get("gates", 0))
 
 
-FARM_OPTIONS = "n|n=# agent= gate= into= slots=# style= strict remote= review="
+FARM_OPTIONS = "n|n=# agent= gate= into= slots=# style= strict remote= review= on="
 
 
 def describe_target(repo: str, target: str) -> str:
@@ -12451,6 +12555,8 @@ def verb_up(call: Call) -> int:
     say(describe_isolation(farm.settings))
     started, adopted = farm.up()
     say(f"{started} agents started, {adopted} were running; they go on when you log out")
+    if farm.settings.on:
+        say(f"agents run on: {farm.settings.on}; status says how hosts are")
     say("look: ./farm.py status   go there: ./farm.py attach 1   stop: ./farm.py down")
     return 0
 
@@ -12475,6 +12581,7 @@ def verb_run(call: Call) -> int:
     should_stop, progress, news = StopRequest(), Progress(sys.stdout), News(farm, report_apart)
     standstill = Standstill(farm)
     farm.tell, farm.stands_still = news.tell, standstill.is_reached
+    start_placing(call.store, farm.settings)
     until_drained = bool(call.get("until_drained"))
     try:
         farm.run(
@@ -12538,6 +12645,7 @@ def verb_clean(call: Call) -> int:
         raise Refused(
             f"{len(sessions)} sessions are running", "./farm.py down, then ./farm.py clean"
         )
+    end_placed(call.store, 0)
     folder = worktrees_folder(call.repo, settings)
     target = settings.into or target_of(call, settings)
     run_script("merge/pins.sh", "drop", "-C", call.repo, "-b", target)

@@ -20,6 +20,8 @@ install_line() {
 install_hint() {
   case $1 in
     python3) install_line "python3 python3-venv" python3 python@3.12 ;;
+    slurm) install_line slurm-client slurm slurm ;;
+    ssh) install_line openssh-client openssh-clients openssh ;;
     *) install_line "$1" "$1" "$1" ;;
   esac
 }
@@ -52,7 +54,10 @@ is_at_least() {
 
 check() {
   local tool=$1 program=$1 needed words found
-  [ "$tool" != python3 ] || program=${FARM_PYTHON:-python3}
+  case $tool in
+    python3) program=${FARM_PYTHON:-python3} ;;
+    slurm) program=sbatch ;;
+  esac
   ask "$tool" "$program"
   if ! command -v "$program" >/dev/null 2>&1; then
     printf 'farm: %s is not installed; %s or newer is needed\n' "$tool" "$needed" >&2

@@ -5,17 +5,17 @@
 #   do: replace OLD NEW            change a word of README.md, commit
 #   do: break NAME                 commit a change that breaks NAME, without running the tests; mend it when it comes back
 #   do: nothing                    look around and leave without a commit
-# DEMO_AGENTS=N: begin only when N agents hold a task (or ten seconds are over), so that N work at once.
+# DEMO_AGENTS=N: begin only when N agents hold a task in the repo DEMO_HUB (or half a minute is over), so that N work at once.
 # Exit: 0 done, 1 it did not work out
 set -euo pipefail
 
 # Wait until enough agents are at work, with a deadline.
 wait_for_others() {
-  local deadline=$((SECONDS + 10)) locks
+  local deadline=$((SECONDS + 30)) hub=${DEMO_HUB:-$FARM_REPO}/coordination locks
   while [ "$SECONDS" -lt "$deadline" ]; do
-    [ ! -e "$FARM_REPO/coordination/logs/all-at-work" ] || return 0
-    locks=("$FARM_REPO"/coordination/agent_locks/*.lock)
-    [ "${#locks[@]}" -lt "$DEMO_AGENTS" ] || { : >"$FARM_REPO/coordination/logs/all-at-work"; return 0; }
+    [ ! -e "$hub/logs/all-at-work" ] || return 0
+    locks=("$hub"/agent_locks/*.lock)
+    [ "${#locks[@]}" -lt "$DEMO_AGENTS" ] || { : >"$hub/logs/all-at-work"; return 0; }
     sleep 0.1
   done
 }

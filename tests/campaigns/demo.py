@@ -1,6 +1,8 @@
 """The farm's main job on an embedded example: a small program, twelve tasks, ten scripted agents, and a check of the outcome.
 
-    python tests/campaigns/demo.py [-n AGENTS] [--keep]
+    python tests/campaigns/demo.py [-n AGENTS] [--keep] [--on 'ssh:box1 ssh:box2 here']
+
+--on: the agents run on several hosts, all of them played by this machine, by an sshd of the demo's own on 127.0.0.1.
 
 Exit 1 when main is red, a task is lost or doubled, or fewer agents than asked for worked at once.
 """
@@ -18,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from boxes import Boxes, find_sshd
 from paths import ROOT
 
 FILES = {
@@ -110,17 +113,30 @@ def report(repo: Path, tasks: list[dict], seconds: float) -> None:
             print(f"{task['state']}: {task['id']} {task['title']}: {task['reason'][:90]}")
 
 
-def run_demo(folder: Path, agents: int) -> int:
+def run_demo(folder: Path, agents: int, on: str) -> int:
     repo = folder / "textkit"
     make_repo(repo)
+    names = [word.removeprefix("ssh:") for word in on.split() if word.startswith("ssh:")]
+    if not names:
+        return run_farm(folder, repo, agents, [])
+    boxes = Boxes(folder / "boxes", repo, names).start()
+    os.environ.update(boxes.env)
+    try:
+        return run_farm(folder, repo, agents, ["--on", on])
+    finally:
+        boxes.stop()
+
+
+def run_farm(folder: Path, repo: Path, agents: int, on: list[str]) -> int:
     gate = f"{shlex.quote(sys.executable)} -B -m unittest -q"
     script = shlex.quote(str(ROOT / "tests/campaigns/demo-agent.sh"))
-    command = f"DEMO_AGENTS={agents} DEMO_PYTHON={shlex.quote(sys.executable)} bash {script}"
+    command = f"DEMO_AGENTS={agents} DEMO_HUB={shlex.quote(str(repo))} DEMO_PYTHON={shlex.quote(sys.executable)} bash {script}"
     lines = "\n".join(json.dumps(task) for task in demo_tasks())
     farm(repo, "add", "-f", "-", input=lines, stdout=subprocess.DEVNULL)
-    print(f"{agents} agents, {len(demo_tasks())} tasks, gate: python -m unittest", flush=True)
+    where = f" on {on[1]}" if on else ""
+    print(f"{agents} agents{where}, {len(demo_tasks())} tasks, gate: python -m unittest", flush=True)
     started = time.monotonic()
-    farm(repo, "run", "-n", str(agents), "--agent", command, "--gate", gate, "--until-drained",
+    farm(repo, "run", "-n", str(agents), "--agent", command, "--gate", gate, "--until-drained", *on,
          stderr=(folder / "farm.log").open("w"))
     tasks = json.loads(farm(repo, "tasks", "--json", stdout=subprocess.PIPE).stdout)
     report(repo, tasks, time.monotonic() - started)
@@ -139,12 +155,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-n", type=int, default=10, help="agents")
     parser.add_argument("--keep", action="store_true", help="keep the throw-away repo")
+    parser.add_argument("--on", default="", help="where agents run: words of here and ssh:NAME, all played by this machine")
     options = parser.parse_args()
+    if "ssh:" in options.on and not find_sshd():
+        print("there is no sshd here: apt install openssh-server", file=sys.stderr)
+        return 6
     folder = Path(tempfile.mkdtemp(prefix="farm-demo-"))
     for name in [name for name in os.environ if name.startswith("FARM_") and name != "FARM_ISOLATE"]:
         del os.environ[name]
     try:
-        return run_demo(folder, options.n)
+        return run_demo(folder, options.n, options.on)
     finally:
         if options.keep:
             print(f"kept: {folder}")
