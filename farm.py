@@ -2123,7 +2123,10 @@ def target_of(call: Call, settings: Settings) -> str:
 # from the farm's start on, so that none of its processes has another answer.
 # (tests/test_isolation.py)
 
-CARRIED = ("isolate", "show", "hide", "pass_", "network", "gate_network", "agent_processes")
+CARRIED = (
+    *("isolate", "show", "hide", "pass_", "network", "gate_network"),
+    *("agent_processes", "agent_memory_mib"),
+)
 
 
 def resolve_isolation(settings: Settings) -> str:
@@ -6639,7 +6642,13 @@ class OpenCode(Cli):
     start = f'{command} -- "$FARM_PROMPT" </dev/null'
     resume = f'{command} --session "$FARM_CONVERSATION" -- "$FARM_PROMPT" </dev/null'
     permissions = {"all": "--auto"}
-    state = (".local/share/opencode/", "-.config/opencode/", ".local/state/opencode/")
+    state = (
+        *(".local/share/opencode/", ".local/state/opencode/"),
+        *state_in(
+            ".config/opencode",
+            "opencode.json opencode.jsonc config.json AGENTS.md plugin/ plugins/ tool/ tools/",
+        ),
+    )
     passes = (*Cli.passes, *PROVIDER_KEYS, "OPENCODE_*")
 
     def read(self, path: str) -> Usage:
@@ -8841,8 +8850,9 @@ class Supervisor:
         if limits.agent_disk_mib and now - self.weighed_at.get(claim.agent, 0) > 10:
             self.weighed_at[claim.agent] = now
             place = worktree_of(self.store.repo, limits, claim.agent)
-            temp = os.path.join(os.path.dirname(place), "tmp", claim.agent)
-            mib = (size_on_disk(place) + size_on_disk(temp)) >> 20
+            above, agent = os.path.dirname(place), claim.agent
+            own = (os.path.join(above, name, agent) for name in ("tmp", "private"))
+            mib = sum(map(size_on_disk, (place, *own))) >> 20
             if mib > limits.agent_disk_mib:
                 return "disk", f"its files take {mib} MiB of disk: {limits.agent_disk_mib} may be"
         return None

@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from attacks import Ground
 from attempt_calls import Clock
 from farm_calls import FARM, Caller, copy_repo
 from merge_calls import Queue, find_gate_processes
 from merge_scripts import MakeRepo, Repo
+from paths import SCRIPTS
 from report_story import Story, make_busy, make_hostile
 from sandbox import (
     Sandbox,
@@ -216,3 +219,30 @@ def elsewhere(sandbox: Sandbox) -> Path:
 @pytest.fixture
 def repo(make_repo: MakeRepo) -> Repo:
     return make_repo(files={"a.txt": "one\ntwo\nthree\n", "dir/b.txt": "b\n", "keep.txt": "keep\n"})
+
+
+ADMITTED = "FARM_TESTS_WITHOUT_SANDBOX"  # set: a place where bwrap cannot work is admitted, and said
+
+
+@pytest.fixture(scope="module")
+def there_can_be_sandboxes() -> None:
+    done = subprocess.run(["bash", SCRIPTS / "sandbox/check-sandbox.sh"], capture_output=True, text=True)
+    if done.returncode and os.environ.get(ADMITTED):
+        sys.__stderr__.write(f"\nNO SANDBOX HERE, AND NOTHING OF IT IS TESTED: {done.stderr}\n")
+        pytest.skip(f"no sandbox here: {done.stderr}", allow_module_level=True)
+    assert done.returncode == 0, f"{done.stderr}(to admit it: {ADMITTED}=1)"
+
+
+@pytest.fixture
+def make_ground(sandbox) -> Iterator:
+    made = []
+
+    def make(uid: int, name: str = "g") -> Ground:
+        os.chmod(sandbox.root, 0o755)
+        (sandbox.root / name).mkdir()
+        made.append(Ground(sandbox.root / name, uid))
+        return made[-1].build()
+
+    yield make
+    for ground in made:
+        ground.close()

@@ -6,46 +6,22 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from attacks import ALLOWED, BY_NAME, BY_PORT, DAMAGES, ROWS, Ground
+from attacks import ALLOWED, BY_NAME, BY_PORT, DAMAGES, ROWS
 from paths import SCRIPTS
 from sandbox import git, run, wait_until
 
 import farm as toolkit
 
-ADMITTED = "FARM_TESTS_WITHOUT_SANDBOX"  # set: a place where bwrap cannot work is admitted, and said
 USERS = (
     [pytest.param(54321, id="user"), pytest.param(0, id="root")] if os.geteuid() == 0 else [pytest.param(os.geteuid(), id="user")]
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def there_can_be_sandboxes() -> None:
-    done = subprocess.run(["bash", SCRIPTS / "sandbox/check-sandbox.sh"], capture_output=True, text=True)
-    if done.returncode and os.environ.get(ADMITTED):
-        sys.__stderr__.write(f"\nNO SANDBOX HERE, AND NOTHING OF IT IS TESTED: {done.stderr}\n")
-        pytest.skip(f"no sandbox here: {done.stderr}", allow_module_level=True)
-    assert done.returncode == 0, f"{done.stderr}(to admit it: {ADMITTED}=1)"
-
-
-@pytest.fixture
-def make_ground(sandbox) -> Iterator:
-    made = []
-
-    def make(uid: int, name: str = "g") -> Ground:
-        os.chmod(sandbox.root, 0o755)
-        (sandbox.root / name).mkdir()
-        made.append(Ground(sandbox.root / name, uid))
-        return made[-1].build()
-
-    yield make
-    for ground in made:
-        ground.close()
+pytestmark = pytest.mark.usefixtures("there_can_be_sandboxes")
 
 
 def test_there_are_enough_rows():

@@ -54,6 +54,9 @@ main() {
     printf '%s\t%s\n' 'sandboxed agents can reach abstract sockets: the kernel is older than 6.12' \
       'FARM_NETWORK=none, where agents need no network'
   fi
+  { command -v systemd-run && [ -S "${XDG_RUNTIME_DIR:-/none}/systemd/private" ]; } >/dev/null ||
+    printf '%s\t%s\n' 'no systemd of the user: the loop keeps limits, and sees no file in memory' \
+      'sudo loginctl enable-linger, and log in again'
   case ${HOSTTYPE-} in
     x86_64 | aarch64) ;;
     *) is_set dev/tty/legacy_tiocsti 0 ||

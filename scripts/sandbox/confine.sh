@@ -10,12 +10,14 @@
 # setup: .farm/setup, as an agent without a mailbox
 # gate: its slot, and a TMPDIR; nothing of git
 # Also read: FARM_SHOW and FARM_HIDE (paths, separated by colons; +PATH can be written), FARM_PASS
-# (names), FARM_NETWORK and FARM_GATE_NETWORK (full, none), FARM_HOME, FARM_PYTHON.
+# (names), FARM_NETWORK and FARM_GATE_NETWORK (full, none), FARM_HOME, FARM_PYTHON,
+# and what enter-scope.sh reads.
 # Above it: isolate.sh
 # Exit: COMMAND's own, 2 usage, 6 there can be no sandbox here
 set -uo pipefail
 case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
 . "$here/show-programs.sh"
+. "$here/enter-scope.sh"
 
 # Each agent has a folder of its own in the place of these, where they are.
 caches='.cache .npm .yarn .pnpm-store .local/share/pnpm .bun/install/cache .cargo/registry
@@ -25,7 +27,7 @@ caches='.cache .npm .yarn .pnpm-store .local/share/pnpm .bun/install/cache .carg
 # Where one has left a link, it leads nowhere.
 make_file() { # PATH
   local text=''
-  case $1 in *.json) text='{}' ;; esac
+  case $1 in *.json*) text='{}' ;; esac
   set -C
   [ ! -d "${1%/*}" ] || printf '%s' "$text" 2>/dev/null >"$1"
   set +C
@@ -124,11 +126,13 @@ main() {
   if [ "$kind" = -h ]; then sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; exit 0; fi
   case $kind:$# in
     agent:[0123] | tree:[0123] | setup:[0123] | gate:[0123]) exit 2 ;;
-    agent:* | tree:* | setup:* | gate:*) shift 3 ;;
+    agent:* | tree:* | setup:* | gate:*) ;;
     *) exit 2 ;;
   esac
+  case ${FARM_ISOLATE:-none} in none) ;; *) enter_scope "$@" ;; esac
+  shift 3
   agent=${folder##*/} agent=${agent%-worktree}
-  unset FARM_NOTIFY # it may hold a token, and is none of theirs
+  unset FARM_IN_SCOPE FARM_NOTIFY # it may hold a token, and is none of theirs
   case $kind:${FARM_ISOLATE:-none} in
     *:none) exec "$@" ;;
     *:bwrap)

@@ -1,0 +1,137 @@
+"""Whole farms in sandboxes: `make chaos` and `make demo` in short, an unprivileged user, another mount, beside systemd."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import portalocker
+import psutil
+import pytest
+import tabulate
+from attacks import Ground
+from paths import ROOT, SCRIPTS
+from sandbox import run
+
+import farm as toolkit
+
+pytestmark = pytest.mark.usefixtures("there_can_be_sandboxes")
+
+
+CAMPAIGNS = {"chaos.py": ["--seconds", "3", "-n", "3", "--seed", "7"], "demo.py": ["-n", "4"]}
+
+
+@pytest.mark.parametrize("name", CAMPAIGNS)
+def test_a_campaign_in_short_holds_in_sandboxes(sandbox, monkeypatch, name):
+    counted, seen = sandbox.root / "bin/bwrap", sandbox.root / "seen"
+    counted.parent.mkdir()
+    counted.write_text(f'#!/bin/sh\necho x >>{seen}\nexec {shutil.which("bwrap")} "$@"\n')
+    counted.chmod(0o755)
+    monkeypatch.setenv("PATH", str(counted.parent), prepend=os.pathsep)
+    monkeypatch.setenv("FARM_ISOLATE", "bwrap")
+    done = run([sys.executable, ROOT / "tests/campaigns" / name, *CAMPAIGNS[name]], timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(seen.read_text().split()) > 6  # agents, gates, git on what they left
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Path]:
+    """A folder on another mount than the repo's."""
+    folder = Path(tempfile.mkdtemp(prefix="f-", dir="/dev/shm"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def find_python(ground: Ground) -> str:
+    """One that this user can run: root's own may lie in a folder of root's."""
+    for path in (os.path.realpath(sys.executable), "/usr/local/bin/python3", "/usr/bin/python3"):
+        if ground.run("test", "-x", path).returncode == 0:
+            return path
+    raise AssertionError(f"no python that user {ground.uid} can run: apt-get install python3")
+
+
+def make_python(ground: Ground) -> Path:
+    venv = ground.toolkit / ".venv"
+    run([find_python(ground), "-m", "venv", "--without-pip", venv], check=True)
+    packages = next(venv.glob("lib/python3*/site-packages"))
+    for package in (psutil, portalocker, tabulate):
+        source = Path(package.__file__)
+        if source.name == "__init__.py":
+            shutil.copytree(source.parent, packages / source.parent.name)
+        else:
+            shutil.copy2(source, packages)
+    return venv / "bin/python"
+
+
+def test_an_unprivileged_user_has_a_farm_on_a_shared_repo_with_worktrees_on_another_mount(sandbox, elsewhere):
+    os.chmod(sandbox.root, 0o755)
+    ground = Ground(sandbox.root / "u", 54321 if os.geteuid() == 0 else os.geteuid())
+    for folder in (ground.home, ground.root / "tmp", ground.repo):
+        folder.mkdir(parents=True)
+    shutil.copytree(SCRIPTS, ground.toolkit / "scripts")
+    shutil.copy2(ROOT / "farm.py", ground.toolkit)
+    python = make_python(ground)
+    if ground.identity():
+        run(["chown", "-R", f"{ground.uid}:{ground.uid}", ground.root, elsewhere], check=True)
+    make = 'cd "$1"; git init -q -b main --shared=group; git config user.name T; git config user.email t@e; '
+    make += "git commit -q --allow-empty -m a"
+    ground.run("bash", "-ec", make, "bash", ground.repo, check=True)
+    env = {"FARM_WORKTREES": str(elsewhere), "FARM_ISOLATE": "bwrap", "TMUX_TMPDIR": str(ground.root / "tmp")}
+    farm = [python, ground.toolkit / "farm.py", "--repo", ground.repo]
+    for title in ("one", "two"):
+        ground.run(*farm, "add", title, check=True, **env)
+    agent = '[ "$(id -u)" != 0 ] && [ ! -e "$FARM_REPO/farm.env" ] && [ "$FARM_MAILBOX" ] && echo x >"$FARM_TASK.txt"'
+    done = ground.run(*farm, "run", "-n", "2", "--agent", agent, "--gate", "ls t-*.txt", "--until-drained", **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = ground.git("ls-tree", "--name-only", "main").split()
+    assert names == ["t-0001.txt", "t-0002.txt"]
+    # what was written is the group's, too
+    written = [path for path in (ground.repo / ".git/objects").rglob("*") if path.is_dir()]
+    assert all(path.stat().st_mode & stat.S_IWGRP for path in written), written
+    ground.run(*farm, "down", "--now", **env)
+
+
+SYSTEMD_RUN = """#!/bin/sh
+echo "$@" >>"$HOME/scopes"
+while :; do case $1 in -p) shift 2 ;; -*) shift ;; *) exec "$@" ;; esac; done
+"""
+
+
+def test_an_agents_limits_are_those_of_a_scope_where_systemd_runs(make_ground):
+    """systemd-run is a stand-in: that a scope holds its processes is systemd's part."""
+    ground = make_ground(os.geteuid())
+    program = ground.root / "bin/systemd-run"
+    program.parent.mkdir()
+    program.write_text(SYSTEMD_RUN)
+    program.chmod(0o755)
+    (ground.root / "xdg/systemd").mkdir(parents=True)
+    limits = {"FARM_AGENT_MEMORY_MIB": "300", "FARM_AGENT_PROCESSES": "200"}
+    env = {"PATH": f"{program.parent}:{ground.env['PATH']}", "XDG_RUNTIME_DIR": str(ground.root / "xdg"), **limits}
+
+    def start(kind: str = "agent", **more: str) -> tuple:
+        (ground.home / "scopes").write_text("")
+        done = ground.enter(kind, "bwrap", ground.tree(1), 'echo "${FARM_IN_SCOPE-no}"; exit 37', **{**env, **more})
+        return done.stdout, done.returncode, (ground.home / "scopes").read_text().partition(" bash ")[0]
+
+    assert start() == ("no\n", 37, "")  # no systemd of this user runs
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(ground.root / "xdg/systemd/private"))
+        scope = "--user --scope --quiet --collect -p MemoryMax=300M -p MemorySwapMax=0 -p TasksMax=200"
+        assert start() == ("no\n", 37, scope)
+        assert start(**dict.fromkeys(limits, "0")) == start("setup") == ("no\n", 37, "")
+
+
+@pytest.mark.parametrize("wanted", ["bwrap --ro-bind / / true", "unshare -Ur true"])
+def test_a_sandbox_within_a_sandbox_cannot_be_made_so_that_codex_goes_without(wanted):
+    done = run(["bash", SCRIPTS / "isolate.sh", "bash", "-c", wanted])
+    assert done.returncode == 1 and "Operation not permitted" in done.stderr
+    for permissions in ("edits", "all"):
+        start = toolkit.CLIS["codex"].launch(permissions, is_isolated=True).start
+        assert "danger-full-access" in start or "bypass-approvals-and-sandbox" in start
+    assert "danger-full-access" not in toolkit.CLIS["codex"].launch("edits").start
