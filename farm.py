@@ -13470,5 +13470,19 @@ def main(argv: list[str]) -> int:
         return 130
 
 
+# Python would first take apart all that it has made, which costs an agent's verb 4 ms of its 30,
+# and which the kernel frees anyway.
+def leave(code: int) -> None:
+    """End this process at once, with what was printed on its way."""
+    try:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        pass
+    except OSError as error:
+        code = print_error(error)
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -45,7 +45,7 @@ class Connection:
         self.process.stdout.close()
 
 
-START = "import sys; sys.path.insert(0, sys.argv.pop(1)); import farm; sys.exit(farm.main(sys.argv[1:]))"
+START = "import sys; sys.path.insert(0, sys.argv.pop(1)); import farm; farm.leave(farm.main(sys.argv[1:]))"
 
 
 def at_once(works: list) -> float:
