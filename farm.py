@@ -1470,6 +1470,9 @@ SETTINGS = {
     "gate": Setting(
         str, "", "the test command that a tree must pass before it lands (default: none)"
     ),
+    "gate_on": Setting(
+        str, "", "where gates run: slurm or ssh:HOST (default: here); slots are those there then"
+    ),
     "into": Setting(
         str, "", "the target branch (default: the one that the main worktree has checked out)"
     ),
@@ -4793,7 +4796,11 @@ class Gate:
         import threading
 
         self.log, self.folder = log, folder
-        self.process = self.spawn(folder, [*prefix, "bash", "-c", settings.gate])
+        command = [*prefix, "bash", "-c", settings.gate]
+        if settings.gate_on:
+            script = os.path.join(SCRIPTS, "hosts", "gate.sh")
+            command = ["bash", script, settings.gate_on, self.commit, settings.gate]
+        self.process = self.spawn(folder, command)
         # One thread drains the pipe, or a gate that prints much would stand still; one waits, as
         # only its parent can.
         drain = threading.Thread(target=self.keep_output, args=(log,), daemon=True)
@@ -4871,6 +4878,7 @@ class Gate:
         self.end_group()
         # its writers are gone; one that was handed the pipe over a socket is not waited for
         reader.join(5)
+        note = read_line(self.folder + ".tmp/note") or note  # which host has judged, or why none
         if code in CANNOT_START:  # nothing was tested: that says nothing of any tree
             note = f"the gate's command cannot be run: {find_missing(code, read_line(self.log))}"
         return Verdict(kind, code, round(CLOCK.monotonic() - self.started, 2), note)
@@ -9919,7 +9927,7 @@ class HostMoves:
         ]
         told = {"heard_at": utc(CLOCK.now()), "agents": records}
         told.update({key: one_line(str(about.get(key, "")), 500) for key in TOLD_OF_HOST})
-        told["apart"] = float(about.get("now", CLOCK.now())) - CLOCK.now()
+        told["apart"] = round(float(about.get("now", CLOCK.now())) - CLOCK.now())
         os.makedirs(self.store.path("hosts"), exist_ok=True)
         write_whole(self.store.path("hosts", self.host + ".json"), dump_line(told) + "\n")
 
@@ -11660,8 +11668,12 @@ def check_repo(call: Call) -> list[tuple]:
 
 
 def check_hosts(call: Call) -> list[tuple]:
-    """What each host's own doctor says, and in what it is not as this machine."""
+    """What each host's own doctor says, in what it is not as this machine, and whether gates can
+    run where they are to."""
     found, toolkit = [], run_script("hosts/describe.sh").stdout.strip()
+    if where := load_settings(call.repo, call.options).gate_on:
+        rows = read_tsv(run_script("hosts/gate.sh", "check", where).stdout)
+        found += [(*row, 1) for row in rows]
     for host, told in read_hosts(call.store).items():
         if not told.get("agents"):
             continue

@@ -8,7 +8,10 @@ set -euo pipefail
 case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
 . "$here/../merge/common.sh"
 
-if [ $# -gt 0 ]; then usage; exit 2; fi
+if [ $# -gt 0 ]; then
+  usage
+  if [ "$1" = -h ]; then exit 0; else exit 2; fi
+fi
 cd "$here/../.."
 export LC_ALL=C
 find farm.py scripts -type f ! -path '*/__pycache__/*' | sort | while IFS= read -r name; do
