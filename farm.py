@@ -10617,7 +10617,9 @@ def status_lines(status: dict, room: int = 6) -> list[str]:
         + f" ({agent['trouble']})" * bool(agent["trouble"])
         for agent in told
     }
-    says = {host: f" ({placed[2]})" for host, placed in status["placed"].items() if placed[2]}
+    says = {
+        host: f" ({placed[2]})" for host, placed in status.get("placed", {}).items() if placed[2]
+    }
     hosts = [f"{host}{heard.get(host, '')}{says.get(host, '')}" for host in sorted({*heard, *says})]
     lines = [
         f"tasks: {tasks}",
@@ -12880,8 +12882,8 @@ def end_hosts(call: Call, seconds: float) -> None:
     for host in find() if not seconds and not is_over() else ():
         try:
             order(call.store, host, "estop", seconds=5.0)
-        except FarmError as error:
-            say(str(error))
+        except FarmError:
+            continue  # it may have ended by itself already; who has not is named below
     wait_for(is_over, CLOCK.monotonic() + seconds + 20, 0.2)
     for host, record in find().items():
         heard = f"{host} was heard {ago(record['heard_at'])} ago"
