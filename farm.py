@@ -36,6 +36,7 @@ README.md says of each who writes it and whether a person may edit it.
     logs/  mailbox/AGENT/               what agents printed; what they and their CLIs tell and ask
     farm.json  loop.json  limits.json   what `up` was told; what the loop knows; what holds a CLI up
     hosts/HOST.json  placed.json        when a host was heard, and how its agents are; where it is
+    orders/HOST/                        what a person has typed for a host, until it is answered
     .lock                               the one mutex (flock)
 
 Events, one JSON object a line of events.jsonl: `at`, `event`, the keys below, and for the moves of
