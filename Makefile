@@ -26,6 +26,8 @@ DEST   ?=
 # where install-into copies the toolkit to
 SECONDS ?= 60
 # how long chaos lasts
+HOSTS  ?=
+# on how many hosts chaos is, besides the hub
 ONLY   ?=
 # which groups of bench rows, as a pattern: make bench ONLY=verbs
 FULL   ?=
@@ -102,8 +104,8 @@ bench: test-setup ## measure the speed figures beside their floors
 	@$(PY) '$(TOOLKIT)/tests/campaigns/bench.py' $(if $(value FULL),--full) $(call option,--only,ONLY)
 year: test-setup ## COUNT tasks (10,000) through a farm: nothing grows with what has landed
 	@$(PY) '$(TOOLKIT)/tests/campaigns/year.py' $(call option,--tasks,COUNT)
-chaos: test-setup ## kill everything at random for SECONDS, then check that nothing was lost
-	@$(PY) '$(TOOLKIT)/tests/campaigns/chaos.py' --seconds $(SECONDS) -n $(N)
+chaos: test-setup ## kill everything at random for SECONDS, then check that nothing was lost; HOSTS=3: of other machines, too
+	@cd '$(TOOLKIT)' && $(if $(HOSTS),CHAOS_SECONDS=$(SECONDS) CHAOS_HOSTS=$(HOSTS) $(PY) -m pytest -q -s tests/campaigns/test_chaos_hosts.py,$(PY) tests/campaigns/chaos.py --seconds $(SECONDS) -n $(N))
 pictures: test-setup ## make the README's pictures anew (needs Chromium)
 	@$(PY) '$(TOOLKIT)/tests/campaigns/pictures.py'
 install-into: ## copy farm.py and scripts/ into another repo: make install-into DEST=../app

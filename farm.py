@@ -36,6 +36,7 @@ README.md says of each who writes it and whether a person may edit it.
     logs/  mailbox/AGENT/               what agents printed; what they and their CLIs tell and ask
     farm.json  loop.json  limits.json   what `up` was told; what the loop knows; what holds a CLI up
     hosts/HOST.json  placed.json        when a host was heard, and how its agents are; where it is
+    orders/HOST/                        what a person has typed for a host, until it is answered
     .lock                               the one mutex (flock)
 
 Events, one JSON object a line of events.jsonl: `at`, `event`, the keys below, and for the moves of
@@ -1469,6 +1470,9 @@ SETTINGS = {
     "hub_address": Setting(str, "", "what hosts ssh to, to come here (default: user@hostname)"),
     "gate": Setting(
         str, "", "the test command that a tree must pass before it lands (default: none)"
+    ),
+    "gate_on": Setting(
+        str, "", "where gates run: slurm or ssh:HOST (default: here); slots are those there then"
     ),
     "into": Setting(
         str, "", "the target branch (default: the one that the main worktree has checked out)"
@@ -4793,7 +4797,11 @@ class Gate:
         import threading
 
         self.log, self.folder = log, folder
-        self.process = self.spawn(folder, [*prefix, "bash", "-c", settings.gate])
+        command = [*prefix, "bash", "-c", settings.gate]
+        if settings.gate_on:
+            script = os.path.join(SCRIPTS, "hosts", "gate.sh")
+            command = ["bash", script, settings.gate_on, self.commit, settings.gate]
+        self.process = self.spawn(folder, command)
         # One thread drains the pipe, or a gate that prints much would stand still; one waits, as
         # only its parent can.
         drain = threading.Thread(target=self.keep_output, args=(log,), daemon=True)
@@ -4871,6 +4879,7 @@ class Gate:
         self.end_group()
         # its writers are gone; one that was handed the pipe over a socket is not waited for
         reader.join(5)
+        note = read_line(self.folder + ".tmp/note") or note  # which host has judged, or why none
         if code in CANNOT_START:  # nothing was tested: that says nothing of any tree
             note = f"the gate's command cannot be run: {find_missing(code, read_line(self.log))}"
         return Verdict(kind, code, round(CLOCK.monotonic() - self.started, 2), note)
@@ -8253,7 +8262,8 @@ def measure_sessions(sessions: dict[str, Session]) -> dict[str, Footprint]:
     return {name: measure(tree_of(pid, children)) for name, pid in live.items()}
 
 
-# of an agent on a host, what its hub is told and shows
+# of a host, and of an agent on it, what its hub is told and shows
+TOLD_OF_HOST = ("toolkit", "farm", "reach", "trouble")
 TOLD_OF_AGENT = {
     **dict.fromkeys(("agent", "state", "task", "fence", "since", "cause", "title", "preset"), ""),
     **{
@@ -8267,18 +8277,29 @@ TOLD_OF_AGENT = {
 }
 
 
+def read_hosts(store: Store) -> dict[str, dict]:
+    """host -> what it has told last."""
+    folder = store.path("hosts")
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else ()
+    hosts = {name.removesuffix(".json"): os.path.join("hosts", name) for name in names}
+    return {host: store.read_json(path) or {} for host, path in hosts.items()}
+
+
 def host_records(store: Store, lease_seconds: float) -> list[dict]:
     """The agents of all hosts as these have told last; `lost` when a lease is over since."""
     records = []
-    for name in sorted(
-        os.listdir(store.path("hosts")) if os.path.isdir(store.path("hosts")) else ()
-    ):
-        host, told = name.removesuffix(".json"), store.read_json(os.path.join("hosts", name)) or {}
+    for host, told in read_hosts(store).items():
         heard_at = told.get("heard_at", "")
         lost = {"state": "lost", "cause": f"{host} was heard {ago(heard_at)} ago"}
         is_lost = CLOCK.now() - epoch(heard_at) > lease_seconds
         records += [
-            {**record, "host": host, "heard_at": heard_at, **(lost if is_lost else {})}
+            {
+                **record,
+                "host": host,
+                "heard_at": heard_at,
+                "trouble": told.get("trouble", ""),
+                **(lost if is_lost else {}),
+            }
             for record in told.get("agents", ())
         ]
     return records
@@ -9874,7 +9895,7 @@ class HostMoves:
         one transaction; without any it only hears that the host lives, and how its "agents" are
         (records as `status --json` has them)."""
         claims = [(self.get_agent(claim), get_text(claim, "fence")) for claim in words["claims"]]
-        self.note_agents(words["agents"])
+        self.note_agents(words["agents"], words.get("about", {}))
         lost = []
         if claims:
             with self.store.transaction() as tx:
@@ -9883,10 +9904,22 @@ class HostMoves:
                         TaskQueue(tx).renew(agent, fence)
                     except Refused:
                         lost.append(fence)
-        return {"lost": lost}
+        return {"lost": lost, "orders": self.pass_orders(words.get("done", {}))}
 
-    def note_agents(self, agents: list) -> None:
-        """Write down that the host is there, for `status`."""
+    def pass_orders(self, done: dict) -> dict:
+        """id -> what a person has typed here for this host; `done` has the answers to earlier
+        ones, for those who still wait for them."""
+        folder, orders = self.store.path("orders", self.host), {}
+        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+            key, _, ending = name.rpartition(".")
+            if ending == "order" and key in done:
+                write_whole(os.path.join(folder, key + ".answer"), dump_line(done[key]))
+            elif ending == "order":
+                orders[key] = self.store.read_json(os.path.join("orders", self.host, name))
+        return {key: order for key, order in orders.items() if order}
+
+    def note_agents(self, agents: list, about: dict) -> None:
+        """Write down that the host is there, and how, for `status` and `doctor`."""
         kinds = TOLD_OF_AGENT.items()
         records = [
             {key: told[key] if type(told.get(key)) is type(kind) else kind for key, kind in kinds}
@@ -9894,6 +9927,8 @@ class HostMoves:
             if self.get_agent(told)
         ]
         told = {"heard_at": utc(CLOCK.now()), "agents": records}
+        told.update({key: one_line(str(about.get(key, "")), 500) for key in TOLD_OF_HOST})
+        told["apart"] = round(float(about.get("now", CLOCK.now())) - CLOCK.now())
         os.makedirs(self.store.path("hosts"), exist_ok=True)
         write_whole(self.store.path("hosts", self.host + ".json"), dump_line(told) + "\n")
 
@@ -9929,6 +9964,24 @@ class HostMoves:
             keys = ("preset", "conversation")
             kept = {key: line[key] for key in keys if isinstance(line.get(key), str)}
             note_usage(self.store, {**told, "fence": words["fence"], **kept}, spent)
+
+
+def order(store: Store, host: str, *argv: str, stdin: str = "", seconds: float = 30.0) -> dict:
+    """Have a host run a verb on its own farm: {"code", "out", "err"}. Its connection takes the
+    order there, as no host need be reached from here. Raises FarmError when nothing comes back."""
+    path = store.path("orders", host, random_uuid())
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_whole(path + ".order", dump_line({"argv": argv, "stdin": stdin}) + "\n")
+    deadline = CLOCK.monotonic() + seconds
+    try:
+        if not wait_for(lambda: os.path.exists(path + ".answer"), deadline, 0.05):
+            raise FarmError(f"{host} has not answered within {seconds:.0f} s", "./farm.py status")
+        with open(path + ".answer", encoding="utf-8") as file:
+            return json.load(file)
+    finally:
+        for ending in (".order", ".answer"):
+            if os.path.exists(path + ending):
+                os.unlink(path + ending)
 
 
 def serve_lines(moves: HostMoves, reader, writer) -> None:
@@ -10037,7 +10090,7 @@ class Carrier:
     """
 
     def __init__(self, farm: Farm, link: Link, host: str, stop):
-        """stop: called when the hub's farm is over."""
+        """stop: called when the hub's farm is over; with 2, when nobody may finish."""
         import threading
 
         self.farm, self.store, self.link, self.host, self.stop = farm, farm.store, link, host, stop
@@ -10046,6 +10099,14 @@ class Carrier:
         self.coming: list[dict] = []  # claims that are not yet in this host's queue
         self.pushed: dict[str, str] = {}  # fence -> the commit that the hub has
         self.lost: set[str] = set()  # fences that the hub has given to others
+        self.done: dict[str, dict] = {}  # answers to orders that the hub may not have
+        self.troubles: dict = {}  # what each thread could not do at its last try
+        job = os.environ.get("SLURM_JOB_ID")
+        self.about = {
+            "toolkit": run_script("hosts/describe.sh").stdout.strip(),
+            "farm": f"{os.path.join(TOOLKIT, 'farm.py')} --repo {self.store.repo}",
+            "reach": f"srun --jobid={job} --overlap --pty" if job else "",
+        }
         self.renew_at = self.push_at = 0.0
         self.sight = Sight(0.02)
         for work in (self.keep, self.go_on):
@@ -10053,14 +10114,13 @@ class Carrier:
 
     def repeat(self, work) -> None:
         """`work` each second until the end. What goes wrong is said once, and tried again."""
-        trouble = ""
         while not self.is_over.wait(1.0):
-            before = trouble
+            before, trouble = self.troubles.get(work, ""), ""
             try:
                 work()
-                trouble = ""
             except Exception as error:
                 trouble = str(error)
+            self.troubles[work] = trouble
             if trouble != before:
                 say(trouble or "the hub is there again")
 
@@ -10069,6 +10129,10 @@ class Carrier:
         self.takes_new, deadline = False, CLOCK.monotonic() + seconds
         wait_for(lambda: not self.find_held(), deadline, 0.1)
         self.is_over.set()
+        try:
+            self.link.ask("renew", claims=[], agents=[])
+        except FarmError as error:
+            say(f"{error}; it sees after a lease that nobody is here")
         if held := self.find_held():
             say(f"{number(len(held), 'task')} could not be given back; the next start does that")
 
@@ -10096,19 +10160,40 @@ class Carrier:
         begun, claims = CLOCK.monotonic(), []
         if begun >= self.renew_at:
             claims = [*self.coming, *(task.extra[HUB] for task in self.find_held())]
-        answer = self.link.ask("renew", claims=claims, agents=self.describe_agents())
+        about = {**self.about, "now": CLOCK.now(), "trouble": self.find_trouble()}
+        told = {"agents": self.describe_agents(), "about": about, "done": self.done}
+        answer = self.link.ask("renew", claims=claims, **told)
         if answer["code"]:
             raise FarmError(f"the hub did not renew: {answer['error']}")
         self.lost.update(answer["lost"])
         if claims:
             self.renew_at = begun + self.third
         if self.link.mode in ("stopping", "down"):
-            self.stop()
+            self.stop(1)
+        orders = answer["orders"].items()
+        self.done = {key: self.done.get(key) or self.obey(**order) for key, order in orders}
+
+    def find_trouble(self) -> str:
+        """What keeps this host from its work now."""
+        return self.farm.blocked or next(filter(None, self.troubles.values()), "")
+
+    def obey(self, argv: list[str], stdin: str) -> dict:
+        """Run a verb here that a person has typed on the hub."""
+        if argv == ["estop"]:
+            self.stop(2)
+            return {"code": 0, "out": "", "err": ""}
+        words, env = ("--repo", self.store.repo, *argv), {"FARM_PYTHON": sys.executable}
+        way = {"env": env, "timeout": self.third, "allow": range(256), "detach": True}
+        try:
+            done = run_script("farm", *words, stdin=stdin, **way)
+        except FarmError as error:
+            return {"code": error.exit_code, "out": "", "err": str(error)}
+        return {"code": done.code, "out": done.stdout[-99_000:], "err": done.stderr[-9000:]}
 
     def describe_agents(self) -> list[dict]:
-        """Their records as `status` here has them, by their names on the hub; none at the end."""
+        """Their records as `status` here has them, by their names on the hub."""
         store, settings, state = self.store, self.farm.settings, self.store.snapshot()
-        records = agent_records(store, state, settings, self.sight) if self.takes_new else []
+        records = agent_records(store, state, settings, self.sight)
         return [{**record, "agent": f"{self.host}-{record['agent']}"} for record in records]
 
     def go_on(self) -> None:
@@ -10528,8 +10613,14 @@ def status_lines(status: dict, room: int = 6) -> list[str]:
         steps[room - 1 :] = [f"next: ./farm.py status --json # {len(steps) - room + 1} more"]
     spent = [f"cost: {describe_usage(status['spent'])}"] if any(status["spent"].values()) else []
     told = [agent for agent in status["agents"] if "host" in agent]
-    heard = {agent["host"]: f" heard {ago(agent['heard_at'])} ago" for agent in told}
-    says = {host: f" ({placed[2]})" for host, placed in status["placed"].items() if placed[2]}
+    heard = {
+        agent["host"]: f" heard {ago(agent['heard_at'])} ago"
+        + f" ({agent['trouble']})" * bool(agent["trouble"])
+        for agent in told
+    }
+    says = {
+        host: f" ({placed[2]})" for host, placed in status.get("placed", {}).items() if placed[2]
+    }
     hosts = [f"{host}{heard.get(host, '')}{says.get(host, '')}" for host in sorted({*heard, *says})]
     lines = [
         f"tasks: {tasks}",
@@ -10566,9 +10657,14 @@ def status_text(status: dict, width: int, height: int = 0) -> list[str]:
     tab-separated), at most `height` of them (0: all).
     """
     below = for_screen(map(as_typed, status_lines(status)), width)
-    rows = [agent_row(record) for record in sorted(status["agents"], key=state_rank)]
+    records, heads = sorted(status["agents"], key=state_rank), list(COLUMNS)
+    rows = [agent_row(record) for record in records]
+    if any("host" in record for record in records):
+        heads.insert(1, "HOST")
+        for record, row in zip(records, rows, strict=True):
+            row.insert(1, record.get("host", "-"))
     room = max(2, height - len(below) - 2) if height else len(rows)
-    table = table_lines(rows[:room], COLUMNS, SPARE_COLUMNS, width) if rows else []
+    table = table_lines(rows[:room], heads, SPARE_COLUMNS, width) if rows else []
     return table + ([f"... {len(rows) - room} more"] if len(rows) > room else []) + below
 
 
@@ -11550,7 +11646,7 @@ def check_refs(call: Call) -> list[tuple]:
 
 
 def check_machine(call: Call) -> list[tuple]:
-    """Disk, memory, limits of the kernel, and the file system that locks must work on."""
+    """Disk, memory, limits of the kernel."""
     settings = load_settings(call.repo)
     short = find_shortage(call.repo, settings.min_free_mib)
     said = run_script("check-machine.sh", "-n", str(settings.n), call.repo).stdout
@@ -11572,6 +11668,32 @@ def check_repo(call: Call) -> list[tuple]:
     if is_whole and (trouble := find_activity(call.store).get("trouble")):
         rows.append(trouble)
     return [(*row, 1) for row in rows] + (read_changes(call.store) if is_whole else [])
+
+
+def check_hosts(call: Call) -> list[tuple]:
+    """What each host's own doctor says, in what it is not as this machine, and whether gates can
+    run where they are to."""
+    found, toolkit = [], run_script("hosts/describe.sh").stdout.strip()
+    if where := load_settings(call.repo, call.options).gate_on:
+        rows = read_tsv(run_script("hosts/gate.sh", "check", where).stdout)
+        found += [(*row, 1) for row in rows]
+    for host, told in read_hosts(call.store).items():
+        if not told.get("agents"):
+            continue
+        if told["toolkit"] != toolkit:
+            found.append((f"{host} has another version of the toolkit", "git pull, there", 0))
+        if abs(told["apart"]) > 60:
+            apart = f"{duration(abs(told['apart']))} {'ahead' if told['apart'] > 0 else 'behind'}"
+            found.append(
+                (f"the clock of {host} is {apart}", "only what is shown is wrong by it", 0)
+            )
+        try:
+            said = json.loads(order(call.store, host, "doctor", "--json", seconds=20.0)["out"])
+            found += [(f"{host}: {row['problem']}", row["try"], row["exit_code"]) for row in said]
+        except (FarmError, ValueError) as error:
+            heard = f"{host} was heard {ago(told['heard_at'])} ago; {told['trouble']}"
+            found.append((f"{heard}: {error}", f"on {host}: farm spoke", 0))
+    return found
 
 
 def describe_sandbox() -> str:
@@ -11899,6 +12021,7 @@ CHECKS = (
     check_repo,
     check_machine,
     check_agents,
+    check_hosts,
 )
 
 
@@ -12644,6 +12767,7 @@ def verb_down(call: Call) -> int:
     farm = started_farm(call)
     seconds = 0 if call.get("now") else farm.settings.grace_seconds
     say_kept(farm.ending().down(seconds))
+    end_hosts(call, seconds)
     return 0
 
 
@@ -12707,6 +12831,8 @@ def watch_status(call: Call) -> int:
     "./farm.py attach 3",
 )
 def verb_attach(call: Call) -> int:
+    if not call.get("all") and (host := host_of(call.store, call.agent())):
+        return attach_on(call, host)
     socket = find_server(call.repo)
     name = (
         run_script("overview-tmux.sh", "-L", socket).stdout.strip()
@@ -12715,7 +12841,54 @@ def verb_attach(call: Call) -> int:
     )
     # what the script names where there is no such session
     os.environ["FARM_STATUS"] = as_typed("./farm.py status")
-    os.execv(find_bash(), ["bash", os.path.join(SCRIPTS, "attach-tmux.sh"), "-L", socket, name])
+    script = os.path.join(SCRIPTS, "attach-tmux.sh")
+    return os.execv(find_bash(), ["bash", script, "-L", socket, name])
+
+
+def host_of(store: Store, agent: str) -> str:
+    """The host that an agent is on; empty for one of this machine."""
+    host = agent.rpartition("-agent-")[0]
+    return host if host in read_hosts(store) else ""
+
+
+def attach_on(call: Call, host: str) -> int:
+    """What to type: a host need not be reachable from here."""
+    told = read_hosts(call.store)[host]
+    print(f"{told['reach'] or 'ssh -t ' + host} {told['farm']} attach {call.agent()[-3:]}")
+    say(f"{call.agent()} is on {host}: type that where {host} can be reached")
+    return 0
+
+
+def order_on(call: Call, host: str, *argv: str, stdin: str = "") -> int:
+    """What the host's own farm says to the verb."""
+    number = call.agent()[-3:]
+    done = order(call.store, host, call.name, number, *argv, stdin=stdin)
+    sys.stdout.write(printable(done["out"]))
+    if done["err"].strip():
+        say(printable(done["err"]).strip().removeprefix("farm: "))
+    return done["code"]
+
+
+def end_hosts(call: Call, seconds: float) -> None:
+    """Hosts see by themselves that the farm is stopped: wait for them, and name those that are
+    not heard, or not ready in time; without seconds nobody there may finish."""
+    lease = call.settings().host_lease_seconds
+
+    def find() -> dict[str, dict]:
+        return {record["host"]: record for record in host_records(call.store, lease)}
+
+    def is_over() -> bool:
+        return all(record["state"] == "lost" for record in find().values())
+
+    for host in find() if not seconds and not is_over() else ():
+        try:
+            order(call.store, host, "estop", seconds=5.0)
+        except FarmError:
+            continue  # it may have ended by itself already; who has not is named below
+    wait_for(is_over, CLOCK.monotonic() + seconds + 20, 0.2)
+    for host, record in find().items():
+        heard = f"{host} was heard {ago(record['heard_at'])} ago"
+        say(f"{heard}; what its agents hold is free after its lease, and comes too late then")
 
 
 @verb(
@@ -12728,6 +12901,10 @@ def verb_logs(call: Call) -> int:
     """Of all, the last 10 lines of each, or all with `-n` or without -f; -f goes on in the order in
     which lines appear."""
     is_all, follow, readers = call.get("all"), call.get("follow"), {}
+    if not is_all and (host := host_of(call.store, call.agent())):
+        if follow:
+            raise UsageError("logs -f is for agents of this machine", f"logs {call.agent()} -n 50")
+        return order_on(call, host, "-n", str(call.get("lines", 200)))
     one, raw = [] if is_all else [call.agent()], call.get("raw") and not is_all
     if one and not os.path.exists(call.store.path("logs", one[0] + ".log")):
         raise NotFound(f"{one[0]} has no log yet", "./farm.py status")
@@ -12761,6 +12938,8 @@ def verb_send(call: Call) -> int:
         raise UsageError("send needs a text", "./farm.py send AGENT TEXT")
     if call.get("all"):
         return send_to_all(call, text)
+    if host := host_of(call.store, call.agent()):
+        return order_on(call, host, text)
     run_script("send-tmux.sh", "-L", find_server(call.repo), call.agent(), stdin=text)
     return 0
 
@@ -12821,6 +13000,7 @@ def verb_estop(call: Call) -> int:
     # it may be typed in one of the sessions that it ends
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     say_kept(started_farm(call).ending().estop())
+    end_hosts(call, 0)
     say("everything has stopped; ./farm.py up goes on from here")
     return 0
 
@@ -13257,10 +13437,15 @@ def verb_spoke(call: Call) -> int:
     # the same for all spokes that come after each other in this folder
     owner = {"pid": "0", "start": str(os.stat(folder).st_ino), "boot": boot_id()}
     link = Link(url.partition(":")[0], owner)
+
+    def stop(count: int) -> None:
+        while should_stop.count < count:
+            should_stop.note(0, None)
+
     try:
         link.ask("renew", claims=[], agents=[])
         farm = open_host_farm(link, url, folder, options)
-        carrier = Carrier(farm, link, host, lambda: should_stop.note(0, None))
+        carrier = Carrier(farm, link, host, stop)
         if link.mode not in ("stopping", "down"):
             farm.run(should_stop)
         carrier.takes_new = False

@@ -4,7 +4,8 @@
 # bisect in the middle, a checkout that a tool has called bare, content of LFS without git-lfs,
 # commits that cannot be signed, and of COMMITS (what has landed, one a line) those that TARGET has
 # lost.
-# -s: only whether commits can be signed
+# -s: at a start: only whether commits can be signed, and whether coordination/ lies on a file
+#   system of the network, where flock cannot be trusted (which doctor has from check-machine.sh)
 # Prints: what<TAB>the command that mends it
 # Exit: 0 looked (nothing printed: all is well), 1 git failed, 2 usage
 set -uo pipefail
@@ -34,6 +35,24 @@ check_middle() { # GIT_DIR
     row "git's lock $1/index.lock is there: a git runs in $repo, or was killed" \
       "ps ax | grep git; when none runs: rm $1/index.lock"
   fi
+}
+
+# By the mount table: df's where it tells types, else that of mount, as on macOS.
+check_disk() {
+  local folder=$repo/coordination kind place options=''
+  if ! [ -d "$folder" ]; then folder=$repo; fi
+  kind=$(df -PT "$folder" 2>/dev/null | awk 'NR == 2 { print $2 }')
+  place=$(df -P "$folder" 2>/dev/null | awk 'NR == 2 { print $6 }')
+  options=$(mount 2>/dev/null | grep -F " on $place " | tail -n 1)
+  if [ -z "$kind" ]; then kind=${options##* (} kind=${kind%%,*} kind=${kind%)}; fi
+  case $kind:$options in
+    lustre:*[\(,]flock[\),]* | lustre:*[\(,]localflock[\),]*) return ;;
+    nfs* | cifs* | smb* | 9p* | v9fs* | fuse.sshfs* | macfuse* | osxfuse* | afs* | afpfs* | \
+      webdav* | lustre:* | gpfs* | fuse.s3* | fuse.rclone* | fuse.gcsfuse*) ;;
+    *) return ;;
+  esac
+  row "$folder lies on $kind, a file system on which two processes can hold one lock" \
+    "clone the repo to a local disk and run the farm there; other machines come in by: farm spoke"
 }
 
 check_signing() {
@@ -103,6 +122,7 @@ main() {
     return
   fi
   scratch=$(mktemp "${TMPDIR:-/tmp}/farm-check.XXXXXX")
+  if [ -n "$only" ]; then check_disk; fi
   check_signing
   if [ -z "$only" ]; then
     check_middle "$dir"

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Usage: gate-here.sh FROM REF COMMIT SLOT COMMAND     where the gate runs; gate.sh sends it there
+# Fetches COMMIT as REF of FROM (a URL, or a folder below HOME), and runs COMMAND on it. The first
+# line of stdin is a word that the gate never sees; when stdin ends before the gate, so does it.
+# Prints: the gate's output, then `farm-gate-exit WORD CODE HOST`; instead of CODE `changed`, and
+#   what, when the gate has changed what it tests
+# Exit: 0 the gate has ended, 1 it could not run, 2 usage
+set -uo pipefail
+if [ "${1-}" = -h ]; then sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0; fi
+[ $# -eq 5 ] || exit 2
+cd "$HOME" || exit 1
+from=$1 ref=$2 commit=$3 slot=$4 command=$5
+read -r word || exit 1
+if [ -d "$from" ]; then from=$(cd "$from" && pwd -P); fi
+folder=$HOME/.cache/farm-gates/$slot-$(printf %s "$from" | git hash-object --stdin | cut -c 1-8)
+folder=$folder-${SLURMD_NODENAME:-${HOSTNAME:-host}}
+at() { git -C "$folder" -c core.hooksPath=/dev/null -c gc.auto=0 "$@"; }
+
+[ -d "$folder/.git" ] || git init -q "$folder" || exit 1
+rm -f "$folder/.git/index.lock"
+at fetch -q --no-tags "$from" "+$ref:refs/farm/gate" </dev/null || exit 1
+at checkout -q --detach --force "$commit" -- </dev/null && at clean -ffdq || exit 1
+[ "$(at rev-parse HEAD)" = "$commit" ] || exit 1
+mkdir -p "$folder.tmp" && cd "$folder" || exit 1
+
+# a group of its own, which is ended with it: what a gate leaves has no business to go on
+set -m
+TMPDIR=$folder.tmp FARM_SLOT=$folder GIT_TERMINAL_PROMPT=0 bash -c "$command" </dev/null 2>&1 &
+gate=$!
+{ cat; kill -KILL -- -"$gate"; } <&0 >/dev/null 2>&1 &
+watch=$!
+disown "$watch"
+set +m
+wait "$gate" 2>/dev/null
+code=$?
+kill -KILL -- -"$watch"
+kill -KILL -- -"$gate" 2>/dev/null
+
+changed=$(at status --porcelain --untracked-files=no 2>&1 | head -n 5 | tr -s "\n " " ")
+[ "$(at rev-parse HEAD)" = "$commit" ] || changed="HEAD $changed"
+if [ -n "$changed" ]; then code=changed; fi
+printf '\nfarm-gate-exit %s %s %s\n' "$word" "$code" "${changed:-${SLURMD_NODENAME:-$HOSTNAME}}"

@@ -1,0 +1,108 @@
+"""Gates on other machines: a verdict is what the gate's own shell there has told, and all else is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from farm_calls import A, landed, make_commit
+from sandbox import wait_until
+from slurm import NODES, Slurm
+
+
+@pytest.fixture
+def slurm(sandbox, monkeypatch) -> Iterator[Slurm]:
+    monkeypatch.setenv("FARM_GATE_ON", "slurm")
+    monkeypatch.setenv("FARM_SLOTS", "3")
+    one = Slurm(sandbox.root / "slurm")
+    for key, value in one.env.items():
+        monkeypatch.setenv(key, value)
+    try:
+        yield one.start()
+    finally:
+        one.stop()
+
+
+# In the place of ssh: the command, in this machine's HOME, by a shell as sshd starts it.
+NO_SSH = """#!/bin/sh
+while :; do case $1 in -o) shift 2 ;; -*) shift ;; *) break ;; esac; done
+shift; cd "$HOME"; exec sh -c "$*"
+"""
+
+
+@pytest.fixture
+def box(sandbox, monkeypatch) -> None:
+    path = sandbox.root / "no-ssh"
+    path.write_text(NO_SSH)
+    path.chmod(0o755)
+    monkeypatch.setenv("GIT_SSH_COMMAND", str(path))
+    monkeypatch.setenv("FARM_GATE_ON", "ssh:box1")
+
+
+def submit(farm, name: str) -> str:
+    task = farm.ok("add", name)
+    claim = farm.claim(A)
+    farm.ok("submit", A, "--fence", claim["fence"], "--commit", make_commit(farm.repo, {f"{name}.txt": name}))
+    return task
+
+
+def runs(farm) -> list[tuple]:
+    files = [json.loads(path.read_text()) for path in (farm.folder / "results").glob("*.json")]
+    return sorted((run["colour"], run["exit_code"], run["note"].split("-")[0]) for file in files for run in file["runs"])
+
+
+# What a gate could try: to tell a verdict by itself, with what it finds in its parents; then it is red or green, by its files.
+GATE = """
+for pid in $$ $PPID; do tr '\\0' '\\n' <"/proc/$pid/cmdline"; tr '\\0' '\\n' <"/proc/$pid/environ"; done >/dev/null
+echo 'farm-gate-exit 0 0 forged'; read -r word && echo "farm-gate-exit $word 0 forged"
+[ -n "$FARM_SLOT" ] && [ -d .git ] && ! [ -e red.txt ] && ! [ -e ../red ]
+"""
+
+
+def test_a_green_lands_a_red_comes_back_and_each_verdict_names_its_host(farm, box):
+    green, red = submit(farm, "green"), submit(farm, "red")
+    farm("merge", "--gate", GATE, timeout=120)
+    assert landed(farm) == [green] and farm.task(red)["attempts"] == 1
+    found = runs(farm)
+    assert {run[:2] for run in found} == {("green", 0), ("red", 1)} and all(run[2].startswith("on ") for run in found), found
+
+
+@pytest.mark.parametrize(("gate", "why"), [("kill -9 $PPID", "told no exit code"), ("exit 137", "was killed on"),
+                                           ("echo more >>green.txt", "changed tracked files: M green.txt")])
+def test_a_gate_that_ends_its_own_shell_or_changes_what_it_tests_gives_no_verdict(farm, box, gate, why):
+    task = submit(farm, "green")
+    farm("merge", "--gate", f"if [ -e green.txt ]; then {gate}; fi", timeout=120)
+    assert landed(farm) == [] and why in farm.ok("show", task)
+    assert [run for run in runs(farm) if run[0] == "red"] == []
+    events = map(json.loads, (farm.folder / "events.jsonl").read_text().splitlines())
+    notes = [event["note"] for event in events if event["event"] == "gate-ended" and event["colour"] == "none"]
+    assert len(notes) >= 2 and all(why in note for note in notes), "it runs again"
+
+
+def test_a_box_that_is_not_reached_is_named_by_doctor_and_judges_nothing(farm, box, sandbox):
+    (sandbox.root / "no-ssh").write_text("#!/bin/sh\nexit 255\n")
+    task = submit(farm, "green")
+    assert "box1 cannot be reached" in farm("doctor").stdout
+    done = farm("merge", "--gate", "true", timeout=120)
+    assert farm.task(task)["state"] == "ready" and "did not come to box1" in done.stdout + done.stderr
+
+
+def test_slurm_runs_gates_and_what_is_killed_there_or_here_leaves_no_job(farm, slurm):
+    green, red = submit(farm, "green"), submit(farm, "red")
+    farm("merge", "--gate", GATE, timeout=120)
+    assert landed(farm) == [green] and farm.task(red)["attempts"] == 1
+    assert {run[2].removeprefix("on ") for run in runs(farm)} <= set(NODES)
+
+    submit(farm, "slow")
+    merger = farm.start("merge", "--gate", "[ -e slow.txt ] && sleep 300")
+    wait_until(lambda: len(slurm.jobs()) > 0, 40, "a job")
+    family = psutil.Process(merger.pid).children(recursive=True)
+    merger.kill()  # nobody can catch that: neither the merger nor what has started srun
+    merger.wait()
+    [group] = {os.getpgid(one.pid) for one in family if one.is_running() and one.name() == "srun"}
+    os.killpg(group, signal.SIGKILL)
+    wait_until(lambda: slurm.jobs() == [], 30, "its job to be canceled")

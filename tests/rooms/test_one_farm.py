@@ -1,0 +1,107 @@
+"""What a person types on the hub reaches the agents of hosts: the connection takes it there, and brings the answer."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+from farm_calls import landed
+from host_calls import Served, Spoke, make_ssh
+from sandbox import wait_until
+
+AGENT = """
+echo "ready for $FARM_TITLE"; read -r line; echo "$line" >"$FARM_TASK.txt"
+"""
+
+
+def row_of(farm, agent: str) -> list[str]:
+    rows = [line.split("\t") for line in farm.ok("status").splitlines()]
+    return next((row for row in rows if row[0] == agent), [])
+
+
+def test_a_host_is_seen_read_told_and_stopped_from_the_hub(farm, sandbox, monkeypatch, farm_cleanup):
+    monkeypatch.setenv("FARM_HOST_LEASE_SECONDS", "9")
+    farm.ok("add", "one")
+    loop = farm.start("run", "-n", "1", "--agent", "sleep 600", "--gate", "true")
+    wait_until(lambda: farm.json("locks"), 30, "the hub's own agent to be busy")
+    spoke = Spoke(farm, "h1", str(make_ssh(sandbox.root, farm.repo)), 1, AGENT).start()
+    farm.ok("add", "two")
+    agent = "h1-agent-001"
+    wait_until(lambda: row_of(farm, agent)[1:3] == ["h1", "working"], 40, f"its row: {spoke.said()}")
+    assert row_of(farm, "agent-001")[1:3] == ["-", "working"]
+
+    wait_until(lambda: "ready for two" in farm.ok("logs", agent), 20, "its log")
+    assert farm.ok("attach", agent) == f"ssh -t h1 ./farm.py --repo {spoke.repo} attach 001"
+    farm.refused(2, "logs", agent, "-f")
+    farm.refused(3, "send", "h1-agent-002", "nobody is there")
+    farm.ok("pause")
+    farm.ok("add", "three")
+    farm.ok("send", agent, "a word from the hub")
+    wait_until(lambda: len(landed(farm)) == 1, 40, f"two to land: {spoke.said()}")
+    assert farm.task("t-0003")["state"] == "pending"
+    farm.ok("resume")
+    wait_until(lambda: "ready for three" in farm.ok("logs", agent), 30, f"three: {spoke.said()}")
+
+    begun = time.monotonic()
+    said = farm("estop", timeout=60)
+    assert said.returncode == 0 and "h1" not in said.stderr, said.stderr
+    assert spoke.process.wait(30) == 0 and time.monotonic() - begun < 60
+    assert farm.json("locks") == [] and farm.task("t-0003")["attempts"] == 0
+    loop.wait(20)
+
+
+def test_down_lets_agents_of_hosts_finish_and_names_a_host_that_is_not_heard(farm, sandbox, monkeypatch, farm_cleanup):
+    monkeypatch.setenv("FARM_HOST_LEASE_SECONDS", "4")
+    monkeypatch.setenv("FARM_GRACE_SECONDS", "15")
+    go = farm.repo.parent / "go"
+    agent = f'until [ -e {go} ]; do sleep 0.1; done; echo done >"$FARM_TASK.txt"'
+    loop = farm.start("run", "-n", "1", "--agent", "sleep 600", "--gate", "true")
+    farm.ok("add", "one")
+    wait_until(lambda: farm.json("locks"), 30, "the hub's own agent to be busy")
+    ssh = str(make_ssh(sandbox.root, farm.repo))
+    hosts = [Spoke(farm, name, ssh, 1, agent).start() for name in ("h1", "h2")]
+    farm.ok("add", "-f", "-", input="two\nthree\n")
+    wait_until(lambda: len(farm.json("locks")) == 3, 40, f"both to be at work: {hosts[0].said()}")
+    hosts[1].process.send_signal(signal.SIGSTOP)
+    down = farm.start("down")
+    wait_until(lambda: farm.json("status")["mode"] == "stopping", 20, "the end to begin")
+    wait_until(lambda: "heard" in farm.ok("status") and row_of(farm, "h2-agent-001")[2] == "lost", 20, "h2 to be lost")
+    assert row_of(farm, "h1-agent-001")[2] == "working"
+    go.touch()
+    said = down.communicate(timeout=60)
+    assert down.returncode == 0 and "h2 was heard" in said[1] and "h1 was heard" not in said[1], said
+    assert hosts[0].process.wait(30) == 0
+    task = next(claim["task"] for claim in farm.json("locks"))
+    assert {farm.task(name)["state"] for name in {"t-0002", "t-0003"} - {task}} == {"ready"}
+    hosts[1].process.send_signal(signal.SIGCONT)
+    assert hosts[1].process.wait(30) == 0
+    loop.wait(20)
+
+
+def test_doctor_tells_of_a_host_its_version_its_clock_its_trouble_and_what_its_own_doctor_says(farm):
+    farm.ok("add", "a task")
+    told = [{"agent": "h1-agent-001", "state": "working"}]
+    about = {"toolkit": "another", "now": time.time() - 7200, "trouble": "no new work starts: only 3 MiB\x1b are free"}
+    with Served(farm) as served:
+        served.hello()
+        served.renew(agents=told, about=about)
+        doctor = farm.start("doctor", "--json")
+        orders: dict = {}
+
+        def has_come() -> bool:
+            orders.update(served.renew(agents=told, about=about)["orders"])
+            return bool(orders)
+
+        wait_until(has_come, 30, "the order to come")
+        [(key, order)] = orders.items()
+        assert order["argv"] == ["doctor", "--json"]
+        rows = [{"problem": "git-lfs is missing", "try": "apt install git-lfs", "exit_code": 6}]
+        assert served.renew(done={key: {"code": 6, "out": json.dumps(rows), "err": ""}}, agents=told, about=about)["orders"] == {}
+        out, _ = doctor.communicate(timeout=30)
+        assert "hosts: h1" in farm.ok("status") and "(no new work starts: only 3 MiB" in farm.ok("status")
+    found = [row["problem"] for row in json.loads(out)]
+    assert doctor.returncode == 6
+    for words in ("h1 has another version", "the clock of h1 is 2h00 behind", "h1: git-lfs is missing"):
+        assert any(words in problem for problem in found), (words, found)
+    assert list((farm.folder / "orders" / "h1").iterdir()) == []
