@@ -1646,16 +1646,17 @@ def spread(count: int, places: int) -> list[int]:
 
 def share_out(settings: Settings) -> dict[str, list]:
     """host -> [engine, agents]: equal shares for all words of FARM_ON, Slurm's cut into jobs."""
-    shares, words = {}, settings.on.split() or ["here"]
+    words = (settings.on.split() or ["here"])[: settings.n]
+    shares = {}
     for engine, count in zip(words, spread(settings.n, len(words)), strict=True):
         if engine == "slurm":
             jobs = spread(count, math.ceil(count / max(1, settings.per_host)))
             shares.update({f"s{index}": [engine, size] for index, size in enumerate(jobs, 1)})
-        elif engine == "here" or re.fullmatch(r"ssh:\w[\w.@-]*", engine):
+        elif re.fullmatch(r"here|ssh:\w[\w.@-]*", engine):
             shares[engine.removeprefix("ssh:").replace("@", "-")] = [engine, count]
         else:
             raise UsageError(f"on: {engine!r} is none of here, slurm and ssh:BOX")
-    return {host: share for host, share in shares.items() if share[1]}
+    return shares
 
 
 def count_here(settings: Settings) -> int:
@@ -8314,8 +8315,7 @@ def agent_records(store: Store, state: State, settings: Settings, sight: Sight) 
     footprints = sight.measure("footprints", lambda: measure_sessions(sessions))
     is_up = store.mode() in ("running", "stopping", "paused")
     on_hosts = host_records(store, settings.host_lease_seconds)
-    own = agent_names(count_here(settings)) if is_up else ()
-    names = {*state.claims, *sessions, *own} - {CONTROL}
+    names = {*state.claims, *sessions, *agent_names(count_here(settings) * is_up)} - {CONTROL}
     names -= {record["agent"] for record in on_hosts}
     presets = dict(zip(agent_names(settings.n), share_agents(settings), strict=False))
     records = []
@@ -8513,24 +8513,22 @@ PLACED_FILE = "placed.json"  # host -> [engine, agents, what the engine says whi
 def run_place(verb: str, store: Store, hosts: dict, *args: str) -> dict[str, str]:
     """host -> what its engine says."""
     lines = "".join(f"{host}\t{share[0]}\t{share[1]}\n" for host, share in hosts.items())
-    args, env = (verb, "-j", farm_socket(store.repo), *args), {"FARM_PYTHON": sys.executable}
-    return dict(read_tsv(run_script("hosts/place.sh", *args, stdin=lines, env=env).stdout))
+    args = (verb, "-j", farm_socket(store.repo), "-p", sys.executable, *args)
+    return dict(read_tsv(run_script("hosts/place.sh", *args, stdin=lines, timeout=7200).stdout))
 
 
 def start_placing(store: Store, settings: Settings) -> None:
-    """From now on, place hosts that are not heard; less often while one is missing, as it may be
-    for hours."""
+    """From now on, hosts that are not heard are placed, again and again."""
     import threading
 
-    hosts, shortest = share_out(settings), settings.host_lease_seconds / 6
+    hosts = share_out(settings)
     hosts.pop("here", None)
 
     def go_on() -> None:
-        pause = shortest
         while True:
+            pause = 60.0
             try:
-                missing = place_missing(store, settings, hosts, shortest)
-                pause = min(2 * pause, 60.0) if missing else shortest
+                pause = place_missing(store, settings, hosts)
             except (FarmError, OSError) as error:
                 say(f"hosts cannot be placed: {error}")
             time.sleep(pause)
@@ -8539,18 +8537,22 @@ def start_placing(store: Store, settings: Settings) -> None:
         threading.Thread(target=go_on, daemon=True).start()
 
 
-def place_missing(store: Store, settings: Settings, hosts: dict, seconds: float) -> dict:
-    """Those that were not heard for so long; they are placed, unless the farm is ending."""
-    since, missing = (CLOCK.now() - seconds) * 1e9, {}
-    for host, share in hosts.items():
-        if changed_at(store.path("hosts", host + ".json")) < since:
-            missing[host] = share
+def place_missing(store: Store, settings: Settings, hosts: dict) -> float:
+    """Place those that were not heard for a sixth of their lease, unless the farm is ending.
+    Returns seconds until the next look: later where some are missing, as it may be for hours."""
+    seconds = settings.host_lease_seconds / 6
+    since = (CLOCK.now() - seconds) * 1e9
+    missing = {
+        host: share
+        for host, share in hosts.items()
+        if changed_at(store.path("hosts", host + ".json")) < since
+    }
     if store.mode() in ("running", "paused"):
-        args = ("-u", settings.hub_address, "-r", store.repo, "-o", settings.slurm)
-        said = run_place("up", store, missing, *args)
-        placed = {**store.read_part(PLACED_FILE, "hosts"), **hosts}
-        note_placed(store, {host: [*placed[host][:2], said.get(host, "")] for host in placed})
-    return missing
+        to = f"{settings.hub_address}:{store.repo}"
+        said = run_place("up", store, missing, "-u", to, "-o", settings.slurm)
+        placed = {host: [*share, said.get(host, "")] for host, share in hosts.items()}
+        note_placed(store, {**store.read_part(PLACED_FILE, "hosts"), **placed})
+    return 4 * seconds if missing else seconds
 
 
 def note_placed(store: Store, placed: dict) -> None:
@@ -9527,15 +9529,13 @@ class Farm:
 
 def open_farm(call: Call) -> Farm:
     """A Farm from the settings, everything checked that would stop its agents later."""
-    # first, as all below calls them
-    run_script("check-tools.sh", "git", "tmux")
     settings = call.settings()
+    # first, as all below calls them
+    run_script("check-tools.sh", "git", "tmux", *re.findall(r"\bssh\b|\bslurm\b", settings.on))
     target = target_of(call, settings)
     settings = settings._replace(n=count_agents(settings, call.options.get("n")))
-    if settings.on:
-        run_script("check-tools.sh", *re.findall(r"\b(?:ssh|slurm)\b", settings.on), "git")
-        if read_mix(settings.agent):
-            raise UsageError("a mix of agents can run here only")
+    if settings.on not in ("", "here") and read_mix(settings.agent):
+        raise UsageError("a mix of agents can run here only")
     carry_isolation(settings)
     launches = resolve_agents(call.repo, settings) if count_here(settings) else []
     if settings.prompt_template:
@@ -9628,7 +9628,7 @@ class Standstill:
             return None
         if farm.store.mode() == "paused":
             return 5, f"the farm is paused: {farm.store.farm().get('reason', '')}"
-        if farm.settings.on:  # a host may be able
+        if len(farm.names) < farm.settings.n:  # a host may be able
             return None
         able = [
             name
@@ -10618,9 +10618,7 @@ def status_lines(status: dict, room: int = 6) -> list[str]:
         + f" ({agent['trouble']})" * bool(agent["trouble"])
         for agent in told
     }
-    says = {
-        host: f" ({placed[2]})" for host, placed in status.get("placed", {}).items() if placed[2]
-    }
+    says = {host: f" ({said})" for host, (*_, said) in status.get("placed", {}).items() if said}
     hosts = [f"{host}{heard.get(host, '')}{says.get(host, '')}" for host in sorted({*heard, *says})]
     lines = [
         f"tasks: {tasks}",
@@ -12687,9 +12685,10 @@ def verb_up(call: Call) -> int:
     say(describe_target(call.repo, farm.target))
     say(describe_isolation(farm.settings))
     started, adopted = farm.up()
-    say(f"{started} agents started, {adopted} were running; they go on when you log out")
-    if farm.settings.on:
-        say(f"agents run on: {farm.settings.on}; status says how hosts are")
+    say(
+        f"{started} agents started{farm.settings.on and ' here'}, {adopted} were running; they go "
+        f"on when you log out"
+    )
     say("look: ./farm.py status   go there: ./farm.py attach 1   stop: ./farm.py down")
     return 0
 

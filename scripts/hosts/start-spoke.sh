@@ -111,7 +111,7 @@ main() {
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
     exit 0
   fi
-  job=${job:?place.sh sets it} hub=${hub:?} python=${python:?} digest=${digest:?}
+  job=${job:?place.sh sets it} hub=${hub?} python=${python:?} digest=${digest:?}
   [ $# -eq 3 ] || exit 2
   name=${2/\%a/${SLURM_ARRAY_TASK_ID-}}
   folder=$HOME/farm-hosts/$job/$name

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 
+import kubernetes_validate
 import psutil
 import pytest
+import yaml
 from boxes import Boxes
 from farm_calls import landed
-from paths import SCRIPTS
+from paths import ROOT, SCRIPTS
 from repo_calls import landed_on_main
 from sandbox import find_processes, run, wait_until
 from slurm import Slurm
@@ -39,7 +42,7 @@ def settings_of(**given) -> toolkit.Settings:
         (40, "slurm", {f"s{index}": ["slurm", 10] for index in range(1, 5)}),
         (12, "slurm", {"s1": ["slurm", 6], "s2": ["slurm", 6]}),
         (40, "ssh:box1 ssh:me@box2 here", {"box1": ["ssh:box1", 13], "me-box2": ["ssh:me@box2", 13], "here": ["here", 14]}),
-        (1, "here ssh:box1", {"box1": ["ssh:box1", 1]}),
+        (1, "here ssh:box1", {"here": ["here", 1]}),
     ],
 )
 def test_agents_are_shared_out_evenly_and_slurm_gets_no_job_too_large(n, on, shares):
@@ -134,10 +137,10 @@ def boxes(farm, sandbox, monkeypatch) -> Iterator[Boxes]:
     made.stop()
 
 
-def test_twelve_agents_on_three_boxes_one_of_which_dies_land_each_task_once(farm, boxes, sandbox, up):
+def test_twelve_agents_on_two_boxes_and_here_land_each_task_once_although_a_box_dies(farm, boxes, sandbox, up):
     add_tasks(farm, 20)
-    up("ssh:box1 ssh:box2 ssh:box3")
-    wait_until(lambda: holders(farm) == {"box1": 4, "box2": 4, "box3": 4}, 90, "twelve claims")
+    up("ssh:box1 ssh:box2 here")
+    wait_until(lambda: holders(farm) == {"box1": 4, "box2": 4, "": 4}, 90, "twelve claims")
     boxes.unplug("box1")
     kill_host(sandbox.token, "box1")
     (farm.repo.parent / "go").touch()
@@ -213,3 +216,27 @@ def test_a_box_whose_systemd_outlives_a_logout_runs_its_spoke_there(tmp_path):
     assert [run(argv, env=env, check=True).stdout for _ in range(2)] == ["started by systemd\n", "runs (pid 42)\n"]
     called = (tmp_path / "called").read_text().splitlines()
     assert "--unit=farm-x-1234-box1" in called and called[-5:] == ["bash", str(tmp_path / "spoke"), "run", "box1", "3"]
+
+
+def test_the_manifest_for_kubernetes_is_valid_and_runs_a_spoke_for_each_index():
+    text = re.search(r"^```yaml\n(.*?)^```", (SCRIPTS / "README.md").read_text(), re.S | re.M)[1]
+    job = yaml.safe_load(text)
+    for version in ("1.30", "1.33"):
+        kubernetes_validate.validate(job, version, strict=True)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate({**job, "spec": {**job["spec"], "completionsMode": "Indexed"}}, "1.33", strict=True)
+    spec = job["spec"]
+    assert (spec["completionMode"], spec["completions"]) == ("Indexed", spec["parallelism"])
+    (container,) = spec["template"]["spec"]["containers"]
+    command = container["args"][0].splitlines()[-1].split()
+    assert command[:3] == ["exec", "/farm/scripts/farm", "spoke"] and '"k$JOB_COMPLETION_INDEX"' in command
+    argv = [sys.executable, "-c", "import sys, farm; print(farm.parse_options('spoke', sys.argv[1:]))", *command[3:]]
+    assert "'name': '\"k$JOB_COMPLETION_INDEX\"'" in run(argv, cwd=SCRIPTS.parent, check=True).stdout
+
+
+def test_the_demo_on_two_boxes_and_here_checks_its_own_outcome():
+    need_sshd()
+    argv = [sys.executable, ROOT / "tests/campaigns/demo.py", "-n", "3", "--on", "ssh:box1 ssh:box2 here"]
+    done = run(argv, timeout=180)
+    assert (done.returncode, done.stdout.count("(box1-agent-001") > 0) == (0, True), done.stdout + done.stderr
+    assert "3 agents on ssh:box1 ssh:box2 here" in done.stdout and "main is green" in done.stdout
