@@ -190,8 +190,8 @@ def test_twelve_agents_in_three_jobs_of_slurm_whose_node_and_controller_are_kill
     (farm.repo.parent / "go").touch()
     wait_until(lambda: len(landed(farm)) == 20, 90, "all landed")
 
-    def came_back() -> bool:
-        return any(job[1] == "1" and job[3] == "RUNNING" and job[2] != before["1"][2] for job in slurm.jobs())
+    def came_back() -> bool:  # it may wait: of three nodes two live, and the dead one's job may have been given the second
+        return any(job[1] == "1" and job[2] != before["1"][2] for job in slurm.jobs())
 
     wait_until(came_back, 60, "the cancelled job")
     assert sorted(job[1] for job in slurm.jobs()) == sorted({job[1] for job in slurm.jobs()}), "a host is placed twice"
