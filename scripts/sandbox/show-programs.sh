@@ -14,17 +14,21 @@ is_seen() { # PATH
   esac
 }
 
-# A link that can be seen is left, and what it leads to is shown: bwrap puts nothing in the place of
-# one that leads to what is hidden.
-add_program() { # PATH: and where a venv's python comes from, which its pyvenv.cfg says
-  local line=''
+# A link that can be seen is left, and what it leads to is shown: bwrap puts nothing in its place.
+follow() { # PATH -> sets line
   if [ -L "$1" ] && is_seen "$1"; then line=$(readlink -f -- "$1"); else line=$1; fi
+}
+
+add_program() { # PATH: and where a venv's python comes from, which its pyvenv.cfg says
+  local line='' place
+  follow "$1"
   [ ! -e "$line" ] || is_seen "$line" || box+=(-r "$line")
   case $1 in */bin/*) ;; *) return ;; esac
   if ! [ -e "${1%/bin/*}/pyvenv.cfg" ]; then return; fi
   while IFS= read -r line && [ "${line#home = }" = "$line" ]; do :; done <"${1%/bin/*}/pyvenv.cfg"
   line=${line#home = }
-  for line in "${1%/bin/*}" "${line%/bin}"; do
+  for place in "${1%/bin/*}" "${line%/bin}"; do
+    follow "$place"
     case $line in '' | /usr) ;; *) [ ! -e "$line" ] || box+=(-r "$line") ;; esac
   done
 }
