@@ -94,7 +94,7 @@ doctor: setup ## what is missing or damaged, and the command that mends it
 
 ##@ Work on the toolkit
 test: test-setup ## the whole test suite
-	@cd '$(TOOLKIT)' && $(PY) -m pytest -q -n 3 tests/test_isolation.py tests
+	@cd '$(TOOLKIT)' && $(PY) -m pytest -q -n 4 tests/test_isolation*.py tests
 test-agents: test-setup ## ten sessions of the real Claude Code (from npm) through the farm, no network but npm
 	@$(PY) '$(TOOLKIT)/tests/campaigns/agents.py'
 lint: test-setup ## ruff, and shellcheck where it is installed

@@ -9,14 +9,22 @@
 # Exit: 0 done, 1 it did not work out
 set -euo pipefail
 
-# Wait until enough agents are at work, with a deadline.
-wait_for_others() {
-  local deadline=$((SECONDS + 30)) hub=${DEMO_HUB:-$FARM_REPO}/coordination locks
-  while [ "$SECONDS" -lt "$deadline" ]; do
-    [ ! -e "$hub/logs/all-at-work" ] || return 0
+# How many hold a task: by their locks or, in a sandbox, where those are hidden, by their branches.
+count_at_work() {
+  local hub=${DEMO_HUB:-$FARM_REPO}/coordination locks
+  if [ -d "$hub/agent_locks" ]; then
     locks=("$hub"/agent_locks/*.lock)
-    [ "${#locks[@]}" -lt "$DEMO_AGENTS" ] || { : >"$hub/logs/all-at-work"; return 0; }
-    sleep 0.1
+    printf '%s\n' "${#locks[@]}"
+  else
+    git for-each-ref --format='%(refname)' 'refs/heads/farm/*/t-*' | cut -d / -f 4 | sort -u | grep -c .
+  fi
+}
+
+# Wait until enough agents are at work, with a deadline; once a session.
+wait_for_others() {
+  local deadline=$((SECONDS + 30)) seen=${TMPDIR:-/tmp}/all-at-work
+  while [ ! -e "$seen" ] && [ "$SECONDS" -lt "$deadline" ]; do
+    if [ "$(count_at_work)" -ge "$DEMO_AGENTS" ]; then : >"$seen"; else sleep 0.1; fi
   done
 }
 

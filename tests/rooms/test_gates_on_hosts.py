@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -101,8 +102,9 @@ def test_slurm_runs_gates_and_what_is_killed_there_or_here_leaves_no_job(farm, s
     merger = farm.start("merge", "--gate", "[ -e slow.txt ] && sleep 300")
     wait_until(lambda: len(slurm.jobs()) > 0, 40, "a job")
     family = psutil.Process(merger.pid).children(recursive=True)
+    [group] = {os.getpgid(one.pid) for one in family if one.name() == "srun"}
     merger.kill()  # nobody can catch that: neither the merger nor what has started srun
     merger.wait()
-    [group] = {os.getpgid(one.pid) for one in family if one.is_running() and one.name() == "srun"}
-    os.killpg(group, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it has ended with the merger
+        os.killpg(group, signal.SIGKILL)
     wait_until(lambda: slurm.jobs() == [], 30, "its job to be canceled")

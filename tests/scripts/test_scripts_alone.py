@@ -67,6 +67,10 @@ def attach(alone: Alone) -> None:
     os.close(ours)
 
 
+def check_machine(alone: Alone) -> None:
+    assert alone("-n", "1", alone.repo) == "" and alone(code=2) == ""
+
+
 def check_tools(alone: Alone) -> None:
     alone("git", "tmux")
     empty = alone.sandbox.root / "empty"
@@ -249,7 +253,7 @@ def stop(alone: Alone) -> None:
 
 
 WORK: dict[str, Callable[[Alone], None]] = {
-    "attach-tmux.sh": attach, "check-tools.sh": check_tools, "environ-tmux.sh": environ, "farm": farm,
+    "attach-tmux.sh": attach, "check-machine.sh": check_machine, "check-tools.sh": check_tools, "environ-tmux.sh": environ, "farm": farm,
     "install-into.sh": install_into, "isolate.sh": isolate, "make-venv.sh": make_venv,
     "mk-worktrees.sh": mk_worktrees, "note-tmux.sh": note,
     "overview-tmux.sh": overview, "probe-tmux.sh": probe, "repair-worktree.sh": repair_worktree, "rescue.sh": rescue,
