@@ -253,7 +253,8 @@ def stop(alone: Alone) -> None:
 
 
 WORK: dict[str, Callable[[Alone], None]] = {
-    "attach-tmux.sh": attach, "check-machine.sh": check_machine, "check-tools.sh": check_tools, "environ-tmux.sh": environ, "farm": farm,
+    "attach-tmux.sh": attach, "check-machine.sh": check_machine,
+    "check-tools.sh": check_tools, "environ-tmux.sh": environ, "farm": farm,
     "install-into.sh": install_into, "isolate.sh": isolate, "make-venv.sh": make_venv,
     "mk-worktrees.sh": mk_worktrees, "note-tmux.sh": note,
     "overview-tmux.sh": overview, "probe-tmux.sh": probe, "repair-worktree.sh": repair_worktree, "rescue.sh": rescue,
