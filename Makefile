@@ -8,6 +8,8 @@ AGENT  ?=
 # a preset (claude, claude-print, codex, gemini, opencode, aider), a mix such as claude:6,codex:4, or any command (default: claude)
 GATE   ?=
 # the test command that must pass before anything lands, such as 'make test'
+GATE_ON ?=
+# where gates run, here, slurm or ssh:BOX: make farm GATE_ON=slurm GATE='make test' (default: here)
 TASKS  ?=
 # a file of tasks to add first: a Markdown checklist, JSON lines or plain lines
 REPO   ?= .
@@ -58,7 +60,7 @@ demo: setup ## a throw-away repo, ten scripted agents, twelve tasks: see it work
 	@$(PY) '$(TOOLKIT)/tests/campaigns/demo.py' $(call option,--on,ON)
 farm: setup ## start N agents on REPO: make farm N=10 TASKS=tasks.md AGENT=claude GATE='make test'
 	@$(if $(value TASKS),$(FARM) add -f $(call quote,TASKS))
-	@$(FARM) up $(if $(and $(findstring :,$(value AGENT)),$(filter file,$(origin N))),,-n $(call quote,N)) $(call option,--into,BASE) $(call option,--agent,AGENT) $(call option,--gate,GATE) $(call option,--on,ON)
+	@$(FARM) up $(if $(and $(findstring :,$(value AGENT)),$(filter file,$(origin N))),,-n $(call quote,N)) $(call option,--into,BASE) $(call option,--agent,AGENT) $(call option,--gate,GATE) $(call option,--gate-on,GATE_ON) $(call option,--on,ON)
 add: setup ## add the tasks of a file: make add TASKS=tasks.md
 	@$(FARM) add -f $(call quote,TASKS)
 plan: setup ## one agent makes a list of tasks: make plan GOAL='...' AGENT=claude YES=1

@@ -12660,7 +12660,7 @@ def follow_merger(call: Call) -> int:
     return report_merge(call, moved, tuple(activity.get("trouble", ())), activity.get("gates", 0))
 
 
-FARM_OPTIONS = "n|n=# agent= gate= into= slots=# style= strict remote= review= on="
+FARM_OPTIONS = "n|n=# agent= gate= into= slots=# style= strict remote= review= on= gate-on="
 
 
 def describe_target(repo: str, target: str) -> str:

@@ -156,12 +156,16 @@ def test_where_agents_run_reaches_up(make):
     assert value_after(make.calls("farm", "ON=ssh:box1 ssh:box2 here")[-1], "--on") == "ssh:box1 ssh:box2 here"
 
 
+def test_where_gates_run_reaches_up(make):
+    assert value_after(make.calls("farm", "GATE_ON=slurm -p short")[-1], "--gate-on") == "slurm -p short"
+
+
 def test_ten_agents_are_the_default(make):
     assert value_after(make.calls("farm")[-1], "-n") == "10"
 
 
 def test_what_is_not_set_is_left_to_farm_py(make):
-    assert not {"--agent", "--gate", "--into", "--on"} & set(make.calls("farm")[-1])
+    assert not {"--agent", "--gate", "--into", "--on", "--gate-on"} & set(make.calls("farm")[-1])
 
 
 def test_tasks_are_added_before_the_farm_starts(make):
