@@ -10849,9 +10849,11 @@ class Terminal:
         os.kill(os.getpid(), signal.SIGSTOP)
         self.enter()
 
+    # Not by sys.stdout: what Ctrl-Z comes in the middle of may not be entered again.
     def write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        data = text.encode(sys.stdout.encoding, "replace")
+        while data:
+            data = data[os.write(1, data) :]
 
     def draw(self, lines: list[str]) -> None:
         """One write a frame, each line cleared behind its end: no flicker, and nothing of the

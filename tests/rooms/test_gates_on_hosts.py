@@ -92,6 +92,16 @@ def test_a_box_that_is_not_reached_is_named_by_doctor_and_judges_nothing(farm, b
     assert farm.task(task)["state"] == "ready" and "did not come to box1" in done.stdout + done.stderr
 
 
+def find_groups(merger: int) -> set[int]:
+    """The process groups of the sruns below a merger."""
+    found = set()
+    for process in psutil.Process(merger).children(recursive=True):
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if process.name() == "srun":
+                found.add(os.getpgid(process.pid))
+    return found
+
+
 def test_slurm_runs_gates_and_what_is_killed_there_or_here_leaves_no_job(farm, slurm):
     green, red = submit(farm, "green"), submit(farm, "red")
     farm("merge", "--gate", GATE, timeout=120)
@@ -100,9 +110,8 @@ def test_slurm_runs_gates_and_what_is_killed_there_or_here_leaves_no_job(farm, s
 
     submit(farm, "slow")
     merger = farm.start("merge", "--gate", "[ -e slow.txt ] && sleep 300")
-    wait_until(lambda: len(slurm.jobs()) > 0, 40, "a job")
-    family = psutil.Process(merger.pid).children(recursive=True)
-    [group] = {os.getpgid(one.pid) for one in family if one.name() == "srun"}
+    [group] = wait_until(lambda: find_groups(merger.pid), 40, "srun")
+    wait_until(lambda: "RUNNING" in [job[3] for job in slurm.jobs()], 40, "its job")
     merger.kill()  # nobody can catch that: neither the merger nor what has started srun
     merger.wait()
     with contextlib.suppress(ProcessLookupError):  # it has ended with the merger

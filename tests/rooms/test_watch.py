@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import termios
+import time
 
 import psutil
 import pytest
@@ -61,6 +62,20 @@ def test_watch_can_be_suspended_and_goes_on(farm, screen):
     mark = len(one.read())
     one.process.send_signal(signal.SIGCONT)
     one.wait_for("q leave", mark)
+    one.type("q")
+    assert one.end() == 0
+
+
+def test_watch_can_be_suspended_in_any_step_of_its_drawing(farm, screen):
+    """A handler that writes by what it interrupts would raise: the signal comes a little later each time."""
+    one = watch(screen)
+    process = psutil.Process(one.process.pid)
+    for number in range(60):
+        process.send_signal(signal.SIGTSTP)
+        wait_until(lambda: process.status() == psutil.STATUS_STOPPED, message="the stop")
+        process.send_signal(signal.SIGCONT)
+        time.sleep(number / 20_000)
+    one.wait_for("q leave", len(one.read()))
     one.type("q")
     assert one.end() == 0
 
