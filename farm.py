@@ -983,17 +983,22 @@ def identify(pid: int) -> Owner:
     )
 
 
-# A verb's own process is over with its answer: a lock that it owned would be free at once.
+# A verb's own process is over with its answer: a lock that it owned would be free at once. A
+# session's leader is no guide within an agent: many a CLI gives each command a session of its own.
 def caller(owner_pid: int | None = None) -> Owner:
-    """The owner of what this command acquires: --owner-pid, else the session leader (in a pane:
-    the pane's own process)."""
+    """The owner of what this command acquires: --owner-pid, else the agent whose session this
+    is, else the session leader."""
     if owner_pid is not None:
         return identify(owner_pid)
+    agent = os.environ.get("FARM_OWNER_PID", "")
+    if agent.isascii() and agent.isdigit():
+        return identify(int(agent))
     leader = os.getsid(0)
-    # 0: the leader is outside of this container, whose processes cannot be seen
+    # 0: the leader is outside of this container, or the kernel's first process, which has none
     if leader in (0, os.getpid()):
         raise UsageError(
-            "this command leads its own session, so nothing would be left to own the lock",
+            "no process that outlives this command leads its session, so nothing would be left "
+            "to own the lock",
             "name the process that lives as long as the agent: --owner-pid PID",
         )
     return identify(leader)
@@ -1204,7 +1209,8 @@ def end_gates(folder: str) -> None:
         marked = [process for process, _ in find_by_environment(FARM_SLOT=folder)]
         # kept over the rounds: once the marked ones are dead, nothing else leads to the rest of
         # their session; our own is left out, as we are no part of the gate
-        sessions |= {session_of(process.pid) for process in marked} - {-1, session_of(os.getpid())}
+        nobodys_or_ours = {-1, 0, session_of(os.getpid())}
+        sessions |= {session_of(process.pid) for process in marked} - nobodys_or_ours
         children = process_children()
         members = [
             process

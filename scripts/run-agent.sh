@@ -33,7 +33,7 @@ export GIT_CONFIG_KEY_3=core.packedRefsTimeout GIT_CONFIG_VALUE_3=30000
 # Fifty of these start at once: no process that is not needed.
 read -r FARM_SESSION 2>/dev/null </proc/sys/kernel/random/uuid ||
   FARM_SESSION=$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')
-export FARM_SESSION
+export FARM_SESSION FARM_OWNER_PID=$$ # what it claims and locks is this process's
 
 say() { printf '%s\n' "farm: $*" >&2; }
 

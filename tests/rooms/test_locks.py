@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import signal
+import sys
 
 import psutil
 import pytest
@@ -55,6 +56,15 @@ def test_unlock_keeps_the_names_that_were_not_given(farm):
 
 def test_unlock_of_what_is_not_held_exits_0(farm):
     farm.ok("unlock", A, "schema")
+
+
+def test_what_an_agents_command_locks_is_the_agents_own_whoever_leads_its_session(farm):
+    """Many a CLI gives each command a session of its own, whose leader is gone with the command."""
+    lead = [sys.executable, "-c", "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"]
+    run([*lead, *farm.argv("lock", A, "schema")], env={"FARM_OWNER_PID": str(farm.owner)}, check=True)
+    assert farm.json("locks")[0]["owner"]["pid"] == farm.owner
+    alone = run([*lead, *farm.argv("lock", B, "port:1")])
+    assert (alone.returncode, "--owner-pid PID" in alone.stderr) == (2, True)
 
 
 def test_unlock_gives_up_nothing_of_another_agent(farm):

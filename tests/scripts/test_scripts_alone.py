@@ -184,16 +184,19 @@ def rm_worktrees(alone: Alone) -> None:
 
 
 def run_agent(alone: Alone) -> None:
-    """It needs the farm, by FARM_HOME: then it claims a task, again where it got no answer, and works on it."""
+    """It needs the farm, by FARM_HOME: then it claims a task, again where it got no answer, and works on it; what is locked
+    meanwhile is its own, in whatever session."""
     assert run([alone.script]).returncode == 2
     shim = [SCRIPTS / "farm", "--repo", alone.repo]
     run([*shim, "add", "First"], check=True)
     python = alone.sandbox.work / "python-that-fails-once"
     python.write_text(f"#!/bin/sh\nmkdir '{python}-failed' 2>/dev/null && exit 7\nexec '{sys.executable}' \"$@\"\n")
     python.chmod(0o755)
+    # as a CLI that gives each command a session of its own
+    lock = f"""{sys.executable} -c 'import os; os.setsid(); os.execlp("farm", "farm", "lock", "{A}", "schema")'"""
     settings = {
         "FARM_AGENT_NAME": A, "FARM_WORKTREE": alone.tree, "FARM_REPO": alone.repo, "FARM_HOME": ROOT,
-        "FARM_AGENT": "echo x >made.txt", "FARM_TARGET": "main", "FARM_PYTHON": python
+        "FARM_AGENT": f"{lock} && echo x >made.txt", "FARM_TARGET": "main", "FARM_PYTHON": python
     }
     env = {**os.environ, **{name: str(value) for name, value in settings.items()}}
     mailbox = alone.repo / "coordination" / "mailbox" / A
