@@ -1689,16 +1689,14 @@ KEPT_VARIABLES = (
     "GIT_PAGER",
 )
 # CDPATH lets `cd` go elsewhere and print where; SHELLOPTS, BASHOPTS and POSIXLY_CORRECT switch
-# options on in each bash that starts; a BASH_FUNC_ is an exported function, which goes before the
-# command of its name in all scripts.
-BENT_BASH = (
-    "CDPATH",
-    "SHELLOPTS",
-    "BASHOPTS",
-    "POSIXLY_CORRECT",
-    "BASH_FUNC_git%%",
-    "BASH_FUNC_tmux%%",
-    "BASH_FUNC_cd%%",
+# options on in each bash that starts.
+BENT_BASH = ("CDPATH", "SHELLOPTS", "BASHOPTS", "POSIXLY_CORRECT")
+# What the scripts call: an exported function goes before the command of its name.
+CALLED = (
+    " [ awk basename bash cat cd chmod command comm cp cut date dd df dirname du echo env eval exec "
+    "exit export expr find git grep head id kill ln local ls mkdir mkfifo mktemp mv od printf ps "
+    "pwd read readlink rm sed seq set sh shift sleep sort source ssh stat tail tee test tmux touch "
+    "tr trap uname uniq unset wait wc xargs "
 )
 CALLER_ENVIRONMENT = dict(os.environ)  # as it was, for a command of the caller's own
 
@@ -1708,11 +1706,23 @@ CALLER_ENVIRONMENT = dict(os.environ)  # as it was, for a command of the caller'
 def forget_other_repos() -> None:
     """Drop from the environment, and so for all that we start, what names another repo (a hook's
     GIT_DIR, an alias's, that of yadm or vcsh) or bends bash: with GIT_DIR set, git would work
-    there, whatever folder it is told.
+    there, whatever folder it is told. BASH_ENV, which each script would run and whose words it
+    would print, is kept for the person's own commands.
     """
+    if "BASH_ENV" in os.environ:
+        os.environ["FARM_BASH_ENV"] = os.environ.pop("BASH_ENV")
     for name in [*os.environ]:
-        if name in BENT_BASH or name.startswith("GIT_") and not name.startswith(KEPT_VARIABLES):
+        bends = name in BENT_BASH or (
+            name.startswith("BASH_FUNC_") and f" {name[len('BASH_FUNC_') : -2]} " in CALLED
+        )
+        if bends or name.startswith("GIT_") and not name.startswith(KEPT_VARIABLES):
             del os.environ[name]
+
+
+def shell(command: str) -> list[str]:
+    """The words that run a command of the person's, with the start file of their bash."""
+    start = os.environ.get("FARM_BASH_ENV")
+    return [*(("env", "BASH_ENV=" + start) if start else ()), "bash", "-c", command]
 
 
 def find_git_dirs(folder: str) -> tuple[str, str]:
@@ -4804,7 +4814,7 @@ class Gate:
         import threading
 
         self.log, self.folder = log, folder
-        command = [*prefix, "bash", "-c", settings.gate]
+        command = [*prefix, *shell(settings.gate)]
         if settings.gate_on:
             script = os.path.join(SCRIPTS, "hosts", "gate.sh")
             command = ["bash", script, settings.gate_on, self.commit, settings.gate]
@@ -6777,7 +6787,7 @@ def check_command(command: str, repo: str) -> None:
     words = [word for word in command.split() if not re.match(r"[A-Za-z_]\w*=", word)]
     word = words[0].strip("'\"") if words else ""
     found = subprocess.run(
-        ["bash", "-c", 'type -t -- "$1" >/dev/null', "bash", word], cwd=repo, timeout=10
+        [*shell('type -t -- "$1" >/dev/null'), "bash", word], cwd=repo, timeout=10
     )
     if found.returncode and re.fullmatch(r"[\w./+-]+", word):
         where = f"not there (looked up in {repo})" if "/" in word else "not on PATH"
@@ -8667,6 +8677,7 @@ class Sessions:
             "FARM_AGENT_HOME": os.path.expanduser(self.settings.agent_home),
             "FARM_PORTS": str(port_base(folder)),
             "FARM_AS_TOLD": "1",
+            "FARM_BASH_ENV": os.environ.get("FARM_BASH_ENV", ""),
             "FARM_SANDBOXED": "1" if self.settings.sandboxed or is_boxed else "",
             "FARM_CLI_STATE": ":".join(cli_of(launch.preset).state),
             "FARM_CLI_PASS": " ".join(cli_of(launch.preset).passes),
@@ -9787,7 +9798,7 @@ def run_notice(command: str, event: dict, store: Store) -> None:
     try:
         with open(store.path("logs", "notify.log"), "ab") as log:
             process = subprocess.Popen(
-                ["bash", "-c", command],
+                shell(command),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

@@ -134,7 +134,8 @@ main() {
   # shellcheck disable=SC2016  # the inner bash expands it
   (cd "$FARM_WORKTREE" &&
     exec bash -c 'printf "%s\n" "$$" >"$1/pid"; exec "${@:2}"' bash "$mailbox" \
-      ${sandbox[@]+"${sandbox[@]}"} bash -c "$command") 9<&-
+      ${sandbox[@]+"${sandbox[@]}"} ${FARM_BASH_ENV:+env "BASH_ENV=$FARM_BASH_ENV"} \
+      bash -c "$command") 9<&-
   code=$?
   kill "$!" 2>/dev/null
   wait "$!" 2>/dev/null

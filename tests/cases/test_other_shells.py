@@ -75,6 +75,26 @@ def test_up_brings_what_the_shell_has_now_to_idle_agents_gates_and_later_to_busy
     assert "secret" not in "".join(path.read_text() for path in (app.repo / ".git/farm").iterdir() if path.is_file())
 
 
+def test_scripts_go_without_the_start_file_and_the_functions_of_the_shell_and_agents_gates_and_setup_have_it(app, tmp_path):
+    """A cluster's BASH_ENV defines `module`; one that prints, or a function called `git`, is no part of what scripts say."""
+    start = tmp_path / "start.sh"
+    start.write_text("echo hello; tool() { printf '%s\n' $1; }\n")
+    setup = app.repo / ".farm/setup"
+    setup.parent.mkdir()
+    setup.write_text(f"#!/bin/bash\ntool prepared >>{tmp_path}/setup\n")
+    setup.chmod(0o755)
+    env = {"BASH_ENV": str(start)}
+    for name in ("git", "printf", "mkdir", "grep"):
+        env[f"BASH_FUNC_{name}%%"] = f"() {{ echo noise; command {name} \"$@\"; }}"
+    app.ok("add", "one", env=env)
+    done = app("run", "-n", "1", "--agent", "tool x >$FARM_TASK", "--gate", f"tool green >>{tmp_path}/gate",
+               "--until-drained", env={**env, "FARM_NOTIFY": f"tool told >>{tmp_path}/notice"}, timeout=90)
+    assert (done.returncode, git(app.repo, "show", "main:t-0001")) == (0, "x"), done.stderr
+    seen = [(tmp_path / name).read_text().splitlines()[0] for name in ("setup", "gate", "notice")]
+    assert seen == ["prepared", "green", "told"]
+    assert "hello" not in app.ok("status", env=env)
+
+
 def test_a_terminal_that_this_host_does_not_know_is_taken_for_a_common_one(app):
     app.ok("up", "-n", "1", "--agent", "sleep 1000")
     words = f"{sys.executable} {FARM} --repo {app.repo} attach 1"
