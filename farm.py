@@ -1711,12 +1711,23 @@ def forget_other_repos() -> None:
     """
     if "BASH_ENV" in os.environ:
         os.environ["FARM_BASH_ENV"] = os.environ.pop("BASH_ENV")
+    drop_lost_tmpdir()
     for name in [*os.environ]:
         bends = name in BENT_BASH or (
             name.startswith("BASH_FUNC_") and f" {name[len('BASH_FUNC_') : -2]} " in CALLED
         )
         if bends or name.startswith("GIT_") and not name.startswith(KEPT_VARIABLES):
             del os.environ[name]
+
+
+# That of nix-shell goes with the shell; a loop lives on.
+def drop_lost_tmpdir() -> None:
+    """Without TMPDIR, where its folder is gone: /tmp then."""
+    if not os.path.isdir(os.environ.get("TMPDIR", "/")):
+        import tempfile
+
+        del os.environ["TMPDIR"]
+        tempfile.tempdir = None
 
 
 def shell(command: str) -> list[str]:
@@ -1896,6 +1907,7 @@ def run_script(
     """
     import subprocess
 
+    drop_lost_tmpdir()
     try:
         process = subprocess.Popen(
             ["bash", os.path.join(SCRIPTS, name), *args],

@@ -2,10 +2,10 @@
 # Usage: check-repo.sh [-s] [-C REPO] [-b TARGET] <COMMITS
 # What in a repo would stop a farm, or has undone its work: a killed git's lock, a merge, rebase or
 # bisect in the middle, a checkout that a tool has called bare, content of LFS without git-lfs,
-# commits that cannot be signed, and of COMMITS (what has landed, one a line) those that TARGET has
-# lost.
-# -s: at a start: only whether commits can be signed, and whether coordination/ lies on a file
-#   system of the network, where flock cannot be trusted (which doctor has from check-machine.sh)
+# commits that nobody's name can be put to or that cannot be signed, and of COMMITS (what has
+# landed, one a line) those that TARGET has lost.
+# -s: at a start: only whether commits can be made, and whether coordination/ lies on a file system
+#   of the network, where flock cannot be trusted (which doctor has from check-machine.sh)
 # Prints: what<TAB>the command that mends it
 # Exit: 0 looked (nothing printed: all is well), 1 git failed, 2 usage
 set -uo pipefail
@@ -53,6 +53,15 @@ check_disk() {
   esac
   row "$folder lies on $kind, a file system on which two processes can hold one lock" \
     "clone the repo to a local disk and run the farm there; other machines come in by: farm spoke"
+}
+
+check_identity() {
+  local said
+  said=$(git -C "$repo" var GIT_AUTHOR_IDENT 2>&1 && git -C "$repo" var GIT_COMMITTER_IDENT 2>&1) &&
+    return
+  said=$(grep -m 1 -E '^(fatal|error): ' <<<"$said")
+  row "git does not know whose name to put to commits: ${said#*: }" \
+    "git config --global user.name 'Your Name'; git config --global user.email you@example.com"
 }
 
 check_signing() {
@@ -108,7 +117,7 @@ main() {
   local repo=. target=HEAD option dir said scratch only=''
   while getopts C:b:sh option; do
     case $option in
-      C) repo=$OPTARG ;; b) target=$OPTARG ;; s) only=signing ;;
+      C) repo=$OPTARG ;; b) target=$OPTARG ;; s) only=start ;;
       h) usage; exit 0 ;;
       *) exit 2 ;;
     esac
@@ -123,6 +132,7 @@ main() {
   fi
   scratch=$(mktemp "${TMPDIR:-/tmp}/farm-check.XXXXXX")
   if [ -n "$only" ]; then check_disk; fi
+  check_identity
   check_signing
   if [ -z "$only" ]; then
     check_middle "$dir"

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from farm_calls import Caller
-from sandbox import git, wait_until
+from sandbox import git, run, wait_until
 
 LIMITED = {"FARM_GRACE_SECONDS": "2"}
 
@@ -78,6 +78,18 @@ def test_signing_that_does_not_work_is_said_by_up_and_doctor_before_any_work(app
         git(app.repo, "config", key, value)
     assert "cannot be signed" in app.refused(4, "up", "-n", "1", "--agent", "true")
     assert "cannot be signed" in app("doctor", timeout=60).stdout
+
+
+def test_a_person_whose_name_git_does_not_know_hears_it_before_any_work(app):
+    git(app.repo, "config", "user.useConfigOnly", "true")
+    for key in ("user.name", "user.email"):
+        run(["git", "-C", app.repo, "config", "--unset", key])
+    nobody = {"GIT_CONFIG_GLOBAL": "/dev/null"}
+    assert "whose name" in app.refused(4, "up", "-n", "1", "--agent", "true", env=nobody)
+    assert "whose name" in app("doctor", env=nobody).stdout
+    named = {f"GIT_{who}_{what}": "me@x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    app.ok("add", "one")
+    app.ok("run", "-n", "1", "--agent", "echo x >f", "--gate", "true", "--until-drained", env={**nobody, **named}, timeout=60)
 
 
 def test_a_path_is_looked_up_where_the_agent_will_run(app):

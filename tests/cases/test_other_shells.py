@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,19 @@ def test_scripts_go_without_the_start_file_and_the_functions_of_the_shell_and_ag
     seen = [(tmp_path / name).read_text().splitlines()[0] for name in ("setup", "gate", "notice")]
     assert seen == ["prepared", "green", "told"]
     assert "hello" not in app.ok("status", env=env)
+
+
+def test_a_farm_goes_on_when_the_shells_own_tmpdir_is_gone(app, tmp_path):
+    """That of nix-shell goes with the shell."""
+    temp = tmp_path / "temp"
+    temp.mkdir()
+    app.ok("up", "-n", "1", "--agent", "sleep 1; echo x >$FARM_TASK", "--gate", "true", env={"TMPDIR": str(temp)})
+    shutil.rmtree(temp)
+    for name in ("one", "two"):
+        app.ok("add", name, env={"TMPDIR": str(temp)})
+    app.ok("up", "-n", "2", "--agent", "sleep 1; echo x >$FARM_TASK", "--gate", "true", env={"TMPDIR": str(temp)})
+    wait_until(lambda: [task["state"] for task in app.json("tasks")] == ["landed", "landed"], 60, "both landed")
+    app.ok("down", "--now", timeout=60)
 
 
 def test_a_terminal_that_this_host_does_not_know_is_taken_for_a_common_one(app):
