@@ -1693,10 +1693,10 @@ KEPT_VARIABLES = (
 BENT_BASH = ("CDPATH", "SHELLOPTS", "BASHOPTS", "POSIXLY_CORRECT")
 # What the scripts call: an exported function goes before the command of its name.
 CALLED = (
-    " [ awk basename bash cat cd chmod command comm cp cut date dd df dirname du echo env eval exec "
-    "exit export expr find git grep head id kill ln local ls mkdir mkfifo mktemp mv od printf ps "
-    "pwd read readlink rm sed seq set sh shift sleep sort source ssh stat tail tee test tmux touch "
-    "tr trap uname uniq unset wait wc xargs "
+    " [ awk basename bash cat cd chmod command comm cp cut date dd df dirname du echo env eval "
+    "exec exit export expr find git grep head id kill ln local ls mkdir mkfifo mktemp mv od "
+    "printf ps pwd read readlink rm sed seq set sh shift sleep sort source ssh stat tail tee "
+    "test tmux touch tr trap uname uniq unset wait wc xargs "
 )
 CALLER_ENVIRONMENT = dict(os.environ)  # as it was, for a command of the caller's own
 
