@@ -1924,8 +1924,7 @@ def run_script(
         process.wait()  # not for its pipes, which what it has started may hold on to
         raise TookTooLong(f"{name} took longer than {timeout:.0f} s and was ended") from None
     except FileNotFoundError:
-        hint = "apt install bash, dnf install bash or brew install bash"
-        raise MissingTool("bash is not installed", hint) from None
+        raise MissingTool("bash is not installed", "apt install bash, brew install bash") from None
     texts = (out.decode("utf-8", "surrogateescape") for out in said)
     result = ScriptResult(process.returncode, *texts)
     if result.code not in allow:
