@@ -9110,6 +9110,7 @@ class Housekeeping:
     def __init__(self, store: Store, settings: Settings, target: str):
         self.store, self.settings, self.target = store, settings, target
         self.landed, self.tidy_at, self.sweep_at = 0, 0.0, 0.0
+        self.packing, self.pack_at = None, 0.0  # the process that packs git's objects
 
     def go_on(self, state: State) -> None:
         now = CLOCK.monotonic()
@@ -9125,9 +9126,33 @@ class Housekeeping:
                     # with the sha that was seen: a ref that has moved meanwhile stays
                     stdin="".join(f"{ref} {sha}\n" for ref, sha in over),
                 )
+            self.pack()
         if self.settings.keep_days and now >= self.sweep_at:
             self.sweep_at = now + SWEEP_SECONDS
             self.sweep(state, CLOCK.now() - self.settings.keep_days * 86400)
+
+    # Beside the loop, as it may take a minute. What cannot be packed (a damaged object, a full
+    # disk) is tried again an hour later.
+    def pack(self) -> None:
+        """Have what agents and merges have written to git packed, when that is much."""
+        import subprocess
+
+        code = self.packing.poll() if self.packing else 0
+        if code:
+            self.pack_at = CLOCK.monotonic() + SWEEP_SECONDS
+        self.packing = self.packing if code is None else None
+        if self.packing is None and CLOCK.monotonic() >= self.pack_at:
+            self.packing = subprocess.Popen(
+                ["bash", os.path.join(SCRIPTS, "merge/pack-objects.sh"), "-C", self.store.repo],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def close(self) -> None:
+        """End the packing; what is not in a pack yet stays as it is."""
+        if self.packing is not None and self.packing.poll() is None:
+            kill_group(self.packing.pid)
+            self.packing.wait()
 
     # Of trees that is safe for all: without its verdict a tree is gated once more. Prompts and
     # returns of tasks that are not done are still read.
@@ -9526,6 +9551,12 @@ class Farm:
         nothing can move without a person."""
         self.prepare()
         self.sessions.spawn(self.names)
+        try:
+            self.go_round(should_stop, until_drained, on_tick)
+        finally:
+            self.housekeeping.close()
+
+    def go_round(self, should_stop, until_drained: bool, on_tick) -> None:
         failures = 0
         while not should_stop.is_set():
             try:

@@ -48,13 +48,15 @@ is_own_head() {
     ! is_in "$own" "refs/heads/$branch"
 }
 
-# What HEAD's log says since the task began, the newest first.
+# What HEAD's log says since the task began, the newest first. From its file: git would look up
+# each commit there, of all tasks that the worktree has ever had.
 list_moves() {
-  in_tree log -g --format=%gs HEAD -- 2>/dev/null |
-    awk -v start=" to $branch" '
-      { line[NR] = $0 }
-      substr($0, length($0) - length(start) + 1) == start { last = NR }
-      END { for (i = 1; i <= last; i++) print line[i] }'
+  local log
+  log=$(in_tree rev-parse --path-format=absolute --git-path logs/HEAD)
+  tail -n 2000 "$log" 2>/dev/null | awk -F '\t' -v start=" to $branch" '
+    { line[NR] = $2 }
+    !first && substr($2, length($2) - length(start) + 1) == start { first = NR }
+    END { for (i = NR; first && i >= first; i--) print line[i] }'
 }
 
 # Whether all of a commit is the target's, or was there before, and the agent has made none: it has

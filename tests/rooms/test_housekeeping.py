@@ -101,3 +101,30 @@ def test_a_farm_at_work_keeps_the_refs_of_what_is_alive_only(farm):
     wait_until(lambda: not [ref for ref in refs(farm.repo) if ref.startswith("refs/farm")], 20, "no pins are left")
     left = [ref for ref in refs(farm.repo) if not ref.endswith("/work")]
     assert len(left) <= 2, "a branch that a worktree is on, each"
+
+
+def test_objects_that_are_many_become_a_pack_and_none_is_dropped(keeper):
+    """What no ref has, too: an agent may be about to submit it."""
+    housekeeping, farm = keeper
+    loose = int(git(farm.repo, "count-objects").split()[0])
+    blob = git(farm.repo, "hash-object", "-w", "README.md" if (farm.repo / "README.md").exists() else ".git/config")
+    run_pack(housekeeping)
+    assert int(git(farm.repo, "count-objects").split()[0]) >= loose, "few: they stay files"
+    for number in range(2):  # one of them is in the folder that stands for all, whatever it holds
+        (farm.repo / ".git/objects/17").mkdir(exist_ok=True)
+        (farm.repo / f".git/objects/17/no-object-{number}").touch()
+    git(farm.repo, "config", "gc.auto", "500")
+    for _ in range(2):
+        run_pack(housekeeping)
+    assert git(farm.repo, "count-objects").split()[0] == "0"
+    git(farm.repo, "fsck", "--full", "--strict")
+    assert git(farm.repo, "cat-file", "-t", blob) == "blob"
+    git(farm.repo, "config", "gc.auto", "0")
+    commit_files(farm.repo, {"after.txt": "x"})
+    run_pack(housekeeping)
+    assert git(farm.repo, "count-objects").split()[0] != "0", "0 means never"
+
+
+def run_pack(housekeeping) -> None:
+    housekeeping.pack()
+    assert housekeeping.packing.wait(30) == 0
