@@ -1640,7 +1640,7 @@ def load_settings(repo: str, flags: dict | None = None, remembered: dict | None 
 
 def worktrees_folder(repo: str, settings: Settings) -> str:
     return (
-        os.path.abspath(os.path.join(repo, settings.worktrees))
+        os.path.realpath(os.path.join(repo, settings.worktrees))
         if settings.worktrees
         else repo + "-farm"
     )

@@ -130,17 +130,15 @@ run_by_prefix() {
 main() {
   local kind=${1-} repo=${2-} folder=${3-} agent name
   if [ "$kind" = -h ]; then sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; exit 0; fi
-  case $kind:$# in
-    agent:[0123] | tree:[0123] | setup:[0123] | gate:[0123] | slot:[0123]) exit 2 ;;
-    agent:* | tree:* | setup:* | gate:* | slot:*) ;;
-    *) exit 2 ;;
-  esac
+  case $kind in agent | tree | setup | gate | slot) [ $# -ge 4 ] || exit 2 ;; *) exit 2 ;; esac
   case ${FARM_ISOLATE:-none} in none) ;; *) enter_scope "$@" ;; esac
   shift 3
   agent=${folder##*/} agent=${agent%-worktree}
   unset FARM_IN_SCOPE FARM_NOTIFY # it may hold a token, and is none of theirs
   case $kind:${FARM_ISOLATE:-none} in
     *:bwrap)
+      # /home may be a link, and bwrap puts nothing in the place of one
+      ! cd -P -- "$HOME" 2>/dev/null || { HOME=$PWD && cd -- "$OLDPWD"; } || exit
       case $kind in gate) ;; *) export TMPDIR=${folder%/*}/tmp/$agent ;; esac
       run_by_bwrap "$@" ;;
     *:none | tree:* | slot:*) exec "$@" ;;
