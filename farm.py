@@ -1640,7 +1640,7 @@ def load_settings(repo: str, flags: dict | None = None, remembered: dict | None 
 
 def worktrees_folder(repo: str, settings: Settings) -> str:
     return (
-        os.path.abspath(os.path.join(repo, settings.worktrees))
+        os.path.realpath(os.path.join(repo, settings.worktrees))
         if settings.worktrees
         else repo + "-farm"
     )
@@ -1932,14 +1932,28 @@ def run_script(
     return result
 
 
-def is_isolated() -> bool:
+# An empty place is the folder that a process is in, too: for ours that is often an agent's tree.
+def drop_relative_places() -> None:
+    """Where agents are sandboxed, look for no program, library or module in an agent's tree."""
+    for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PERL5LIB", "BASH_ENV"):
+        if is_isolated() and (value := os.environ.get(name)):
+            os.environ[name] = ":".join(place for place in value.split(":") if place[:1] == "/")
+
+
+# Not resolved anew: that can be refused, and a farm has to be ended all the same.
+def is_isolated(repo: str = "") -> bool:
+    """Whether agents are sandboxed: as this process was told, else as the farm was started."""
+    if repo and "FARM_ISOLATE" not in os.environ:
+        farm = read_json_lines(os.path.join(repo, "coordination", "farm.json"))
+        os.environ["FARM_ISOLATE"] = str(next(farm, {}).get("isolation", "none"))
+        drop_relative_places()
     return os.environ.get("FARM_ISOLATE", "none") not in ("", "none")
 
 
 def run_on_tree(repo: str, worktree: str, name: str, *args: str, **options) -> ScriptResult:
     """`run_script` for what works on files that an agent has left: in a sandbox of that agent, as
     what lies there can make git run it."""
-    if not is_isolated():
+    if not is_isolated(repo):
         return run_script(name, *args, **options)
     return run_script(
         "sandbox/confine.sh",
@@ -1957,21 +1971,21 @@ def run_on_tree(repo: str, worktree: str, name: str, *args: str, **options) -> S
 # and an agent can write those.
 def run_unfiltered(repo: str, name: str, *args: str, **options) -> ScriptResult:
     """`run_script` for what looks at agents' trees from outside of a sandbox."""
-    if not is_isolated():
+    if not is_isolated(repo):
         return run_script(name, *args, **options)
     return run_script(*unfiltered(repo)[1:], "bash", os.path.join(SCRIPTS, name), *args, **options)
 
 
 def unfiltered(repo: str) -> list[str]:
     """What goes before a command that looks at agents' trees from outside of a sandbox."""
-    script = os.path.join(SCRIPTS, "sandbox", "without-filters.sh")
-    return ["bash", script, repo] if is_isolated() else []
+    script = os.path.join(SCRIPTS, "sandbox", "tame-filters.sh")
+    return ["bash", script, "off", repo] if is_isolated(repo) else []
 
 
 def isolated(kind: str, repo: str, folder: str) -> list[str]:
     """What goes before a command that works in `folder`; confine.sh says what the kinds are."""
     script = os.path.join(SCRIPTS, "sandbox", "confine.sh")
-    return ["bash", script, kind, repo, folder] if is_isolated() else []
+    return ["bash", script, kind, repo, folder] if is_isolated(repo) else []
 
 
 def spawn_script(name: str, *args: str) -> str:
@@ -2195,17 +2209,12 @@ def carry_isolation(settings: Settings) -> None:
     resolved = settings._replace(isolate=resolve_isolation(settings))
     for name in CARRIED:
         os.environ[variable_of(name)] = str(getattr(resolved, name))
+    drop_relative_places()
 
 
 def isolation_environment() -> dict[str, str]:
     """What `carry_isolation` has set, for a session."""
     return {name: os.environ[name] for name in map(variable_of, CARRIED) if name in os.environ}
-
-
-# Not resolved anew: that can be refused, and a farm has to be ended all the same.
-def adopt_isolation(store: Store) -> None:
-    """For verbs that end a farm or tidy up: as it was resolved when the farm was started."""
-    os.environ.setdefault("FARM_ISOLATE", str(store.farm().get("isolation", "none")))
 
 
 def describe_isolation(settings: Settings) -> str:
@@ -7747,7 +7756,7 @@ def verify_objects(repo: str, head: str) -> None:
     """What a sandboxed agent submits is what it seems: sandboxes write to the one folder of
     objects. Raises BrokenObjects."""
     target = os.environ.get("FARM_TARGET", "")
-    if not is_isolated() or not target:
+    if not is_isolated(repo) or not target:
         return
     try:
         run_script("sandbox/verify-objects.sh", "-C", repo, "-b", target, head, allow=(0, 3))
@@ -9632,7 +9641,7 @@ def started_farm(call: Call) -> Farm:
     settings = call.settings()
     if call.store.read_json(FARM_FILE) is None and not probe_sessions(find_server(call.repo)):
         raise NotFound("no farm was started here", "./farm.py up")
-    adopt_isolation(call.store)
+    is_isolated(call.repo)
     return Farm(call.store, settings, [], settings.into)
 
 
@@ -12653,6 +12662,7 @@ def verb_merge(call: Call) -> int:
     settings = call.settings()
     target = target_of(call, settings)
     call.store.ensure_folders()
+    carry_isolation(settings)
     if not settings.gate:
         say(
             "there is no gate: what merges cleanly lands, and nothing was tested (set one: --gate "
@@ -12843,7 +12853,6 @@ def verb_clean(call: Call) -> int:
     folder = worktrees_folder(call.repo, settings)
     target = settings.into or target_of(call, settings)
     run_script("merge/pins.sh", "drop", "-C", call.repo, "-b", target)
-    adopt_isolation(call.store)
     where = ("-C", call.repo, "-d", folder, "-b", target)
     result = run_unfiltered(call.repo, "rm-worktrees.sh", *where, allow=(0, 4))
     print_table(read_tsv(result.stdout), ["AGENT", "WHAT", "WHY"])
@@ -13168,7 +13177,6 @@ def verb_diff(call: Call) -> int:
     form = [flag for name, flag in forms.items() if call.get(name)]
     work = find_work(call, task, call.get("attempt", 0))
     script = os.path.join(SCRIPTS, "merge/diff-work.sh")
-    adopt_isolation(call.store)
     argv = [*unfiltered(call.repo), "bash", script, "-C", call.repo, *form, *work]
     os.execv(find_bash(), argv)
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Usage: isolate.sh [-w PATH]... [-r PATH]... [-x PATH]... [-o PATH=DIR]... [-e NAME]... [-t DIR]
-#          [-g WORKTREE [-s DIR] [-b REFS]...] [-n] [--] COMMAND [ARGUMENT]...
+#          [-g WORKTREE [-s DIR] [-b REFS]...] [-n] [-d] [--] COMMAND [ARGUMENT]...
 # Runs COMMAND in a bubblewrap sandbox, in the folder it is called from: the system is read-only;
 # processes, IPC and /tmp (-t: that folder) are its own; hidden are the host's sockets, other users'
 # homes and what holds credentials (the lists below). It has no capabilities and ends with its
 # caller. -w lets a path be written, -r shows it, -x hides it, -o has DIR in the place of PATH;
 # -x goes first, -g last, else what is said last wins. Its environment is what the lists name, and
-# -e: names, also with * in them. -n: no network. Links in paths must be resolved.
+# -e: names, also with * in them. -n: no network. -d: without the caller's terminal and process
+# group, which it could signal. Links in paths must be resolved.
 # -g: a linked worktree of a git repo, with refs below refs/REFS/ for each -b; -s DIR keeps its
 # tags, remotes and stash. Beside it, for -g: sandbox/isolate-git.sh; it says what can be written.
 # Exit: COMMAND's own (128 + n: ended by a signal), 2 usage, 6 no bwrap: sandbox/check-sandbox.sh
@@ -27,8 +28,11 @@ system='/etc/shadow /etc/shadow- /etc/gshadow /etc/gshadow- /etc/ssl/private /et
   /etc/sudoers.d /etc/krb5.keytab /etc/wireguard /etc/openvpn /etc/NetworkManager/system-connections
   /etc/letsencrypt /etc/kubernetes /etc/rancher /etc/docker /etc/security/opasswd /var/spool/cron
   /var/lib/docker /var/lib/kubelet /mnt/wslg /root /home'
-in_run='/run/systemd/resolve /run/resolvconf /run/NetworkManager/resolv.conf /run/current-system
-  /run/opengl-driver'
+# As outside, and read-only: how names are resolved; what of the kernel root could set, even without
+# capabilities.
+as_is='/run/systemd/resolve /run/resolvconf /run/NetworkManager/resolv.conf /run/current-system
+  /run/opengl-driver /proc/sys /proc/irq /proc/bus /proc/fs /proc/acpi /proc/scsi /proc/driver
+  /proc/sysrq-trigger /proc/mtrr'
 passed='PATH HOME USER LOGNAME SHELL LANG LANGUAGE LC_* TERM COLORTERM NO_COLOR TZ TMPDIR FARM_*
   GIT_CONFIG_COUNT GIT_CONFIG_KEY_* GIT_CONFIG_VALUE_* GIT_TERMINAL_PROMPT GIT_OPTIONAL_LOCKS
   GIT_AUTHOR_NAME GIT_AUTHOR_EMAIL GIT_COMMITTER_NAME GIT_COMMITTER_EMAIL'
@@ -76,18 +80,20 @@ print_environment() { # NAME...
   done
 }
 
-# Forbids the ioctls TIOCSTI and TIOCLINUX, which type into the terminal what its shell reads later:
-# load arch; not ours: deny; load the call; not of this ABI: deny; no ioctl: allow; load which; ...
+# Forbids the ioctls TIOCSTI and TIOCLINUX, which type into the terminal what its shell reads later,
+# and the calls of keyrings, as the keys of its session are the user's: load arch; not ours: deny;
+# load the call; not of this ABI: deny; past keyctl: allow; from add_key on: deny; no ioctl: allow;
+# load which; ...
 print_filter() {
-  local arch nr allow='\6\0\0\0\0\0\377\177' deny='\6\0\0\0\1\0\5\0'
+  local arch nr first last allow='\6\0\0\0\0\0\377\177' deny='\6\0\0\0\1\0\5\0'
   case $HOSTTYPE in
-    x86_64) arch='\76\0\0\300' nr='\20\0\0\0' ;;
-    aarch64) arch='\267\0\0\300' nr='\35\0\0\0' ;;
+    x86_64) arch='\76\0\0\300' nr='\20\0\0\0' first='\370\0\0\0' last='\372\0\0\0' ;;
+    aarch64) arch='\267\0\0\300' nr='\35\0\0\0' first='\331\0\0\0' last='\333\0\0\0' ;;
     *) printf '%b' "$allow"; return ;;
   esac
-  printf '%b' '\40\0\0\0\4\0\0\0' '\25\0\0\7' "$arch" '\40\0\0\0\0\0\0\0' '\65\0\5\0\0\0\0\100' \
-    '\25\0\0\3' "$nr" '\40\0\0\0\30\0\0\0' '\25\0\2\0\22\124\0\0' '\25\0\1\0\34\124\0\0' \
-    "$allow" "$deny"
+  printf '%b' '\40\0\0\0\4\0\0\0' '\25\0\0\11' "$arch" '\40\0\0\0\0\0\0\0' '\65\0\7\0\0\0\0\100' \
+    '\45\0\5\0' "$last" '\65\0\5\0' "$first" '\25\0\0\3' "$nr" '\40\0\0\0\30\0\0\0' \
+    '\25\0\2\0\22\124\0\0' '\25\0\1\0\34\124\0\0' "$allow" "$deny"
 }
 
 # Landlock keeps a process from abstract sockets that were made outside (kernel 6.12); signals of
@@ -99,14 +105,14 @@ guard='$SIG{INT} = $SIG{QUIT} = "DEFAULT"; my $wish = pack("QQQ", 0, 0, 1);
   exec { $ARGV[0] } @ARGV; print STDERR "farm: $ARGV[0]: $!\n"; exit 127'
 
 main() {
-  local option home box=() first=() names=() refs=() last=() hidden=() net=()
+  local option home box=() first=() names=() refs=() last=() hidden=() more=()
   local tree='' private='' temp=''
-  while getopts w:r:x:o:e:t:g:s:b:nh option; do
+  while getopts w:r:x:o:e:t:g:s:b:ndh option; do
     case $option in
       w) last+=(--bind "$OPTARG" "$OPTARG") ;; r) last+=(--ro-bind "$OPTARG" "$OPTARG") ;;
       o) last+=(--bind "${OPTARG#*=}" "${OPTARG%%=*}") ;; x) hidden+=("$OPTARG") ;;
-      e) names+=("$OPTARG") ;; b) refs+=("$OPTARG") ;; n) net=(--unshare-net) ;;
-      t) temp=$OPTARG ;; g) tree=$OPTARG ;; s) private=$OPTARG ;;
+      e) names+=("$OPTARG") ;; b) refs+=("$OPTARG") ;; n) more+=(--unshare-net) ;;
+      t) temp=$OPTARG ;; g) tree=$OPTARG ;; s) private=$OPTARG ;; d) more+=(--new-session) ;;
       h) sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; exit 0 ;; *) exit 2 ;;
     esac
   done
@@ -116,7 +122,7 @@ main() {
   # what lies in a tmpfs is nobody's memory: no limit would see it
   box=(--ro-bind / / --dev /dev --size 268435456 --tmpfs /dev/shm --remount-ro /dev --proc /proc
     --size 1048576 --tmpfs /run)
-  for home in $in_run; do box+=(--ro-bind-try "$home" "$home"); done
+  for home in $as_is; do box+=(--ro-bind-try "$home" "$home"); done
   if [ -n "$temp" ]; then box+=(--bind "$temp" /tmp --bind "$temp" /var/tmp)
   else box+=(--tmpfs /tmp --tmpfs /var/tmp); fi
   option=$PWD
@@ -134,7 +140,7 @@ main() {
   ! command -v perl >/dev/null || { set -- perl -e "$guard" -- "$@" && trap '' INT QUIT; }
   # What fails within <(...) is not seen here, but fails closed: of an empty filter bwrap ends, and
   # without its list a command has no variables at all.
-  exec bwrap "${box[@]}" ${net[@]+"${net[@]}"} --unshare-user-try \
+  exec bwrap "${box[@]}" ${more[@]+"${more[@]}"} --unshare-user-try \
     --unshare-pid --unshare-ipc --unshare-uts --unshare-cgroup-try --die-with-parent \
     --cap-drop ALL --chdir "$PWD" --clearenv --args 8 --seccomp 9 -- "$@" \
     8< <(print_environment ${names[@]+"${names[@]}"}) 9< <(print_filter)

@@ -16,8 +16,8 @@ for v in ${!GIT_@} CDPATH; do [[ $v =~ $ours ]] || unset "$v"; done
 say() { printf '%s\n' "farm: $1" ${2:+"  try: $2"} >&2; } # WHAT [HINT]
 fail() { say "$2" "${3-}"; exit "$1"; } # CODE WHAT [HINT]
 run_git() { # git without hooks, which waits for the others' locks
-  git -c core.hooksPath=/dev/null -c core.filesRefLockTimeout=10000 \
-    -c core.packedRefsTimeout=30000 "$@" >&2
+  ${box[@]+"${box[@]}"} git -c core.hooksPath=/dev/null -c core.fsmonitor=false \
+    -c core.filesRefLockTimeout=10000 -c core.packedRefsTimeout=30000 "$@" >&2
 }
 
 # Sets main, the farm's checkout: as is written down, else git's main worktree, else where $repo is.
@@ -46,7 +46,7 @@ find_admin_dir() { # WORKTREE -> sets admin_dir, its folder in the common git di
   IFS= read -r -d '' link 2>/dev/null <"$1/.git" || :
   link=${link%$'\n'} admin_dir=${link#gitdir: }
   case $admin_dir in "$link") return 1 ;; /*) ;; *) admin_dir=$1/$admin_dir ;; esac
-  [ -s "$admin_dir/HEAD" ] && [ -s "$admin_dir/commondir" ] &&
+  [ -f "$admin_dir/HEAD" ] && [ -s "$admin_dir/commondir" ] &&
     [ "${admin_dir%/*}" -ef "$common/worktrees" ]
 }
 
@@ -80,11 +80,12 @@ add_worktree() { # NAME: git's entry and the branch, no files yet
 }
 
 check_out() { # NAME: its files, its setup, then the mark that all of it is done
-  local path=$dir/$1-worktree admin_dir
+  local path=$dir/$1-worktree tame=$here/sandbox/tame-filters.sh admin_dir box=()
+  [ "${FARM_ISOLATE:-none}" = none ] || box=(bash "$tame" tree "$main" "$path")
   run_git -c checkout.workers="$workers" -C "$path" reset -q --hard --no-recurse-submodules &&
     { ! has_setup "$path" || ! [ -x "$here/setup-worktree.sh" ] ||
       "$here/setup-worktree.sh" -C "$main" "$path" >&2 9>&-; } &&
-    find_admin_dir "$path" && : >"$admin_dir/farm-ready"
+    find_admin_dir "$path" && rm -f "$admin_dir/farm-ready" && : >"$admin_dir/farm-ready"
 }
 
 make_fresh() { # NAME...: entries one after the other, their files on all cores meanwhile
@@ -97,8 +98,7 @@ make_fresh() { # NAME...: entries one after the other, their files on all cores 
     run_git -C "$main" update-ref --stdin 2>/dev/null || has_branches=1
   for name in "$@"; do
     find_admin_dir "$dir/$name-worktree" || add_worktree "$name" || { code=1; continue; }
-    check_out "$name" &
-    pids+=($!)
+    check_out "$name" & pids+=($!)
     [ $((${#pids[@]} - first)) -lt "$cores" ] || wait "${pids[first++]}" || code=1
   done
   while [ "$first" -lt "${#pids[@]}" ]; do wait "${pids[first++]}" || code=1; done
@@ -121,7 +121,7 @@ print_rows() { # NAME...: a row for each worktree that is complete
 
 main() {
   local count='' base=HEAD dir=${FARM_WORKTREES-} prefix=agent repo=. here option
-  local common main start admin_dir='' names=() fresh=() has_branches='' code=0
+  local common main start admin_dir='' names=() fresh=() has_branches='' code=0 box=()
   while getopts n:b:d:p:C:h option; do
     case $option in
       n) count=$OPTARG ;; b) base=$OPTARG ;; d) dir=$OPTARG ;; p) prefix=$OPTARG ;;
@@ -144,7 +144,7 @@ main() {
     fail 1 "cannot write $common/farm-worktrees.lock"
   flock 9 2>/dev/null || perl -e 'open(F, ">&=9") && flock(F, 2) or die "flock: $!\n"'
   sort_out
-  if [ "${#fresh[@]}" -gt 0 ]; then make_fresh "${fresh[@]}"; fi
+  [ "${#fresh[@]}" -eq 0 ] || make_fresh "${fresh[@]}"
   print_rows ${names[@]+"${names[@]}"} && return "$code"
 }
 main "$@"

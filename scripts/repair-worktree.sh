@@ -15,7 +15,7 @@ for v in ${!GIT_@} CDPATH; do [[ $v =~ $ours ]] || unset "$v"; done
 
 say() { printf '%s\n' "farm: $1" ${2:+"  try: $2"} >&2; } # WHAT [HINT]
 fail() { say "$2" "${3-}"; exit "$1"; } # CODE WHAT [HINT]
-run_git() { git -c core.hooksPath=/dev/null "$@" >&2; }
+run_git() { ${box[@]+"${box[@]}"} git -c core.hooksPath=/dev/null "$@" >&2; }
 # Sets REPLY: the path in FILE, without its `gitdir: `, made absolute from BASE.
 read_path() { # FILE BASE
   REPLY=''
@@ -68,6 +68,7 @@ mend_head() {
   if ! [ -s "$entry/commondir" ]; then printf '../..\n' >"$entry/commondir"; fi
   if git -C "$path" symbolic-ref -q HEAD >/dev/null 2>&1; then return; fi
   if [ -s "$entry/logs/HEAD" ]; then last=$(tail -n 1 "$entry/logs/HEAD" | cut -d ' ' -f 2); fi
+  [[ $last =~ ^[0-9a-f]+$ ]] && git -C "$common" cat-file -e "$last^{commit}" 2>/dev/null || last=''
   if [ -z "$last" ] && git -C "$common" show-ref -q --verify "refs/heads/farm/$agent/work"; then
     last="ref: refs/heads/farm/$agent/work"
   fi
@@ -79,8 +80,9 @@ mend_head() {
 # Of a worktree that was never finished: a plain checkout that was cut short leaves nothing to keep.
 rescue_leftovers() {
   local saved
-  if [ -z "$(git -C "$path" status --porcelain -unormal | grep -v '^ D ' || :)" ]; then return; fi
-  saved=$("$(dirname -- "$0")/rescue.sh" save -a "$agent" "$path") ||
+  saved=$(${box[@]+"${box[@]}"} git -C "$path" status --porcelain -unormal | grep -v '^ D ') ||
+    return 0
+  saved=$(${box[@]+"${box[@]}"} "$(dirname -- "$0")/rescue.sh" save -a "$agent" "$path") ||
     fail 4 "$path has unsaved work, and it could not be kept by rescue.sh beside this script"
   say "kept what $path held: ${saved%%$'\t'*}" 'rescue.sh list'
 }
@@ -90,19 +92,17 @@ mend_gone() { # STEM
   local file
   for file in "$common"/worktrees/*/gitdir; do
     read_path "$file" "${file%/*}"
-    case $REPLY in
-      "$1"*-worktree/.git) [ -e "$REPLY" ] || "$0" -C "$repo" "${REPLY%/.git}" || : ;;
-    esac
+    [[ $REPLY != "$1"*-worktree/.git ]] || [ -e "$REPLY" ] ||
+      "$0" -C "$repo" "${REPLY%/.git}" || :
   done
 }
 
 main() {
-  local repo=. agent='' path common entry='' option gone='' stem=''
+  local repo=. agent='' path common entry='' option gone='' stem='' box=() sandbox=${0%/*}/sandbox
   while getopts C:a:g:h option; do
     case $option in
       C) repo=$OPTARG ;; a) agent=$OPTARG ;; g) stem=$OPTARG ;;
-      h) sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; exit 0 ;;
-      *) exit 2 ;;
+      h) sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; exit 0 ;; *) exit 2 ;;
     esac
   done
   shift $((OPTIND - 1))
@@ -127,6 +127,7 @@ main() {
     find_moved_entry "$REPLY" || adopt_files
   fi
   mkdir -p -- "$path"
+  find "$entry" ! -type d ! -type f -delete # links, through which we would write elsewhere
   if ! [ -e "$entry/index" ] && ! [ -e "$entry/farm-ready" ] &&
     [ -z "$(find "$path" -mindepth 1 -maxdepth 1 ! -name .git)" ]; then
     rm -rf "$entry" "$path"
@@ -135,6 +136,7 @@ main() {
   printf 'gitdir: %s\n' "$entry" >"$path/.git"
   printf '%s\n' "$path/.git" >"$entry/gitdir"
   mend_head
+  [ "${FARM_ISOLATE:-none}" = none ] || box=(bash "$sandbox/tame-filters.sh" tree "$repo" "$path")
   # These are ours: nobody was let in yet.
   if ! [ -e "$entry/farm-ready" ]; then rm -f "$entry/index.lock" "$entry/HEAD.lock"; fi
   if ! [ -s "$entry/index" ]; then run_git -C "$path" read-tree HEAD; fi

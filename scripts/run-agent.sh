@@ -77,7 +77,7 @@ is_stopping() { # without a process: fifty ask at once
 
 use_own_home() {
   local home=${FARM_WORKTREES:-$FARM_WORKTREE}/homes/$FARM_AGENT_NAME
-  export FARM_USER_HOME=$HOME
+  FARM_USER_HOME=$(cd -P -- "$HOME" && pwd) && export FARM_USER_HOME
   if [ ! -d "$home" ]; then
     rm -rf "$home.new" && mkdir -p "$home.new" && cp -Rp "$FARM_AGENT_HOME/." "$home.new" &&
       mv "$home.new" "$home" || return 1

@@ -54,7 +54,7 @@ as_lines() { tr '\0\n' '\n\1'; }
 # What was copied here last, and when: names in $mark, which is as old as the last copy. A file of
 # that list whose inode has not changed since is as it came; any other is somebody's own.
 find_mark() { # PATH -> sets mark and old, its names as lines
-  mark=$(git -C "$1" rev-parse --absolute-git-dir)/farm-included old=$list.old
+  mark=$(git -C "$1" rev-parse --absolute-git-dir)/farm-included old=$list.old; rm -f -- "$mark.new"
   if [ -s "$mark" ]; then as_lines <"$mark" >"$old"; else : >"$old"; fi
 }
 

@@ -462,7 +462,7 @@ def test_whoever_looks_at_trees_from_outside_runs_no_filter_but_that_of_lfs(make
     ground.git("config", "filter.user.clean", f"touch '{ground.home}/{ran}'; cat")
     ground.git("config", "filter.lfs.clean", "git-lfs clean")
     ground.enter("agent", "bwrap", ground.tree(1), "echo 'a.txt filter=user' >.gitattributes; echo y >a.txt")
-    without = ["bash", ground.toolkit / "scripts/sandbox/without-filters.sh", ground.repo]
+    without = ["bash", ground.toolkit / "scripts/sandbox/tame-filters.sh", "off", ground.repo]
     look = ["bash", ground.toolkit / "scripts/merge/look.sh", "work", "-C", ground.repo, "-b", "main"]
     row = f"agent-001\tfarm/agent-001/t-0001\t{ground.tree(1)}\n"
     assert ground.run(*without, *look, stdin=row, check=True).stdout

@@ -16,8 +16,9 @@ import psutil
 import pytest
 import tabulate
 from attacks import Ground
+from farm_calls import Caller, copy_repo
 from paths import ROOT, SCRIPTS
-from sandbox import run
+from sandbox import GIT_CONFIG, run
 
 import farm as toolkit
 
@@ -135,3 +136,19 @@ def test_a_sandbox_within_a_sandbox_cannot_be_made_so_that_codex_goes_without(wa
         start = toolkit.CLIS["codex"].launch(permissions, is_isolated=True).start
         assert "danger-full-access" in start or "bypass-approvals-and-sandbox" in start
     assert "danger-full-access" not in toolkit.CLIS["codex"].launch("edits").start
+
+
+def test_home_and_worktrees_may_lie_behind_links_and_the_repo_have_an_odd_name(sandbox):
+    """Where /home is a link, say: bwrap puts nothing in the place of one."""
+    (sandbox.root / "data/u/.ssh").mkdir(parents=True)
+    home = sandbox.root / "home-link/u"
+    home.parent.symlink_to(sandbox.root / "data")
+    (home / ".ssh/id").write_text("KEY")
+    (home / ".gitconfig").write_text(GIT_CONFIG)
+    farm = Caller(copy_repo(home / "odd $x'\"\u00fc#(1) re po;"), os.getpid())
+    farm.ok("add", "one")
+    hidden = '[ ! -e ~/.ssh/id ] && [ ! -e "$FARM_REPO/README.md" ]'
+    env = {"HOME": str(home), "FARM_WORKTREES": str(home.parent / "trees"), "FARM_ISOLATE": "bwrap"}
+    agent, gate = f'{hidden} && echo x >"$FARM_TASK.txt"', "[ ! -e ~/.ssh/id ] && ls t-*.txt README.md"
+    done = farm("run", "-n", "1", "--agent", agent, "--gate", gate, "--until-drained", env=env)
+    assert (done.returncode, farm.task("t-0001")["state"]) == (0, "landed"), done.stderr

@@ -38,8 +38,11 @@ list_unwatched() { # WORKTREE
 }
 
 look_at() { # WORKTREE FILE
-  local inner=''
-  git -C "$1" status --porcelain=v2 --branch -unormal --ignored >"$2" &&
+  local inner='' entry
+  # What git would wait for, or follow: FIFOs, links.
+  find "$1" -name '.git*' -type p -delete
+  IFS= read -r entry <"$1/.git" && find "${entry#gitdir: }" ! -type d ! -type f -delete
+  git -C "$1" status --porcelain=v2 --branch -unormal --ignored --ignore-submodules=dirty >"$2" &&
     list_unwatched "$1" >"$2.files" && list_inner "$1" >"$2.inner" || return 1
   if [ -s "$2.files" ]; then printf '? files that git was told not to look at\n' >>"$2"; fi
   IFS= read -r -d '' inner <"$2.inner" || return 0

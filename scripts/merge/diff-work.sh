@@ -91,7 +91,7 @@ use_scratch_index() {
   index=$(git_there rev-parse --path-format=absolute --git-path index)
   scratch=$(mktemp -d "${TMPDIR:-/tmp}/farm-diff.XXXXXX")
   trap 'rm -rf "$scratch"' EXIT
-  [ ! -e "$index" ] || cp "$index" "$scratch/index"
+  [ -L "$index" ] || [ ! -f "$index" ] || cp "$index" "$scratch/index"
   export GIT_INDEX_FILE=$scratch/index
   git_there add --intent-to-add --all -- . 2>/dev/null || true
 }
@@ -128,7 +128,8 @@ main() {
   base=$before
   [ -n "$base" ] || base=$(find_base "$commit")
   if [ -n "$worktree" ]; then use_scratch_index; commit=; fi
-  words=(diff --no-ext-diff --no-textconv --no-color "$base" ${commit:+"$commit"})
+  words=(diff --no-ext-diff --no-textconv --no-color --ignore-submodules=dirty "$base"
+    ${commit:+"$commit"})
   case $form in
     numbers) git_there "${words[@]}" --no-renames --numstat -z -- | list_numbers ;;
     tool) show_in_tool "$base" ${commit:+"$commit"} ;;

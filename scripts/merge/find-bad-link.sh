@@ -7,6 +7,8 @@
 set -euo pipefail
 case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
 . "$here/common.sh"
+# A git dir that an agent has made may say that objects come by a program of its own.
+export GIT_ALLOW_PROTOCOL=none GIT_NO_LAZY_FETCH=1
 
 # The name that .gitmodules gives the submodule at a path.
 name_of() { # TREE PATH

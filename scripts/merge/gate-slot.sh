@@ -12,13 +12,7 @@
 set -euo pipefail
 case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
 . "$here/common.sh"
-
-# git in folder $1, without hooks, and with nothing of the user's settings that could hide a change.
-git_in() {
-  quiet_git "$1" -c core.fsmonitor=false -c core.trustctime=true -c core.untrackedCache=false \
-    -c core.checkStat=default -c diff.autoRefreshIndex=true -c worktree.useRelativePaths=false \
-    -c core.filesRefLockTimeout=10000 "${@:2}"
-}
+. "$here/slot-git.sh"
 
 # Sets slot (absolute, without links) and mark.
 set_slot() {
@@ -54,7 +48,7 @@ delete_tree() {
 move_slot() {
   rm -rf "$GIT_DIR"/*.lock "$GIT_DIR"/MERGE_* "$GIT_DIR"/rebase-* "$GIT_DIR/sequencer"
   [ -f "$slot/.git" ] || printf 'gitdir: %s\n' "$GIT_DIR" >"$slot/.git"
-  git_in "$slot" checkout -q --detach --force "$1" -- && git_in "$slot" clean -ffdq
+  in_slot checkout -q --detach --force "$1" -- && git_in "$slot" clean -ffdq
 }
 
 # What stops a move: folders that the gate left unwritable, then an index that git cannot read.
@@ -93,8 +87,7 @@ prepare() {
     ! make_slot "$1"; then
     die 1 "git could not check out $1 in $slot" "gate-slot.sh remove $slot"
   fi
-  top=${common%/.git}
-  IFS= read -r top 2>/dev/null <"$common/farm/main" || :
+  find_top "$common"
   if [ -f "$top/.worktreeinclude" ] && [ -x "$setup" ]; then
     "$setup" -o -C "$slot" "$slot" >&2 || :
   fi
@@ -107,7 +100,7 @@ check() {
   shas=$(git_in "$slot" rev-parse HEAD "$1^{commit}" 2>/dev/null) ||
     die 3 "there is no commit $1" "git log --all"
   [ "${shas%%$'\n'*}" = "${shas##*$'\n'}" ] || list=$'HEAD\n'
-  names=$(git_in "$slot" diff --name-only --no-renames --ignore-submodules=dirty -z "$1" -- |
+  names=$(in_slot diff --name-only --no-renames --ignore-submodules=dirty -z "$1" -- |
     tr '\0\n' '\n\1') ||
     die 3 "git cannot tell what the gate has changed in $slot" "gate-slot.sh prepare $slot $1"
   while IFS= read -r path; do
@@ -120,7 +113,7 @@ check() {
 }
 
 main() {
-  local verb=${1-} repo=. common='' slot mark
+  local verb=${1-} repo=. common='' slot mark box=()
   [ "$verb" != -h ] || { usage; exit 0; }
   shift || true
   if [ "${1-}" = -C ] && [ $# -ge 2 ]; then repo=$2 && shift 2; fi

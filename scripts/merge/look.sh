@@ -31,7 +31,8 @@ count_commits() { # BRANCH... -> lines: branch<TAB>commits that TARGET has not
 probe() { # NAME BRANCH PATH
   local commits=0 words word last='' lines=0
   words=$(git -C "$3" -c core.fsmonitor=false -c diff.autoRefreshIndex=false diff --merge-base \
-    --shortstat --no-ext-diff --no-textconv "$target" -- 2>/dev/null) || return 0
+    --shortstat --no-ext-diff --no-textconv --ignore-submodules=dirty "$target" \
+    -- 2>/dev/null) || return 0
   for word in $words; do # 3 files changed, 10 insertions(+), 2 deletions(-)
     case $word in insertion* | deletion*) lines=$((lines + last)) ;; esac
     last=$word

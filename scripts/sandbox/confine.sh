@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Usage: confine.sh agent|tree|setup|gate REPO FOLDER COMMAND [ARGUMENT]...
+# Usage: confine.sh agent|tree|setup|gate|slot REPO FOLDER COMMAND [ARGUMENT]...
 # Runs COMMAND as FARM_ISOLATE says: none (or empty): just so; bwrap: by isolate.sh; else that is a
 # command prefix, in which {worktree} {git} {refs} {mailbox} {home} stand for paths. FOLDER is a
 # worktree or a gate's slot; beside it are all the others, which are hidden, as is REPO.
@@ -9,6 +9,7 @@
 #   the mailbox and state; REPO can be read. A prefix is not used for it.
 # setup: .farm/setup, as an agent without a mailbox
 # gate: its slot, and a TMPDIR; nothing of git
+# slot: the farm's own git in a gate's slot: the same, and git's entry for it. Also no prefix.
 # Also read: FARM_SHOW and FARM_HIDE (paths, separated by colons; +PATH can be written), FARM_PASS
 # (names), FARM_NETWORK and FARM_GATE_NETWORK (full, none), FARM_HOME, FARM_PYTHON,
 # and what enter-scope.sh reads.
@@ -72,8 +73,10 @@ run_by_bwrap() {
   { [ -d "$private" ] && [ -d "$TMPDIR" ]; } || mkdir -p "$private" "$TMPDIR" || return 1
   case $kind in
     gate) network=${FARM_GATE_NETWORK-} ;;
+    slot) box+=(-g "$folder" -s "$private" -d) ;;
     *) box+=(-g "$folder" -s "$private" -b "heads/farm/$agent") ;;
   esac
+  case $kind in tree | setup) box+=(-d) ;; esac # not a process of the farm's own to signal
   add_list -x "${FARM_HIDE-}"
   add_toolkit "$@"
   case $kind in
@@ -92,13 +95,16 @@ run_by_bwrap() {
       add_names "${FARM_CLI_PASS-}"
       add_list -w "${FARM_CLI_STATE-}" ;;
     tree)
-      IFS= read -r name <"$folder/.git" && name=${name#gitdir: }
-      set -- bash "$here/settle-git.sh" "${name%/worktrees/*}" "$name" "$agent" "$@"
       [ -d "${folder%/*}/kept/$agent" ] || mkdir -p "${folder%/*}/kept/$agent" || return 1
       box+=(-r "$repo" -w "${folder%/*}/kept/$agent" -b "farm/rescue/$agent" -b farm/returned) ;;
   esac
-  [ -z "${FARM_AGENT_HOME-}" ] || [ "$kind" = gate ] || box+=(-w "$HOME")
-  [ "$kind" = tree ] || add_caches
+  case $kind:${FARM_AGENT_HOME-} in gate:* | slot:* | *:) ;; *) box+=(-w "$HOME") ;; esac
+  case $kind in
+    tree | slot)
+      IFS= read -r name <"$folder/.git" && name=${name#gitdir: }
+      set -- bash "$here/settle-git.sh" "$folder" "$name" "$agent" "$@" ;;
+    *) add_caches ;;
+  esac
   add_names "${FARM_PASS-}"
   add_list -r "${FARM_SHOW-}"
   [ "$network" != none ] || box+=(-n)
@@ -124,21 +130,18 @@ run_by_prefix() {
 main() {
   local kind=${1-} repo=${2-} folder=${3-} agent name
   if [ "$kind" = -h ]; then sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; exit 0; fi
-  case $kind:$# in
-    agent:[0123] | tree:[0123] | setup:[0123] | gate:[0123]) exit 2 ;;
-    agent:* | tree:* | setup:* | gate:*) ;;
-    *) exit 2 ;;
-  esac
+  case $kind in agent | tree | setup | gate | slot) [ $# -ge 4 ] || exit 2 ;; *) exit 2 ;; esac
   case ${FARM_ISOLATE:-none} in none) ;; *) enter_scope "$@" ;; esac
   shift 3
   agent=${folder##*/} agent=${agent%-worktree}
   unset FARM_IN_SCOPE FARM_NOTIFY # it may hold a token, and is none of theirs
   case $kind:${FARM_ISOLATE:-none} in
-    *:none) exec "$@" ;;
     *:bwrap)
+      # /home may be a link, and bwrap puts nothing in the place of one
+      ! cd -P -- "$HOME" 2>/dev/null || { HOME=$PWD && cd -- "$OLDPWD"; } || exit
       case $kind in gate) ;; *) export TMPDIR=${folder%/*}/tmp/$agent ;; esac
       run_by_bwrap "$@" ;;
-    tree:*) exec "$@" ;;
+    *:none | tree:* | slot:*) exec "$@" ;;
     *) run_by_prefix "$@" ;;
   esac
 }

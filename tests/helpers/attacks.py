@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -172,6 +173,10 @@ DAMAGES = [  # after these, git would not work any more
     ),
 ]
 ROWS = [*READS, *WRITES, *REACHES]
+KEYS = {"x86_64": 250, "aarch64": 219}.get(platform.machine(), 0)
+ASK_FOR_KEYS = f"perl -e 'exit(syscall({KEYS}, 0, -3, 1) < 0)'"  # the session's keyring, which is the user's
+if KEYS and run(["bash", "-c", ASK_FOR_KEYS]).returncode == 0:
+    ROWS.append(Row("reach the keys of the user's session", ASK_FOR_KEYS))
 if TIOCSTI_WORKS:
     ROWS.append(Row("type into its terminal, for the shell behind it", TYPE))
 
