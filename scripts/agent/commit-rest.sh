@@ -51,9 +51,8 @@ is_own_head() {
 # What HEAD's log says since the task began, the newest first. From its file: git would look up
 # each commit there, of all tasks that the worktree has ever had.
 list_moves() {
-  local log
-  log=$(in_tree rev-parse --path-format=absolute --git-path logs/HEAD)
-  tail -n 2000 "$log" 2>/dev/null | awk -F '\t' -v start=" to $branch" '
+  tail -n 2000 "$(in_tree rev-parse --absolute-git-dir)/logs/HEAD" 2>/dev/null |
+    awk -F '\t' -v start=" to $branch" '
     { line[NR] = $2 }
     !first && substr($2, length($2) - length(start) + 1) == start { first = NR }
     END { for (i = NR; first && i >= first; i--) print line[i] }'

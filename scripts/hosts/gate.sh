@@ -4,7 +4,8 @@
 # Runs the gate COMMAND on COMMIT on another machine. WHERE is `ssh:HOST`, or `slurm[:URL] [OPTION
 # of srun ...]`. The commit goes by a ref of the slot's own: pushed to HOST, fetched by a node of
 # Slurm from URL, by default the repo's path, where nodes see that. Clone and caches lie in
-# ~/.cache/farm-gates there; gates run in no sandbox, without LFS and submodules.
+# ~/.cache/farm-gates there; gates run without LFS and submodules. With FARM_ISOLATE=bwrap they run
+# by isolate.sh, which goes along; another prefix cannot.
 # Only the exit code that the gate's own shell there has told is a verdict, behind a word that
 # the gate cannot know; all else is none. What an earlier run of this slot has left in Slurm is
 # canceled first, and when this script ends in whatever way.
@@ -41,7 +42,9 @@ read_verdict() {
 # The line of a command that a login shell takes: ours, by bash, with its arguments.
 make_line() {
   local line='exec bash -c' word
-  for word in "$(cat "$here/gate-here.sh")" farm-gate "$@"; do line+=" $(quote "$word")"; done
+  for word in "$(cat "$here/gate-here.sh")" farm-gate "$@" "${box[@]}"; do
+    line+=" $(quote "$word")"
+  done
   printf '%s' "$line"
 }
 
@@ -71,7 +74,8 @@ by_slurm() { # [URL] [OPTION ...]
   git -C "$FARM_SLOT" update-ref "$ref" "$commit"
   # shellcheck disable=SC2086  # options of srun, several words
   judge srun --quiet --job-name "$job" --ntasks 1 --kill-on-bad-exit $options \
-    bash -c "$(cat "$here/gate-here.sh")" farm-gate "$hub" "$ref" "$commit" "$slot" "$command"
+    bash -c "$(cat "$here/gate-here.sh")" farm-gate "$hub" "$ref" "$commit" "$slot" "$command" \
+    "${box[@]}"
 }
 
 judge() { # COMMAND that runs gate-here.sh there; its input stays open until the end
@@ -86,6 +90,7 @@ judge() { # COMMAND that runs gate-here.sh there; its input stays open until the
   case $code in
     137 | 143) no_verdict "the gate was killed on $host (exit code $code)" ;;
     changed) no_verdict "the gate changed tracked files: $host" ;;
+    no-sandbox) no_verdict "there can be no sandbox (FARM_ISOLATE) $host: apt install bubblewrap" ;;
     *[!0-9]*) no_verdict "no exit code: $code $host" ;;
   esac
   printf 'on %s\n' "$host" >"$TMPDIR/note"
@@ -112,12 +117,18 @@ check() {
 }
 
 main() {
-  local where=${1-} commit=${2-} command=${3-} slot id job ref
+  local where=${1-} commit=${2-} command=${3-} slot id job ref box=('' '' '')
   case $where:$# in
     -h:1) usage; exit 0 ;;
     check:2) check "$2"; exit 0 ;;
     slurm*:3 | ssh:?*:3) ;;
     *) die 2 "where, which commit, which command?" "gate.sh -h" ;;
+  esac
+  case ${FARM_ISOLATE:-none} in
+    none) ;;
+    bwrap)
+      box=("$(<"$here/../isolate.sh")" "${FARM_GATE_NETWORK-}" "$(<"$here/../sandbox/caches")") ;;
+    *) no_verdict "gates on other machines run in no sandbox but bwrap (FARM_ISOLATE)" ;;
   esac
   open_repo "$FARM_SLOT"
   slot=${FARM_SLOT##*/} id=$(printf %s "$common" | git hash-object --stdin)

@@ -20,10 +20,6 @@ case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
 . "$here/show-programs.sh"
 . "$here/enter-scope.sh"
 
-# Each agent has a folder of its own in the place of these, where they are.
-caches='.cache .npm .yarn .pnpm-store .local/share/pnpm .bun/install/cache .cargo/registry
-  .cargo/git go/pkg .gradle/caches .m2/repository .nuget .bundle .composer'
-
 # What is not there could be made by an agent: a file that a CLI obeys, in a folder of its state.
 # Where one has left a link, it leads nowhere.
 make_file() { # PATH
@@ -57,14 +53,15 @@ add_names() { # NAMES
   set +f
 }
 
+# Each agent has a folder of its own in the place of these, where they are.
 add_caches() {
   local name # most programs want a ~/.cache, and HOME cannot be written
   [ -d "$HOME/.cache" ] || mkdir -p "$HOME/.cache"
-  for name in $caches; do
+  while IFS= read -r name; do
     [ -d "$HOME/$name" ] || continue
     [ -d "$private/caches/$name" ] || mkdir -p "$private/caches/$name" || return 1
     box+=(-o "$HOME/$name=$private/caches/$name")
-  done
+  done <"$here/caches"
 }
 
 run_by_bwrap() {

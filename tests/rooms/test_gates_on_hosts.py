@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 
@@ -70,6 +71,27 @@ def test_a_green_lands_a_red_comes_back_and_each_verdict_names_its_host(farm, bo
     assert landed(farm) == [green] and farm.task(red)["attempts"] == 1
     found = runs(farm)
     assert {run[:2] for run in found} == {("green", 0), ("red", 1)} and all(run[2].startswith("on ") for run in found), found
+
+
+@pytest.mark.skipif("FARM_TESTS_WITHOUT_SANDBOX" in os.environ, reason="admitted: bwrap cannot work here")
+def test_where_gates_have_a_sandbox_those_on_hosts_have_it_too_or_give_no_verdict(farm, box, sandbox, monkeypatch):
+    """It reads no key, writes nothing beside its own folder, and has a cache of its own; no bwrap there, no verdict."""
+    monkeypatch.setenv("FARM_ISOLATE", "bwrap")
+    for path in (".ssh/id_key", ".npm/package"):
+        (sandbox.home / path).parent.mkdir(exist_ok=True)
+        (sandbox.home / path).write_text("secret")
+    task = submit(farm, "green")
+    gate = f"""! [ -e "$HOME/.ssh/id_key" ] && [ -z "$(ls -A "$HOME/.npm")" ] && echo x >"$HOME/.npm/mine" && echo x >built
+      ! echo x >"$HOME/made" && ! echo x >.git/made && ! echo x >{farm.repo}/made && echo x >"$TMPDIR/made" && git log -1"""
+    farm("merge", "--gate", gate, timeout=120)
+    assert (landed(farm), (sandbox.home / ".npm/mine").exists()) == ([task], False), farm.ok("show", task)
+    other = submit(farm, "other")
+    (sandbox.root / "no-ssh").write_text(NO_SSH.replace('exec sh', 'PATH=$HOME/bin exec sh'))
+    (sandbox.home / "bin").mkdir()
+    for name in ("bash", "sh", "git", "git-receive-pack", "cut", "mkdir", "rm", "cat", "head", "tr", "perl", "readlink"):
+        (sandbox.home / "bin" / name).symlink_to(shutil.which(name))
+    farm("merge", "--gate", "true", timeout=120)
+    assert landed(farm) == [task] and "there can be no sandbox" in farm.ok("show", other)
 
 
 @pytest.mark.parametrize(("gate", "why"), [("kill -9 $PPID", "told no exit code"), ("exit 137", "was killed on"),
