@@ -12900,14 +12900,11 @@ def watch_status(call: Call) -> int:
     "./farm.py attach 3",
 )
 def verb_attach(call: Call) -> int:
-    if not call.get("all") and (host := host_of(call.store, call.agent())):
-        return attach_on(call, host)
+    agent, host = ("", "") if call.get("all") else find_agent(call)
+    if host:
+        return attach_on(call, agent, host)
     socket = find_server(call.repo)
-    name = (
-        run_script("overview-tmux.sh", "-L", socket).stdout.strip()
-        if call.get("all")
-        else call.agent()
-    )
+    name = agent or run_script("overview-tmux.sh", "-L", socket).stdout.strip()
     # what the script names where there is no such session
     os.environ["FARM_STATUS"] = as_typed("./farm.py status")
     script = os.path.join(SCRIPTS, "attach-tmux.sh")
@@ -12920,18 +12917,43 @@ def host_of(store: Store, agent: str) -> str:
     return host if host in read_hosts(store) else ""
 
 
-def attach_on(call: Call, host: str) -> int:
-    """What to type: a host need not be reachable from here."""
+def find_agent(call: Call) -> tuple[str, str]:
+    """(agent, its host) of the first argument. A bare number that no agent here has had is that of
+    the one host that has it. Raises Refused where several have."""
+    agent = call.agent()
+    if call.args[0].isdigit() and not os.path.exists(call.store.path("logs", agent + ".log")):
+        found = [
+            record["agent"]
+            for told in read_hosts(call.store).values()
+            for record in told.get("agents", ())
+            if record["agent"].endswith("-" + agent)
+        ]
+        if len(found) > 1:
+            hint = f"./farm.py {call.name} {found[0]}"
+            raise Refused(f"{call.args[0]} is the number of {', '.join(found)}", hint)
+        agent = found[0] if found else agent
+    return agent, host_of(call.store, agent)
+
+
+# What a host has told of itself is a text for a person, and no command for this machine: it runs
+# what it says on that host only.
+def attach_on(call: Call, agent: str, host: str) -> int:
+    """Go there by ssh where this farm has placed the host itself; else, and without a terminal,
+    what to type: a host need not be reachable from here."""
     told = read_hosts(call.store)[host]
-    print(f"{told['reach'] or 'ssh -t ' + host} {told['farm']} attach {call.agent()[-3:]}")
-    say(f"{call.agent()} is on {host}: type that where {host} can be reached")
+    engine = call.store.read_part(PLACED_FILE, "hosts").get(host, [""])[0]
+    there = f"{told['farm']} attach {agent[-3:]}"
+    if engine.startswith("ssh:") and sys.stdin.isatty() and sys.stdout.isatty():
+        line = 'exec ${GIT_SSH_COMMAND:-ssh} -t -- "$@"'
+        return os.execv(find_bash(), ["bash", "-c", line, "ssh", engine[4:], there])
+    print(f"{told['reach'] or 'ssh -t ' + (engine[4:] or host)} {there}")
+    say(f"{agent} is on {host}: type that where {host} can be reached")
     return 0
 
 
-def order_on(call: Call, host: str, *argv: str, stdin: str = "") -> int:
+def order_on(call: Call, agent: str, host: str, *argv: str, stdin: str = "") -> int:
     """What the host's own farm says to the verb."""
-    number = call.agent()[-3:]
-    done = order(call.store, host, call.name, number, *argv, stdin=stdin)
+    done = order(call.store, host, call.name, agent[-3:], *argv, stdin=stdin)
     sys.stdout.write(printable(done["out"]))
     if done["err"].strip():
         say(printable(done["err"]).strip().removeprefix("farm: "))
@@ -12970,11 +12992,12 @@ def verb_logs(call: Call) -> int:
     """Of all, the last 10 lines of each, or all with `-n` or without -f; -f goes on in the order in
     which lines appear."""
     is_all, follow, readers = call.get("all"), call.get("follow"), {}
-    if not is_all and (host := host_of(call.store, call.agent())):
-        if follow:
-            raise UsageError("logs -f is for agents of this machine", f"logs {call.agent()} -n 50")
-        return order_on(call, host, "-n", str(call.get("lines", 200)))
-    one, raw = [] if is_all else [call.agent()], call.get("raw") and not is_all
+    agent, host = ("", "") if is_all else find_agent(call)
+    if host and follow:
+        raise UsageError("logs -f is for agents of this machine", f"./farm.py attach {agent}")
+    if host:
+        return order_on(call, agent, host, "-n", str(call.get("lines", 200)))
+    one, raw = [agent] if agent else [], call.get("raw") and not is_all
     if one and not os.path.exists(call.store.path("logs", one[0] + ".log")):
         raise NotFound(f"{one[0]} has no log yet", "./farm.py status")
     lines = call.get("lines", 10 if is_all and follow else None)
@@ -13007,9 +13030,10 @@ def verb_send(call: Call) -> int:
         raise UsageError("send needs a text", "./farm.py send AGENT TEXT")
     if call.get("all"):
         return send_to_all(call, text)
-    if host := host_of(call.store, call.agent()):
-        return order_on(call, host, text)
-    run_script("send-tmux.sh", "-L", find_server(call.repo), call.agent(), stdin=text)
+    agent, host = find_agent(call)
+    if host:
+        return order_on(call, agent, host, text)
+    run_script("send-tmux.sh", "-L", find_server(call.repo), agent, stdin=text)
     return 0
 
 
@@ -13022,13 +13046,16 @@ def send_to_all(call: Call, text: str) -> int:
     names = sorted(
         claim.agent
         for claim in call.store.snapshot().claims.values()
-        if claim.task and claim.agent in live
+        if claim.task and (claim.agent in live or host_of(call.store, claim.agent))
     )
     if not names:
         raise NotFound("no agent is at work", "./farm.py status")
 
     def send(name: str) -> list[str]:
         try:
+            if host := host_of(call.store, name):
+                done = order(call.store, host, "send", name[-3:], text)
+                return [name, one_line(done["err"], 200) if done["code"] else "taken"]
             run_script("send-tmux.sh", "-L", socket, name, stdin=text)
         except FarmError as error:
             return [name, str(error)]

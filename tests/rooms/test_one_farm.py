@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import time
 
 from farm_calls import landed
 from host_calls import Served, Spoke, make_ssh
-from sandbox import wait_until
+from sandbox import run, wait_until
 
 AGENT = """
 echo "ready for $FARM_TITLE"; read -r line; echo "$line" >"$FARM_TASK.txt"
@@ -105,3 +106,45 @@ def test_doctor_tells_of_a_host_its_version_its_clock_its_trouble_and_what_its_o
     for words in ("h1 has another version", "the clock of h1 is 2h00 behind", "h1: git-lfs is missing"):
         assert any(words in problem for problem in found), (words, found)
     assert list((farm.folder / "orders" / "h1").iterdir()) == []
+
+
+def tell_of(farm, host: str, *agents: str) -> None:
+    """As a host that tells of these agents."""
+    path = farm.folder / "hosts" / f"{host}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = {"heard_at": "2099-01-01T00:00:00Z", "agents": [{"agent": name} for name in agents], "reach": "", "farm": "f/farm.py"}
+    path.write_text(json.dumps(told))
+
+
+def test_a_bare_number_is_the_agent_of_the_one_host_that_has_it(farm):
+    tell_of(farm, "h1", "h1-agent-001", "h1-agent-002")
+    assert farm.ok("attach", "2") == "ssh -t h1 f/farm.py attach 002"
+    tell_of(farm, "h2", "h2-agent-002")
+    assert "h1-agent-002, h2-agent-002" in farm.refused(4, "attach", "2") and farm.ok("attach", "h2-agent-002")
+    (farm.folder / "logs").mkdir(exist_ok=True)
+    (farm.folder / "logs/agent-002.log").write_text("mine\n")
+    assert farm.ok("logs", "2") == "mine"
+
+
+def test_on_a_terminal_attach_goes_to_a_host_that_the_farm_has_placed_and_runs_nothing_of_what_it_tells(farm, sandbox):
+    tell_of(farm, "h1", "h1-agent-001")
+    path = farm.folder / "hosts/h1.json"
+    path.write_text(path.read_text().replace("f/farm.py", f"$(touch {sandbox.root}/made) farm.py"))
+    (farm.folder / "placed.json").write_text(json.dumps({"schema": 1, "hosts": {"h1": ["ssh:box1", 1, ""]}}))
+    ssh = sandbox.root / "ssh"
+    ssh.write_text("#!/bin/sh\nprintf '<%s>' \"$@\"\n")
+    ssh.chmod(0o755)
+    words = " ".join(map(shlex.quote, farm.argv("attach", "h1-agent-001")))
+    said = run(["script", "-qc", words, "/dev/null"], env={"GIT_SSH_COMMAND": str(ssh)}).stdout
+    assert f"<-t><--><box1><$(touch {sandbox.root}/made) farm.py attach 001>" in said and not (sandbox.root / "made").exists()
+    assert "ssh -t box1 " in farm.ok("attach", "h1-agent-001")
+
+
+def test_what_is_sent_to_all_goes_to_agents_of_hosts_and_names_those_that_do_not_answer(farm, sandbox, monkeypatch, farm_cleanup):
+    spoke = Spoke(farm, "h1", str(make_ssh(sandbox.root, farm.repo)), 1, AGENT).start()
+    task = farm.ok("add", "one")
+    wait_until(lambda: "ready for one" in farm("logs", "h1-agent-001").stdout, 40, f"its claim: {spoke.said()}")
+    assert farm.ok("send", "--all", "for all", timeout=60).split("\t") == ["h1-agent-001", "taken"]
+    wait_until(lambda: farm.task(task)["state"] == "ready", 40, f"its work: {spoke.said()}")
+    spoke.process.send_signal(signal.SIGINT)
+    assert spoke.process.wait(60) is not None
