@@ -9,7 +9,8 @@
 #                                                   to refs/farm/in/HOST/FENCE; FROMs that are not
 #                                                   there, or are KNOWN, are passed over
 # How code goes between a host's clone and the hub, its remote `hub`. fetch drops what the target
-# has: branches of tasks that landed, and their pins.
+# has: branches of tasks that landed, and their pins. The hub takes no content of Git LFS: that goes
+# to a server that both reach, before the commit that names it, and without one there is no clone.
 # Prints: fetch: each TO that is there; push: FENCE<TAB>sha
 # Exit: 0 ok, 1 git failed, 2 usage
 set -euo pipefail
@@ -17,18 +18,43 @@ case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
 . "$here/../merge/common.sh"
 export GIT_TERMINAL_PROMPT=0 LC_ALL=C
 
+has_lfs() { # FOLDER COMMIT
+  git -C "$1" grep -q -e 'filter=lfs' "$2" -- ':(glob)**/.gitattributes'
+}
+
+settle_lfs() { # FOLDER
+  has_lfs "$1" "refs/heads/$target" || return 0
+  git -C "$1" lfs install --local >/dev/null 2>&1 ||
+    die 6 "the repo has files in Git LFS, and git-lfs is missing here" \
+      "apt install git-lfs, or brew install git-lfs"
+  git -C "$1" config lfs.url >/dev/null || git -C "$1" config remote.hub.lfsurl >/dev/null ||
+    git -C "$1" config --blob "refs/heads/$target:.lfsconfig" lfs.url >/dev/null ||
+    die 4 "the repo has files in Git LFS, and no server for them that hosts and the hub reach" \
+      "git config -f .lfsconfig lfs.url URL, committed; or git config --global lfs.url URL here"
+}
+
+push_lfs() { # COMMIT
+  local said
+  has_lfs "$repo" "$1" || return 0
+  said=$(git -C "$repo" lfs push hub "$1" 2>&1 </dev/null) ||
+    die 1 "LFS content of ${1:0:10} could not be pushed: ${said##*$'\n'}" \
+      "git -C $repo lfs push hub $1"
+}
+
 make_clone() { # FOLDER
   if [ ! -e "$1/.git/farm/cloned" ]; then
     rm -rf "$1.new"
     git clone --quiet --no-checkout --origin hub --config gc.auto=0 "$url" "$1.new"
     quiet_git "$1.new" fetch --quiet hub "+refs/heads/$target:refs/heads/$target" \
       --update-head-ok
+    settle_lfs "$1.new"
     quiet_git "$1.new" checkout --quiet --detach "refs/heads/$target"
     mkdir -p "$1.new/.git/farm" && : >"$1.new/.git/farm/cloned"
     if [ -e "$1" ]; then die 1 "$1 is there, and no clone of the farm's" "--folder ANOTHER"; fi
     mv "$1.new" "$1"
   fi
   git -C "$1" remote set-url hub "$url"
+  settle_lfs "$1"
   if [ -n "${identity//$'\t'/}" ] && ! git -C "$1" config user.email >/dev/null; then
     git -C "$1" config user.name "${identity%%$'\t'*}"
     git -C "$1" config user.email "${identity#*$'\t'}"
@@ -56,6 +82,7 @@ push_refs() {
   while read -r from fence known; do
     sha=$(git -C "$repo" rev-parse -q --verify "$from^{commit}") || continue
     if [ "$sha" = "$known" ]; then continue; fi
+    push_lfs "$sha"
     specs+=("+$sha:refs/farm/in/$host/$fence")
     told+=$fence$'\t'$sha$'\n'
   done
