@@ -10070,7 +10070,7 @@ def serve_lines(moves: HostMoves, reader, writer) -> None:
 # -------------------------------------------------------------------------------------------- spoke
 # A host's side: its agents run in a farm of the host's own, whose queue holds what the hub has
 # leased to them. What ends here is kept here until the hub has taken it.
-# (tests/rooms/test_spoke.py)
+# (tests/rooms/test_spoke.py, tests/rooms/test_spoke_clones.py)
 
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10"
 NEVER = "9999-12-31T00:00:00Z"

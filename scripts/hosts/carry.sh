@@ -42,9 +42,16 @@ push_lfs() { # COMMIT
 }
 
 make_clone() { # FOLDER
+  local said
   if [ ! -e "$1/.git/farm/cloned" ]; then
     rm -rf "$1.new"
-    git clone --quiet --no-checkout --origin hub --config gc.auto=0 "$url" "$1.new"
+    said=$(git clone --quiet --no-checkout --origin hub --config gc.auto=0 "$url" "$1.new" 2>&1) ||
+      case $said in
+        *'promisor remote'*)
+          die 4 "the hub's repo is a partial clone, and lacks objects that its hosts need" \
+            "there: git config --unset remote.origin.partialCloneFilter; git fetch --refetch" ;;
+        *) printf '%s\n' "$said" >&2; exit 1 ;;
+      esac
     quiet_git "$1.new" fetch --quiet hub "+refs/heads/$target:refs/heads/$target" \
       --update-head-ok
     settle_lfs "$1.new"

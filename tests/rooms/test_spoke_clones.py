@@ -1,4 +1,5 @@
-"""Content in Git LFS on hosts: it goes by a server that both reach, before the commit that names it, or no work begins."""
+"""Hubs whose clone is not all of the repo: content in Git LFS goes by a server that both reach, before the commit that names
+it, or no work begins; nor does it with a partial clone."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import shutil
 import pytest
 from farm_calls import landed
 from host_calls import Spoke, make_ssh
-from sandbox import git, wait_until
+from sandbox import commit_files, git, run, wait_until
 
 needs_lfs = pytest.mark.skipif(not shutil.which("git-lfs"), reason="git-lfs is not installed: apt install git-lfs")
 
@@ -45,3 +46,20 @@ def test_a_host_of_a_repo_whose_lfs_content_cannot_come_to_the_hub_does_not_begi
     track_lfs(farm.repo)
     spoke = Spoke(farm, "h1", str(make_ssh(sandbox.root, farm.repo)), 1, "true").start()
     assert spoke.process.wait(60) == 4 and "no server for them" in spoke.said()
+
+
+def test_a_host_of_a_hub_that_lacks_objects_does_not_begin_and_says_what_helps(farm, sandbox):
+    upstream, repo = sandbox.work / "upstream", farm.repo
+    commit_files(repo, {"old.txt": "old"})
+    commit_files(repo, {"old.txt": "new"})
+    git(sandbox.work, "clone", "-q", "--bare", str(repo), str(upstream))
+    git(upstream, "config", "uploadpack.allowFilter", "true")
+    shutil.rmtree(repo)
+    git(sandbox.work, "clone", "-q", "--filter=blob:none", f"file://{upstream}", str(repo))
+    spoke = Spoke(farm, "h1", str(make_ssh(sandbox.root, repo)), 1, "true").start()
+    assert spoke.process.wait(60) == 4 and "partial clone" in spoke.said()
+    said = spoke.said()
+    run(["bash", "-c", said.split("try: there: ")[1].splitlines()[0]], cwd=repo, check=True)
+    spoke.start()
+    wait_until((spoke.repo / "old.txt").exists, 60, f"its clone: {spoke.said()}")
+    assert spoke.end() == 143
