@@ -10274,7 +10274,8 @@ class Carrier:
             for task in held
             if task.extra[HUB]["fence"] in self.lost or self.has_ended(task)
         ]
-        if self.takes_new:
+        # where nothing may begin, a claim would keep a task from those who could
+        if self.takes_new and self.farm.has_room():
             troubles.append(self.bring())
         if any(troubles):
             raise FarmError("; ".join(filter(None, troubles)))
@@ -10388,6 +10389,7 @@ class Carrier:
             rev=max(task.rev, known.rev if known else 0),
             seq=tx.state.next_seq(),
             max_attempts=10**6,
+            not_before="",  # by the hub's clock, which has handed it out
             after=[],
             paths=[],
             preset="",
