@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import resource
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 
+import psutil
 from bench_harness import PYTHON, Bench, Cost, Farmed, Row, Samples, check
 from bench_rows import measures
 from paths import SCRIPTS
+from sandbox import git
 
 
 class Connection:
@@ -80,12 +84,53 @@ def host_rows(bench: Bench) -> Iterator[Row]:
     for host in hosts:
         host.close()
 
-    connections, agents = bench.size.clients // 2, 20
-    farmed = bench.farmed(connections * agents)
-    hosts = [Connection(farmed, f"r{number}", agents) for number in range(connections)]
-    longest: list[float] = []
-    seconds = at_once([lambda host=host: longest.append(host.renew(host.claims)) for host in hosts])
-    note = f"{connections} connections; the longest waited {max(longest):.2f} s"
-    yield Row(f"hosts: all claims of {connections * agents} agents renewed", seconds, None, "s", "", note)
-    for host in hosts:
-        host.close()
+    yield from crowd_rows(bench)
+
+
+class Crowd:
+    """The agents of one host as time goes by, pressed by PRESSED: each hands in and takes a task every ten minutes, and all are
+    renewed each third of a lease of 90 s, in one move."""
+
+    PRESSED, AGENTS, TASK, THIRD = 20, 20, 600.0, 30.0
+
+    def __init__(self, farmed: Farmed, host: str, commit: str):
+        self.connection, self.commit, self.waits = Connection(farmed, host, self.AGENTS), commit, []
+
+    def hand_in(self, number: int) -> None:
+        """An agent's work is ready, and it takes another task."""
+        claim = self.connection.claims[number]
+        self.connection.ask("submit", **claim, task={"title": "x", "commit": self.commit})
+        answer = self.connection.ask("claim", agent=claim["agent"], preset="", takes=[""])
+        claim["fence"] = answer["claim"]["fence"]
+
+    def live(self, seconds: float) -> None:
+        """Make each move when it is due, or as soon as the one before is answered; waits: from then on, in seconds."""
+        count, task, third = self.AGENTS, self.TASK / self.PRESSED, self.THIRD / self.PRESSED
+        due = [(task * number / count, self.hand_in, number) for number in range(count)]
+        due += [(third * number, self.connection.renew, self.connection.claims) for number in range(math.ceil(seconds / third))]
+        began = time.perf_counter()
+        for when, move, what in sorted(due, key=lambda one: one[0]):
+            if when < seconds:
+                time.sleep(max(0.0, began + when - time.perf_counter()))
+                move(what)
+                self.waits.append(time.perf_counter() - began - when)
+
+
+def crowd_rows(bench: Bench) -> Iterator[Row]:
+    """What a hub spends on many agents: each move is answered, or this fails."""
+    connections = bench.size.clients // 2
+    seconds = connections / 4
+    farmed = bench.farmed(3 * connections * Crowd.AGENTS)
+    commit = git(farmed.repo, "rev-parse", "main")
+    crowds = [Crowd(farmed, f"r{number}", commit) for number in range(connections)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = at_once([lambda crowd=crowd: crowd.live(seconds) for crowd in crowds])
+    memory = sum(psutil.Process(crowd.connection.process.pid).memory_info().rss for crowd in crowds) / 2**20
+    for crowd in crowds:
+        crowd.connection.close()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    waits = [wait for crowd in crowds for wait in crowd.waits]
+    cores = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / took
+    name = f"hosts: {connections * Crowd.AGENTS} agents, time pressed by {Crowd.PRESSED}"
+    note = f"{len(waits)} moves in {took:.0f} s, due in {seconds:.0f} s; {cores:.1f} cores, {memory:.0f} MiB"
+    yield Row(f"{name}: the longest wait", max(waits), None, "s", "", note)
