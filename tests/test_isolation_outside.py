@@ -7,7 +7,9 @@ import os
 from dataclasses import dataclass
 
 import pytest
-from sandbox import git
+from sandbox import git, run
+
+import farm as toolkit
 
 pytestmark = pytest.mark.usefixtures("there_can_be_sandboxes")
 
@@ -193,3 +195,34 @@ def test_what_a_person_types_runs_as_the_farm_was_started(farm, sandbox, isolate
     farm.ok("show", "t-0003", "--json")
     farm.ok("diff", "t-0003")
     assert by_filter.exists() == (isolate == "none")
+
+
+def test_objects_that_are_there_at_the_start_are_out_of_agents_reach(farm):
+    """They are in packs before an agent begins. One that is damaged is named, and keeps none of the others from it."""
+    before = git(farm.repo, "rev-parse", "HEAD:README.md")
+    bad = git(farm.repo, "hash-object", "-w", "--stdin", input="bad")
+    good = git(farm.repo, "hash-object", "-w", "--stdin", input="good")
+    folder = farm.repo / ".git/objects"
+    (folder / bad[:2] / bad[2:]).unlink()
+    (folder / bad[:2] / bad[2:]).write_bytes((folder / good[:2] / good[2:]).read_bytes())
+    farm.ok("add", "one")
+    agent = f"""
+      cd "$(git rev-parse --git-common-dir)/objects" && rm -rf {before[:2]}/{before[2:]} {good[:2]}/{good[2:]}
+      rm -rf pack; cd - && echo x >"$FARM_TASK.txt" """
+    done = farm("run", "-n", "1", "--agent", agent, "--until-drained", env={"FARM_ISOLATE": "bwrap"})
+    assert (done.returncode, bad in done.stderr) == (0, True), done.stderr
+    assert git(farm.repo, "cat-file", "-p", "main:README.md") == "a throw-away repo"
+    assert git(farm.repo, "cat-file", "-p", good) == "good"
+
+
+def test_what_another_has_committed_is_out_of_reach_once_the_loop_has_kept_it(make_ground, farm, monkeypatch):
+    ground = make_ground(os.geteuid())
+    monkeypatch.setenv("FARM_ISOLATE", "bwrap")
+    settings, state = toolkit.load_settings(str(farm.repo), {}, {}), toolkit.Store(str(farm.repo)).snapshot()
+    for text in ("kept", "not kept"):
+        ground.enter("agent", "bwrap", ground.tree(2), f"echo {text} >mine.txt; git add mine.txt; git commit -q -m mine")
+        if text == "kept":
+            toolkit.Housekeeping(toolkit.Store(str(ground.repo)), settings, "main").go_on(state)
+        name = ground.git("rev-parse", "farm/agent-002/work:mine.txt")
+        ground.enter("agent", "bwrap", ground.tree(1), f'rm -f "$GIT/objects/{name[:2]}/{name[2:]}"')
+        assert (run(["git", "-C", ground.repo, "cat-file", "-e", name]).returncode == 0) == (text == "kept")
