@@ -36,6 +36,7 @@ SLOT = '"$TOOLKIT/scripts/merge/gate-slot.sh" %s -C "$REPO" "$SLOT" "$BRANCH"'
 MERGE = 'printf "t-1\\t$BRANCH\\t1\\t$AGENT\\tx\\n" | "$TOOLKIT/scripts/merge/chain.sh" -C "$REPO" -b main'
 
 WAITED = '[ "$CODE" = 124 ]'
+PIPE = 'rm "$OWN/HEAD"; mkfifo "$OWN/HEAD"'
 PROGRAM = 'mkdir -p tools && printf "#!/bin/sh\\ntouch \\"$HOME/ran\\"\\ncat\\n" >tools/run && chmod +x tools/run; '
 FILTERED = PROGRAM + "echo 'z.txt filter=user' >.gitattributes; echo x >z.txt; git add -A; git commit -q -m filtered; "
 SUB = "git init -q sub; echo a >sub/f; git -C sub add f; git -C sub commit -q -m a; "
@@ -98,7 +99,17 @@ OUTSIDE = [
     Outside("its attributes are a FIFO, and it is removed", "mkfifo .gitattributes", REMOVE, WAITED, alone=True),
     Outside("attributes are a FIFO in a slot", "mkfifo .gitattributes", SLOT % "check", WAITED, alone=True, kind="gate"),
     Outside("they are in a slot that is used again", "mkfifo .gitattributes", SLOT % "prepare", WAITED, alone=True, kind="gate"),
-    Outside("its HEAD is a FIFO, which `up` reads", 'rm "$OWN/HEAD"; mkfifo "$OWN/HEAD"', MAKE, WAITED, alone=True),
+    *[
+        Outside(
+            f"its HEAD is a FIFO, before {script}",
+            PIPE,
+            f'"$TOOLKIT"/scripts/merge/{script} -C "$REPO" {words}',
+            WAITED,
+            alone=True,
+        )
+        for script, words in (("find-checkout.sh", "main"), ("tidy-refs.sh list", "-b main"))
+    ],
+    Outside("its HEAD is a FIFO, which `up` reads", PIPE, MAKE, WAITED, alone=True),
 ]
 USER = 54321 if os.geteuid() == 0 else os.geteuid()
 
@@ -226,3 +237,13 @@ def test_what_another_has_committed_is_out_of_reach_once_the_loop_has_kept_it(ma
         name = ground.git("rev-parse", "farm/agent-001/t-0001:mine.txt")
         ground.enter("setup", "bwrap", ground.tree(2), f'rm -f "$GIT/objects/{name[:2]}/{name[2:]}"')
         assert (run(["git", "-C", ground.repo, "cat-file", "-e", name]).returncode == 0) == (text == "kept")
+
+
+def test_no_folder_on_the_way_to_a_mount_can_be_changed_for_a_link(make_ground):
+    """It would have the next start make a folder elsewhere, and then fail, whatever the task."""
+    ground = make_ground(os.geteuid())
+    (ground.home / "dir").mkdir()
+    script = 'for d in logs/refs refs/farm refs/heads; do mv "$GIT/$d" "$GIT/${d%/*}/x" && ln -s "$HOME/dir" "$GIT/$d"; done; true'
+    for _ in range(2):
+        assert ground.enter("agent", "bwrap", ground.tree(1), script).returncode == 0
+    assert not list((ground.home / "dir").iterdir())
