@@ -48,6 +48,14 @@ FAR = (
     "git config remote.origin.uploadpack \"touch '$HOME/ran';:\""
 )
 HOOKS = PROGRAM + "mkdir .husky; cp tools/run .husky/post-index-change; cp tools/run .husky/reference-transaction; echo x >unsaved"
+ELSEWHERE = (
+    'mkfifo "$HOME/p"; exec 8<>"$HOME/p"; echo word >&8; S=$TOOLKIT/scripts; "$S/hosts/gate-here.sh" "$REPO" "refs/heads/$BRANCH" '
+    '"$(git -C "$REPO" rev-parse "$BRANCH")" s \''
+    + SUB
+    + PROGRAM
+    + 'echo "f filter=own" >sub/.gitattributes; git -C sub config filter.own.clean "$PWD/tools/run"; echo b >sub/f\' '
+    '"$(cat "$S/isolate.sh")" full .npm <&8'
+)
 
 OUTSIDE = [
     Outside("hooks of the settings lie in its tree, whose rest is rescued", HOOKS, REMOVE),
@@ -73,6 +81,9 @@ OUTSIDE = [
         "git -C sub config filter.own.clean \"'$W/tools/run'\"",
         f'git -C "$REPO" branch "target-$N" "$BRANCH"; {LOOK}',
         alone=True,
+    ),
+    Outside(
+        "a gate elsewhere leaves a submodule that has a filter", SUB + "git add sub; git commit -q -m sub", ELSEWHERE, alone=True
     ),
     Outside("a submodule gets missing objects by a program", FAR, MERGE, alone=True),
     Outside(
