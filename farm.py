@@ -1935,7 +1935,7 @@ def run_script(
 # An empty place is the folder that a process is in, too: for ours that is often an agent's tree.
 def drop_relative_places() -> None:
     """Where agents are sandboxed, look for no program, library or module in an agent's tree."""
-    for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PERL5LIB", "BASH_ENV"):
+    for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PERL5LIB"):
         if is_isolated() and (value := os.environ.get(name)):
             os.environ[name] = ":".join(place for place in value.split(":") if place[:1] == "/")
 
