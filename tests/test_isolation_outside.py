@@ -7,7 +7,9 @@ import os
 from dataclasses import dataclass
 
 import pytest
-from sandbox import git
+from sandbox import git, run
+
+import farm as toolkit
 
 pytestmark = pytest.mark.usefixtures("there_can_be_sandboxes")
 
@@ -34,6 +36,7 @@ SLOT = '"$TOOLKIT/scripts/merge/gate-slot.sh" %s -C "$REPO" "$SLOT" "$BRANCH"'
 MERGE = 'printf "t-1\\t$BRANCH\\t1\\t$AGENT\\tx\\n" | "$TOOLKIT/scripts/merge/chain.sh" -C "$REPO" -b main'
 
 WAITED = '[ "$CODE" = 124 ]'
+PIPE = 'rm "$OWN/HEAD"; mkfifo "$OWN/HEAD"'
 PROGRAM = 'mkdir -p tools && printf "#!/bin/sh\\ntouch \\"$HOME/ran\\"\\ncat\\n" >tools/run && chmod +x tools/run; '
 FILTERED = PROGRAM + "echo 'z.txt filter=user' >.gitattributes; echo x >z.txt; git add -A; git commit -q -m filtered; "
 SUB = "git init -q sub; echo a >sub/f; git -C sub add f; git -C sub commit -q -m a; "
@@ -45,6 +48,14 @@ FAR = (
     "git config remote.origin.uploadpack \"touch '$HOME/ran';:\""
 )
 HOOKS = PROGRAM + "mkdir .husky; cp tools/run .husky/post-index-change; cp tools/run .husky/reference-transaction; echo x >unsaved"
+ELSEWHERE = (
+    'mkfifo "$HOME/p"; exec 8<>"$HOME/p"; echo word >&8; S=$TOOLKIT/scripts; "$S/hosts/gate-here.sh" "$REPO" "refs/heads/$BRANCH" '
+    '"$(git -C "$REPO" rev-parse "$BRANCH")" s \''
+    + SUB
+    + PROGRAM
+    + 'echo "f filter=own" >sub/.gitattributes; git -C sub config filter.own.clean "$PWD/tools/run"; echo b >sub/f\' '
+    '"$(cat "$S/isolate.sh")" full .npm <&8'
+)
 
 OUTSIDE = [
     Outside("hooks of the settings lie in its tree, whose rest is rescued", HOOKS, REMOVE),
@@ -71,6 +82,9 @@ OUTSIDE = [
         f'git -C "$REPO" branch "target-$N" "$BRANCH"; {LOOK}',
         alone=True,
     ),
+    Outside(
+        "a gate elsewhere leaves a submodule that has a filter", SUB + "git add sub; git commit -q -m sub", ELSEWHERE, alone=True
+    ),
     Outside("a submodule gets missing objects by a program", FAR, MERGE, alone=True),
     Outside(
         "its HEAD is a link to a file that shells run, and its log says what",
@@ -96,7 +110,17 @@ OUTSIDE = [
     Outside("its attributes are a FIFO, and it is removed", "mkfifo .gitattributes", REMOVE, WAITED, alone=True),
     Outside("attributes are a FIFO in a slot", "mkfifo .gitattributes", SLOT % "check", WAITED, alone=True, kind="gate"),
     Outside("they are in a slot that is used again", "mkfifo .gitattributes", SLOT % "prepare", WAITED, alone=True, kind="gate"),
-    Outside("its HEAD is a FIFO, which `up` reads", 'rm "$OWN/HEAD"; mkfifo "$OWN/HEAD"', MAKE, WAITED, alone=True),
+    *[
+        Outside(
+            f"its HEAD is a FIFO, before {script}",
+            PIPE,
+            f'"$TOOLKIT"/scripts/merge/{script} -C "$REPO" {words}',
+            WAITED,
+            alone=True,
+        )
+        for script, words in (("find-checkout.sh", "main"), ("tidy-refs.sh list", "-b main"))
+    ],
+    Outside("its HEAD is a FIFO, which `up` reads", PIPE, MAKE, WAITED, alone=True),
 ]
 USER = 54321 if os.geteuid() == 0 else os.geteuid()
 
@@ -193,3 +217,44 @@ def test_what_a_person_types_runs_as_the_farm_was_started(farm, sandbox, isolate
     farm.ok("show", "t-0003", "--json")
     farm.ok("diff", "t-0003")
     assert by_filter.exists() == (isolate == "none")
+
+
+def test_objects_that_are_there_at_the_start_are_out_of_agents_reach(farm):
+    """They are in packs before an agent begins. One that is damaged is named, and keeps none of the others from it."""
+    before = git(farm.repo, "rev-parse", "HEAD:README.md")
+    bad = git(farm.repo, "hash-object", "-w", "--stdin", input="bad")
+    good = git(farm.repo, "hash-object", "-w", "--stdin", input="good")
+    folder = farm.repo / ".git/objects"
+    (folder / bad[:2] / bad[2:]).unlink()
+    (folder / bad[:2] / bad[2:]).write_bytes((folder / good[:2] / good[2:]).read_bytes())
+    farm.ok("add", "one")
+    agent = f"""
+      cd "$(git rev-parse --git-common-dir)/objects" && rm -rf {before[:2]}/{before[2:]} {good[:2]}/{good[2:]}
+      rm -rf pack; cd - && echo x >"$FARM_TASK.txt" """
+    done = farm("run", "-n", "1", "--agent", agent, "--until-drained", env={"FARM_ISOLATE": "bwrap"})
+    assert (done.returncode, bad in done.stderr) == (0, True), done.stderr
+    assert git(farm.repo, "cat-file", "-p", "main:README.md") == "a throw-away repo"
+    assert git(farm.repo, "cat-file", "-p", good) == "good"
+
+
+def test_what_another_has_committed_is_out_of_reach_once_the_loop_has_kept_it(make_ground, farm, monkeypatch):
+    ground = make_ground(os.geteuid())
+    monkeypatch.setenv("FARM_ISOLATE", "bwrap")
+    settings, state = toolkit.load_settings(str(farm.repo), {}, {}), toolkit.Store(str(farm.repo)).snapshot()
+    for text in ("kept", "not kept"):
+        ground.enter("agent", "bwrap", ground.tree(1), f"echo {text} >mine.txt; git add mine.txt; git commit -q -m mine")
+        if text == "kept":
+            toolkit.Housekeeping(toolkit.Store(str(ground.repo)), settings, "main").go_on(state)
+        name = ground.git("rev-parse", "farm/agent-001/t-0001:mine.txt")
+        ground.enter("setup", "bwrap", ground.tree(2), f'rm -f "$GIT/objects/{name[:2]}/{name[2:]}"')
+        assert (run(["git", "-C", ground.repo, "cat-file", "-e", name]).returncode == 0) == (text == "kept")
+
+
+def test_no_folder_on_the_way_to_a_mount_can_be_changed_for_a_link(make_ground):
+    """It would have the next start make a folder elsewhere, and then fail, whatever the task."""
+    ground = make_ground(os.geteuid())
+    (ground.home / "dir").mkdir()
+    script = 'for d in logs/refs refs/farm refs/heads; do mv "$GIT/$d" "$GIT/${d%/*}/x" && ln -s "$HOME/dir" "$GIT/$d"; done; true'
+    for _ in range(2):
+        assert ground.enter("agent", "bwrap", ground.tree(1), script).returncode == 0
+    assert not list((ground.home / "dir").iterdir())

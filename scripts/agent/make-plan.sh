@@ -23,7 +23,8 @@ mkdir -p "$TMPDIR" "$FARM_REPO/coordination/mailbox/$own" || exit 1
 export FARM_AGENT_NAME=$own FARM_SLOT=$1 FARM_OUTPUT=$TMPDIR/output FARM_PROMPT TMPDIR \
   FARM_PROMPT_FILE=$mailbox/prompt.md FARM_GIT_DIR FARM_GIT=${FARM_GIT_DIR%/worktrees/*}
 (cd "$1" && exec bash "$here/../sandbox/confine.sh" agent "$FARM_REPO" "$1" \
-  ${FARM_BASH_ENV:+env "BASH_ENV=$FARM_BASH_ENV"} bash -c "$FARM_AGENT") </dev/null >"$mailbox/said" 2>&1 || code=$?
+  ${FARM_BASH_ENV:+env "BASH_ENV=$FARM_BASH_ENV"} bash -c "$FARM_AGENT") </dev/null \
+  >"$mailbox/said" 2>&1 || code=$?
 [ -s "$FARM_OUTPUT" ] || FARM_OUTPUT=$mailbox/said
 [ -L "$FARM_OUTPUT" ] || cp "$FARM_OUTPUT" "$mailbox/output"
 rm -rf "$TMPDIR" "$FARM_REPO/coordination/mailbox/$own"

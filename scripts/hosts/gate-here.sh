@@ -17,7 +17,7 @@ read -r word || exit 1
 if [ -d "$from" ]; then from=$(cd "$from" && pwd -P); fi
 folder=$HOME/.cache/farm-gates/$slot-$(printf %s "$from" | git hash-object --stdin | cut -c 1-8)
 folder=$folder-${SLURMD_NODENAME:-${HOSTNAME:-host}}
-at() { git -C "$folder" -c core.hooksPath=/dev/null -c gc.auto=0 "$@"; }
+at() { git -C "$folder" -c core.hooksPath=/dev/null -c core.fsmonitor=false -c gc.auto=0 "$@"; }
 
 [ -d "$folder/.git" ] || git init -q "$folder" || exit 1
 rm -f "$folder/.git/index.lock"
@@ -56,7 +56,9 @@ code=$?
 kill -KILL -- -"$watch"
 kill -KILL -- -"$gate" 2>/dev/null
 
-changed=$(at status --porcelain --untracked-files=no 2>&1 | head -n 5 | tr -s "\n " " ")
+find "$folder" -name '.git*' -type p -exec rm -f {} +
+changed=$(at status --porcelain --untracked-files=no --ignore-submodules=dirty 2>&1 |
+  head -n 5 | tr -s "\n " " ")
 [ "$(at rev-parse HEAD)" = "$commit" ] || changed="HEAD $changed"
 if [ -n "$changed" ]; then code=changed; fi
 tell "$code" "${changed:-$host}"

@@ -27,11 +27,14 @@ quiet_git() { # FOLDER ARGUMENT...
     -c submodule.recurse=false "${@:2}"
 }
 
-# Sets common, the git dir that all worktrees of REPO share, as an absolute path.
+# Sets common, the git dir that all worktrees of REPO share, as an absolute path. A sandboxed agent
+# can make a FIFO of its HEAD, at which every git that lists the worktrees would wait.
 open_repo() { # REPO
+  local head
   # shellcheck disable=SC2034  # it is for the script that calls this
   common=$(git -C "$1" rev-parse --path-format=absolute --git-common-dir 2>/dev/null) ||
     die 2 "$1 is no git repo" "git init"
+  for head in "$common"/worktrees/*/HEAD; do [ ! -p "$head" ] || rm -f "$head"; done
 }
 
 # Sets escaped, TEXT as a field of a line.

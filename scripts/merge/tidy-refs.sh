@@ -12,6 +12,7 @@ case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
 
 list_refs() {
   local form all merged='' line
+  (open_repo "$repo") 2>/dev/null || exit 3
   form='%(if)%(worktreepath)%(then)%(else)%(refname)%09%(objectname)%(end)'
   local where=(refs/farm/ready refs/farm/returned refs/farm/in refs/heads/farm)
   all=$(git -C "$repo" for-each-ref --format="$form" "${where[@]}") || exit 3

@@ -40,7 +40,7 @@ add_git() { # WORKTREE PRIVATE REFS...
   local entry common name private=$2 path
   find_git "$1"
   [ -e "$entry/config.worktree" ] || : >"$entry/config.worktree"
-  make "$common/objects/info" "$common/objects/pack" "$common/logs/refs/heads" || return 1
+  make "$common"/objects/{info,pack} "$common/logs/refs/heads" "$common/refs/farm" || return 1
   show ro-bind "$common"
   box+=(--size 1048576 --tmpfs "$common/worktrees")
   show bind "$entry" "$common/objects"
@@ -63,9 +63,10 @@ add_git() { # WORKTREE PRIVATE REFS...
         break
       done
     done
-    box+=(--bind "$private/refs" "$common/refs" --bind "$private/logs" "$common/logs")
-    show ro-bind "$common/refs/heads" "$common/logs/refs/heads"
-    if [ -d "$common/refs/farm" ]; then show ro-bind "$common/refs/farm"; fi
+    # logs/refs once more: a folder on the way to a mount can be renamed, and a link put there
+    box+=(--bind "$private/refs" "$common/refs" --bind "$private/logs" "$common/logs"
+      --bind "$private/logs/refs" "$common/logs/refs")
+    show ro-bind "$common/refs/heads" "$common/logs/refs/heads" "$common/refs/farm"
     [ ! -d "$common/rr-cache" ] || box+=(--bind "$private/rr-cache" "$common/rr-cache")
   fi
   for name in "${@:3}"; do

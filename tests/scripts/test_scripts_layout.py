@@ -10,7 +10,8 @@ from paths import SCRIPTS
 from sandbox import run
 
 ALL = sorted(path for path in SCRIPTS.rglob("*") if path.suffix == ".sh" or path.name == "farm")
-SOURCED = {"common.sh", "clean-tree.sh", "set-aside.sh", "isolate-git.sh", "enter-scope.sh", "show-programs.sh"}
+SOURCED = {"common.sh", "clean-tree.sh", "set-aside.sh", "isolate-git.sh", "enter-scope.sh", "show-programs.sh",
+           "slot-git.sh"}
 LINUX_ONLY = {"isolate.sh", "show-programs.sh"}  # as bubblewrap is
 EACH = pytest.mark.parametrize("path", ALL, ids=[str(path.relative_to(SCRIPTS)) for path in ALL])
 NOT_EVERYWHERE = re.compile(r"< <\(|\breadarray\b|\bmapfile\b|declare -A|\$\{\w+(,,|\^\^)|\bgrep -[a-zA-Z]*[Pz]\b|\bsed -i\b|"
