@@ -11760,6 +11760,10 @@ def check_hosts(call: Call) -> list[tuple]:
     if where := load_settings(call.repo, call.options).gate_on:
         rows = read_tsv(run_script("hosts/gate.sh", "check", where).stdout)
         found += [(*row, 1) for row in rows]
+    for host, (engine, _, said) in call.store.read_part(PLACED_FILE, "hosts").items():
+        if said:  # it is not heard
+            look = f"ssh -o BatchMode=yes {engine[4:]} true" if engine[:4] == "ssh:" else "squeue"
+            found.append((f"{host} has been placed on {engine}, and is not heard: {said}", look, 1))
     for host, told in read_hosts(call.store).items():
         if not told.get("agents"):
             continue

@@ -25,8 +25,8 @@ Cost = collections.namedtuple("Cost", "seconds cpu")
 Row = collections.namedtuple("Row", "name measured floor unit bound note", defaults=(None, "s", "", ""))
 
 # rounds: how often each figure is measured, and each verb. agents: the sizes of farms. landings: tasks that go to main one by one.
-# history: landed tasks, and long ones that wait; clients: how many call at once.
-SIZES = "rounds verb_rounds agents large_files idle_seconds claims runs run_tasks landings merges merge_files draws history clients"
+# history: landed tasks, and long ones that wait; clients: how many call at once; hosts: with twenty agents each.
+SIZES = "rounds verb_rounds agents large_files idle_seconds claims runs run_tasks landings merges merge_files draws history clients hosts"
 Size = collections.namedtuple("Size", SIZES)
 
 

@@ -118,9 +118,9 @@ class Crowd:
 
 def crowd_rows(bench: Bench) -> Iterator[Row]:
     """What a hub spends on many agents: each move is answered, or this fails."""
-    connections = bench.size.clients // 2
-    seconds = connections / 4
-    farmed = bench.farmed(3 * connections * Crowd.AGENTS)
+    connections = bench.size.hosts
+    seconds = min(12.0, 3.0 * connections)
+    farmed = bench.farmed(connections * Crowd.AGENTS * 3 // 2)
     commit = git(farmed.repo, "rev-parse", "main")
     crowds = [Crowd(farmed, f"r{number}", commit) for number in range(connections)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -140,6 +140,15 @@ def test_on_a_terminal_attach_goes_to_a_host_that_the_farm_has_placed_and_runs_n
     assert "ssh -t box1 " in farm.ok("attach", "h1-agent-001")
 
 
+def test_doctor_says_why_a_host_that_was_placed_is_not_heard(farm):
+    farm.ok("add", "one")
+    (farm.folder / "placed.json").write_text(json.dumps({"schema": 1, "hosts": {
+        "h1": ["ssh:box1", 2, "not reached, or it failed: Permission denied (publickey)."], "h2": ["ssh:box2", 2, ""]}}))
+    said = farm("doctor").stdout
+    assert "h1 has been placed on ssh:box1, and is not heard: not reached, or it failed: Permission denied" in said
+    assert "ssh -o BatchMode=yes box1 true" in said and "h2" not in said
+
+
 def test_what_is_sent_to_all_goes_to_agents_of_hosts_and_names_those_that_do_not_answer(farm, sandbox, monkeypatch, farm_cleanup):
     spoke = Spoke(farm, "h1", str(make_ssh(sandbox.root, farm.repo)), 1, AGENT).start()
     task = farm.ok("add", "one")
