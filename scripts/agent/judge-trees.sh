@@ -38,10 +38,15 @@ list_unwatched() { # WORKTREE
 }
 
 look_at() { # WORKTREE FILE
-  local inner='' entry
-  # What git would wait for, or follow: FIFOs, links.
+  local inner='' entry back
+  # What git would wait for, or follow: FIFOs, links. Only in what git knows as this tree's own: an
+  # agent may have its .git name any folder.
   find "$1" -name '.git*' -type p -delete
-  IFS= read -r entry <"$1/.git" && find "${entry#gitdir: }" ! -type d ! -type f -delete
+  IFS= read -r entry <"$1/.git" && entry=${entry#gitdir: }
+  if [ -f "$entry/gitdir" ] && [ -f "$entry/commondir" ] && ! [ -L "$entry/gitdir" ] &&
+    IFS= read -r back <"$entry/gitdir" && [ "$back" -ef "$1/.git" ]; then
+    find "$entry" ! -type d ! -type f -delete
+  fi
   git -C "$1" status --porcelain=v2 --branch -unormal --ignored --ignore-submodules=dirty >"$2" &&
     list_unwatched "$1" >"$2.files" && list_inner "$1" >"$2.inner" || return 1
   if [ -s "$2.files" ]; then printf '? files that git was told not to look at\n' >>"$2"; fi

@@ -215,6 +215,22 @@ def test_a_worktree_with_a_repo_of_its_own_inside_is_kept(make_repo):
     assert (done.returncode, (worktree(repo) / "inner" / ".git").exists()) == (4, True)
 
 
+def test_what_a_worktrees_git_file_names_is_no_reason_to_remove_links_there(make_repo):
+    """An agent may have made it name another repo, whose links git would not follow here."""
+    repo, other = make_repo(), make_repo("other")
+    make(repo)
+    for place in (other / ".git/link", entry(repo) / "link"):
+        place.symlink_to("nowhere")
+    own = (worktree(repo) / ".git").read_text()
+    (worktree(repo) / ".git").write_text(f"gitdir: {other}/.git\n")
+    remove(repo)
+    assert (other / ".git/link").is_symlink()
+    (worktree(repo) / ".git").write_text(own)
+    (worktree(repo) / "unsaved.txt").write_text("unsaved\n")
+    run([SCRIPTS / "agent/judge-trees.sh", worktree(repo).parent, repo.parent, "agent-001"], check=True)
+    assert not (entry(repo) / "link").is_symlink() and "unsaved.txt" in (repo.parent / "agent-001").read_text()
+
+
 def test_leftovers_of_a_killed_removal_are_deleted(make_repo):
     repo = make_repo()
     make(repo)
