@@ -26,7 +26,8 @@ Row = collections.namedtuple("Row", "name measured floor unit bound note", defau
 
 # rounds: how often each figure is measured, and each verb. agents: the sizes of farms. landings: tasks that go to main one by one.
 # history: landed tasks, and long ones that wait; clients: how many call at once; hosts: with twenty agents each.
-SIZES = "rounds verb_rounds agents large_files idle_seconds claims runs run_tasks landings merges merge_files draws history clients hosts"
+SIZES = ("rounds verb_rounds agents large_files idle_seconds claims runs run_tasks landings merges merge_files draws history "
+         "clients hosts")
 Size = collections.namedtuple("Size", SIZES)
 
 
