@@ -46,7 +46,7 @@ find_admin_dir() { # WORKTREE -> sets admin_dir, its folder in the common git di
   IFS= read -r -d '' link 2>/dev/null <"$1/.git" || :
   link=${link%$'\n'} admin_dir=${link#gitdir: }
   case $admin_dir in "$link") return 1 ;; /*) ;; *) admin_dir=$1/$admin_dir ;; esac
-  [ -f "$admin_dir/HEAD" ] && [ -s "$admin_dir/commondir" ] &&
+  [ -f "$admin_dir/HEAD" ] && [ -s "$admin_dir/HEAD" ] && [ -s "$admin_dir/commondir" ] &&
     [ "${admin_dir%/*}" -ef "$common/worktrees" ]
 }
 
