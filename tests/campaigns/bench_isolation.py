@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
@@ -24,16 +25,22 @@ def start(farmed: Farmed, kind: str, folder: Path, isolate: str):
     return timed(*words, "bash", "-c", "exit 0", env=env)
 
 
+def find_named(root: psutil.Process, name: str) -> list[psutil.Process]:
+    """The processes of that name at and below `root`; some of those that begin it are over at once."""
+    found = []
+    for one in (root, *root.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [one] if one.name() == name else []
+    return found
+
+
 def resident_mib(farmed: Farmed, folder: Path) -> float:
     """What a sandbox's own processes hold while its command waits; pages that they share count in part."""
     command = ["bash", CONFINE, "agent", farmed.repo, folder, "sleep", "60"]
     with subprocess.Popen(command, cwd=folder, env={**os.environ, "FARM_ISOLATE": "bwrap"}) as process:
         root = psutil.Process(process.pid)
-        wait_until(
-            lambda: any(child.name() == "sleep" for child in root.children(recursive=True)), message="the command in the sandbox"
-        )
-        own = [one for one in (root, *root.children(recursive=True)) if one.name() == "bwrap"]
-        held = sum(one.memory_full_info().pss for one in own)
+        wait_until(lambda: find_named(root, "sleep"), message="the command in the sandbox")
+        held = sum(one.memory_full_info().pss for one in find_named(root, "bwrap"))
         process.kill()
     return held / 2**20
 
