@@ -3,22 +3,21 @@ what is the matter."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from farm_calls import landed
 from host_calls import Spoke, make_ssh
 from paths import ROOT, SCRIPTS
-from sandbox import wait_until
+from sandbox import run, wait_until
 
 MOUNT = 'mount -t tmpfs -o size=24m tmpfs "$1" && exec "${@:2}"'
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="only root on Linux can mount a small disk")
 def test_a_host_with_too_little_disk_takes_no_task_from_those_who_could_do_it(farm, sandbox, farm_cleanup):
+    if not shutil.which("unshare") or run(["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", sandbox.work]).returncode:
+        pytest.skip("no small disk may be mounted here")
     task = farm.ok("add", "one")
     spoke = Spoke(farm, "h1", str(make_ssh(sandbox.root, farm.repo)), 2, "echo x >f")
     spoke.folder.mkdir()
