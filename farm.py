@@ -667,18 +667,19 @@ class Record:
         default."""
         if not isinstance(data, dict):
             raise ValueError(f"a {cls.__name__} is an object, not {type(data).__name__}")
-        known, extra, defaults, kinds = {}, {}, cls._field_defaults, cls.plain_kinds()
+        defaults, kinds, extra = cls._field_defaults, cls.plain_kinds(), {}
+        fields = {**defaults, "extra": extra}
         for key, value in data.items():
             if kinds.get(key) is value.__class__:  # nearly all of them
-                known[key] = value
+                fields[key] = value
                 continue
             if key not in defaults or key == "extra":
                 extra[key] = value
                 continue
-            known[key] = value
+            fields[key] = value
             # a person writes 60 where 60.0 is meant, and JSON has one kind of number
             if type(value) is int and type(defaults[key]) is float:
-                known[key] = float(value)
+                fields[key] = float(value)
             elif type(value) is not type(defaults[key]):
                 kind = type(defaults[key]).__name__
                 raise ValueError(
@@ -686,8 +687,7 @@ class Record:
                 )
             if value.__class__ is list and not all(isinstance(item, str) for item in value):
                 raise ValueError(f"{cls.__name__}.{key} must be a list of text")
-        known["extra"] = extra
-        return cls._make(map(known.get, defaults, defaults.values()))
+        return cls._make(fields.values())
 
     def to_json(self) -> dict:
         full = self._asdict()
@@ -2516,9 +2516,21 @@ class Folder:
         self.repo = repo
         self.folder = os.path.join(repo, "coordination")
         self.disk = disk or Disk()
+        # what `recall` has read: name -> (its mark, what it was)
+        self.known: dict[str, tuple[tuple, object]] = {}
 
     def path(self, *parts: str) -> str:
         return os.path.join(self.folder, *parts)
+
+    def mark(self, name: str) -> tuple[int, int, int] | None:
+        """Changes whenever a file does; None when it is not there."""
+        try:
+            status = os.stat(self.path(name))
+        except OSError:
+            return None
+        # the inode is new after each rename, so that no two moves within one tick of the clock look
+        # alike
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
     def guard(self) -> None:
         """Keep git from taking the folder, and keep its history under a second name in the common
@@ -2799,28 +2811,46 @@ class Reader(Folder):
         """What one agent holds, by one read."""
         return self.read_claim(os.path.join(LOCK_FOLDER, agent + ".lock"))
 
+    # Of a thousand lock files a move changes one. A host's connection makes many moves, the loop
+    # looks each second: they read what is as it was once.
+    def recall(self, name: str, read):
+        """`read(name)`, which is not done again as long as the file is the same one."""
+        mark = self.mark(name)
+        if self.known.get(name, ((),))[0] == mark:
+            return self.known[name][1]
+        what = read(name)
+        # as git does with its index: within one tick of the clock an inode may come back with
+        # other content, so what is so young is read again
+        if mark and time.time_ns() - mark[2] > 10**9:
+            self.known[name] = mark, what
+        return what
+
     def read_claims(self) -> dict[str, Claim]:
         """Every lock file, by agent. A damaged one stops all claims: what it holds is not known."""
-        claims = [self.read_claim(name) for name in self.lock_files()]
+        claims = [self.recall(name, self.read_claim) for name in self.lock_files()]
         return {claim.agent: claim for claim in claims if claim is not None}
+
+    def read_pending(self, name: str) -> tuple[dict, list[Task], dict]:
+        """The queue file, its tasks, and their lines."""
+        data, lines = self.read_queue(name, ("tasks",)), {}
+        return data, self.read_tasks(name, "pending", data["tasks"], lines), lines
+
+    def read_ready(self, name: str) -> tuple[dict, list[Task], list[Task]]:
+        """The queue file, and the tasks of its two lists."""
+        data = self.read_queue(name, ("ready", "landed"))
+        return data, *(self.read_tasks(name, key, data[key]) for key in ("ready", "landed"))
 
     def load(self) -> State:
         """What is on disk, losing copies dropped in memory. Consistent only under the mutex.
         Raises DamagedState."""
         state = State()
-        pending = self.read_queue(PENDING_FILE, ("tasks",))
-        ready = self.read_queue(READY_FILE, ("ready", "landed"))
+        pending, waiting, state.lines = self.recall(PENDING_FILE, self.read_pending)
+        ready, queued, landed = self.recall(READY_FILE, self.read_ready)
         state.done = dict(ready.get("done", {}))
         self.load_archive(state, ready)
-        # named last: a new id has to be above those of all files, the archive and the locks among
-        # them
-        unnamed = []
-        for task in self.read_tasks(PENDING_FILE, "pending", pending["tasks"], state.lines):
-            (unnamed.append(task) if not task.id else state.pending.__setitem__(task.id, task))
-        for key in ("ready", "landed"):
-            getattr(state, key).update(
-                (task.id, task) for task in self.read_tasks(READY_FILE, key, ready[key])
-            )
+        state.pending = {task.id: task for task in waiting if task.id}
+        state.ready = {task.id: task for task in queued}
+        state.landed = {task.id: task for task in landed}
         state.claims = self.read_claims()
         for name, data in ((PENDING_FILE, pending), (READY_FILE, ready)):
             state.heads[name] = {
@@ -2828,7 +2858,9 @@ class Reader(Folder):
                 for key, value in data.items()
                 if key not in ("schema", "tasks", *READY_KEYS)
             }
-        for task in unnamed:  # written by hand as {"title": ...}
+        # Written by hand as {"title": ...}. Last: a new id has to be above those of all files, the
+        # archive and the locks among them.
+        for task in filter(lambda task: not task.id, waiting):
             task_id = state.next_id()
             state.pending[task_id] = task._replace(id=task_id, rev=1, seq=state.next_seq())
         state.drop_losers()
@@ -2887,17 +2919,8 @@ class Reader(Folder):
 
     def signature(self) -> tuple:
         """Changes whenever a move was made; costs a few stat calls."""
-        # the inode is new after each rename, so that no two moves within one tick of the clock look
-        # alike
-        marks = []
         # the folder's own time changes whenever a lock file is linked, renamed or removed
-        for name in (PENDING_FILE, READY_FILE, LOCK_FOLDER, "events.jsonl"):
-            try:
-                status = os.stat(self.path(name))
-                marks.append((status.st_ino, status.st_size, status.st_mtime_ns))
-            except OSError:
-                marks.append(None)
-        return tuple(marks)
+        return tuple(map(self.mark, (PENDING_FILE, READY_FILE, LOCK_FOLDER, HISTORY_FILE)))
 
 
 class Store(Reader):
@@ -3170,7 +3193,7 @@ class Transaction:
         else:
             self.store.write_durably(READY_FILE, self.store.ready_bytes(self.state), sync=sync)
 
-    def write_lock(self, claim: Claim) -> None:
+    def write_lock(self, claim: Claim, *, sync: bool = True) -> None:
         """A claim's lock file: linked into place when new, renamed over our own when there is
         one."""
         self.mark_dirty()
@@ -3179,7 +3202,7 @@ class Transaction:
         data = (dump_line(claim.to_json()) + "\n").encode("utf-8")
         is_new = claim.agent not in self.state.claims
         self.store.write_durably(
-            os.path.join(LOCK_FOLDER, claim.agent + ".lock"), data, exclusive=is_new
+            os.path.join(LOCK_FOLDER, claim.agent + ".lock"), data, exclusive=is_new, sync=sync
         )
         self.state.claims[claim.agent] = claim
 
@@ -3849,10 +3872,11 @@ class TaskQueue:
         now = f"; {agent} holds {claim.fence}" if claim and claim.task else ""
         raise Refused(f"fence {fence} is not the current claim of {agent}{now}", "./farm.py tasks")
 
-    def renew(self, agent: str, fence: str) -> None:
+    def renew(self, agent: str, fence: str, *, sync: bool = True) -> None:
         self.get_claimed(agent, fence, "renew")
         claim = self.state.claims[agent]
-        self.tx.write_lock(claim._replace(renewals=claim.renewals + 1, heard_at=utc(CLOCK.now())))
+        heard = claim._replace(renewals=claim.renewals + 1, heard_at=utc(CLOCK.now()))
+        self.tx.write_lock(heard, sync=sync)
 
     def submit(self, agent: str, fence: str, branch: str, commit: str) -> Task:
         """Hand `commit`, which is pinned already, to the merge queue; the task as it is there,
@@ -9982,9 +10006,10 @@ class HostMoves:
             with self.store.transaction() as tx:
                 for agent, fence in claims:
                     try:
-                        TaskQueue(tx).renew(agent, fence)
+                        TaskQueue(tx).renew(agent, fence, sync=False)
                     except Refused:
                         lost.append(fence)
+                self.store.sync_folder(self.store.path(LOCK_FOLDER))
         return {"lost": lost, "orders": self.pass_orders(words.get("done", {}))}
 
     def pass_orders(self, done: dict) -> dict:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import subprocess
 import threading
 import time
@@ -88,13 +87,13 @@ def host_rows(bench: Bench) -> Iterator[Row]:
 
 
 class Crowd:
-    """The agents of one host as time goes by, pressed by PRESSED: each hands in and takes a task every ten minutes, and all are
-    renewed each third of a lease of 90 s, in one move."""
+    """The agents of one host as time goes by: each hands in and takes a task every ten minutes, and all are renewed each third
+    of a lease of 90 s, in one move."""
 
-    PRESSED, AGENTS, TASK, THIRD = 20, 20, 600.0, 30.0
+    AGENTS, TASK, THIRD = 20, 600.0, 30.0
 
     def __init__(self, farmed: Farmed, host: str, commit: str):
-        self.connection, self.commit, self.waits = Connection(farmed, host, self.AGENTS), commit, []
+        self.connection, self.commit = Connection(farmed, host, self.AGENTS), commit
 
     def hand_in(self, number: int) -> None:
         """An agent's work is ready, and it takes another task."""
@@ -103,12 +102,12 @@ class Crowd:
         answer = self.connection.ask("claim", agent=claim["agent"], preset="", takes=[""])
         claim["fence"] = answer["claim"]["fence"]
 
-    def live(self, seconds: float) -> None:
+    def live(self, seconds: float, pressed: float) -> None:
         """Make each move when it is due, or as soon as the one before is answered; waits: from then on, in seconds."""
-        count, task, third = self.AGENTS, self.TASK / self.PRESSED, self.THIRD / self.PRESSED
+        count, task, third = self.AGENTS, self.TASK / pressed, self.THIRD / pressed
         due = [(task * number / count, self.hand_in, number) for number in range(count)]
         due += [(third * number, self.connection.renew, self.connection.claims) for number in range(math.ceil(seconds / third))]
-        began = time.perf_counter()
+        self.waits, began = [], time.perf_counter()
         for when, move, what in sorted(due, key=lambda one: one[0]):
             if when < seconds:
                 time.sleep(max(0.0, began + when - time.perf_counter()))
@@ -116,21 +115,33 @@ class Crowd:
                 self.waits.append(time.perf_counter() - began - when)
 
 
+def measure_crowds(crowds: list[Crowd], seconds: float, pressed: int) -> Row:
+    """Each move is answered, or this fails. The connections are hosts that came one after the other, each in its turn."""
+    servers = [psutil.Process(crowd.connection.process.pid) for crowd in crowds]
+    spent = sum(sum(server.cpu_times()[:4]) for server in servers)
+    spread = Crowd.THIRD / pressed / len(crowds)
+
+    def live(number: int, crowd: Crowd) -> None:
+        time.sleep(spread * number)
+        crowd.live(seconds, pressed)
+
+    took = at_once([lambda number=number, crowd=crowd: live(number, crowd) for number, crowd in enumerate(crowds)])
+    cores = (sum(sum(server.cpu_times()[:4]) for server in servers) - spent) / took
+    memory = sum(server.memory_info().rss for server in servers) / 2**20
+    waits = sorted(wait for crowd in crowds for wait in crowd.waits)
+    note = f"{len(waits)} moves in {took:.0f} s; half within {waits[len(waits) // 2]:.2g} s; {cores:.1f} cores, {memory:.0f} MiB"
+    name = f"hosts: {len(crowds) * Crowd.AGENTS} agents, time pressed by {pressed}: the longest wait"
+    return Row(name, waits[-1], None, "s", "", note)
+
+
 def crowd_rows(bench: Bench) -> Iterator[Row]:
-    """What a hub spends on many agents: each move is answered, or this fails."""
+    """What a hub spends on many agents: pressed by twenty, and in full size for a minute as it is, too."""
     connections = bench.size.hosts
-    seconds = min(12.0, 3.0 * connections)
-    farmed = bench.farmed(connections * Crowd.AGENTS * 3 // 2)
+    farmed = bench.farmed(connections * Crowd.AGENTS * 2)
     commit = git(farmed.repo, "rev-parse", "main")
     crowds = [Crowd(farmed, f"r{number}", commit) for number in range(connections)]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    took = at_once([lambda crowd=crowd: crowd.live(seconds) for crowd in crowds])
-    memory = sum(psutil.Process(crowd.connection.process.pid).memory_info().rss for crowd in crowds) / 2**20
+    if connections >= 50:
+        yield measure_crowds(crowds, 60.0, 1)
+    yield measure_crowds(crowds, min(12.0, 3.0 * connections), 20)
     for crowd in crowds:
         crowd.connection.close()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    waits = [wait for crowd in crowds for wait in crowd.waits]
-    cores = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / took
-    name = f"hosts: {connections * Crowd.AGENTS} agents, time pressed by {Crowd.PRESSED}"
-    note = f"{len(waits)} moves in {took:.0f} s, due in {seconds:.0f} s; {cores:.1f} cores, {memory:.0f} MiB"
-    yield Row(f"{name}: the longest wait", max(waits), None, "s", "", note)

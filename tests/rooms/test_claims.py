@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 
 import psutil
 import pytest
@@ -347,3 +349,24 @@ def move_owner_to_another_host(farm) -> None:
     claim = json.loads(path.read_text())
     claim["owner"].update(host="elsewhere.example", boot="another", machine="another")
     path.write_text(json.dumps(claim) + "\n")
+
+
+# ------------------------------------------------------------------------------- what a store remembers
+
+
+def test_a_lock_file_is_read_again_when_it_changes_or_has_changed_within_a_tick(farm):
+    farm.ok("add", "Fix")
+    farm.claim(A)
+    store, path = toolkit.Store(str(farm.repo)), lock_file(farm, A)
+    claim, now = json.loads(path.read_text()), time.time()
+
+    def heard(year: str, at: float) -> str:
+        """What the store has read after a change of one character, by which neither inode nor size changes."""
+        path.write_text(json.dumps({**claim, "heard_at": f"{year}-01-01T00:00:00Z"}))
+        os.utime(path, (at, at))
+        return store.load().claims[A].heard_at[:4]
+
+    assert [heard("2020", now - 9), heard("2021", now - 8)] == ["2020", "2021"]
+    assert [heard("2022", now), heard("2023", now)] == ["2022", "2023"], "of one tick"
+    path.unlink()
+    assert store.load().claims == {}
