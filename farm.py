@@ -4816,6 +4816,12 @@ class Verdicts:
         """Have all evidence read from disk again but what is in memory only."""
         self.memo = {tree: found for tree, found in self.memo.items() if tree in self.silent}
 
+    def told_by(self, tree: str) -> str:
+        """Which host has said what of a tree; empty where its gates ran here."""
+        runs = self.store.read_json(self.name_of(tree, "json"))["runs"]
+        told = ", ".join(f"{run['colour']} {run['note']}" for run in runs if run["note"])
+        return told and f" ({told})"
+
     # It goes back with the work, for an agent to read: the end says what has failed.
     def tail(self, tree: str, lines: int = 60) -> str:
         """The end of what the gate printed about a tree."""
@@ -5962,9 +5968,10 @@ class MergeQueue:
             say(f"{verdict.note} ({', '.join(gate.ids) or self.target}, tree {gate.tree[:10]})")
             self.verdicts.hold_red(gate.tree, verdict)
         elif after.greens and after.reds and not (before.greens and before.reds):
+            told = self.verdicts.told_by(gate.tree)
             say(
-                f"flaky gate: tree {gate.tree[:10]} was both green and red; nobody's work goes "
-                f"back for it"
+                f"flaky gate: tree {gate.tree[:10]} was both green and red{told}; nobody's work "
+                f"goes back for it"
             )
 
     def land(self, ids: tuple) -> bool:

@@ -73,6 +73,16 @@ def test_a_green_lands_a_red_comes_back_and_each_verdict_names_its_host(farm, bo
     assert {run[:2] for run in found} == {("green", 0), ("red", 1)} and all(run[2].startswith("on ") for run in found), found
 
 
+def test_hosts_that_disagree_on_a_tree_are_named_as_a_flake_is_and_the_work_lands(farm, box, sandbox):
+    node = "SLURMD_NODENAME=n1; [ -e seen ] || SLURMD_NODENAME=n0; export SLURMD_NODENAME;"
+    (sandbox.root / "no-ssh").write_text(NO_SSH.replace("exec sh", f"{node} exec sh"))
+    task = submit(farm, "green")
+    gate = "! [ -e green.txt ] || [ -e ~/seen ] || { touch ~/seen; false; }"
+    said = farm("merge", "--gate", gate, timeout=120).stderr
+    assert landed(farm) == [task], said
+    assert "was both green and red (red on n0, green on n1); nobody's work goes back for it" in said
+
+
 @pytest.mark.skipif("FARM_TESTS_WITHOUT_SANDBOX" in os.environ, reason="admitted: bwrap cannot work here")
 def test_where_gates_have_a_sandbox_those_on_hosts_have_it_too_or_give_no_verdict(farm, box, sandbox, monkeypatch):
     """It reads no key, writes nothing beside its own folder, and has a cache of its own; no bwrap there, no verdict."""
