@@ -12993,7 +12993,7 @@ def attach_on(call: Call, agent: str, host: str) -> int:
     what to type: a host need not be reachable from here."""
     told = read_hosts(call.store)[host]
     engine = call.store.read_part(PLACED_FILE, "hosts").get(host, [""])[0]
-    there = f"{told['farm']} attach {agent[-3:]}"
+    there = f"{told['farm']} {call.name} {agent[-3:]}" + " -f" * (call.name == "logs")
     if engine.startswith("ssh:") and sys.stdin.isatty() and sys.stdout.isatty():
         line = 'exec ${GIT_SSH_COMMAND:-ssh} -t -- "$@"'
         return os.execv(find_bash(), ["bash", "-c", line, "ssh", engine[4:], there])
@@ -13045,7 +13045,7 @@ def verb_logs(call: Call) -> int:
     is_all, follow, readers = call.get("all"), call.get("follow"), {}
     agent, host = ("", "") if is_all else find_agent(call)
     if host and follow:
-        raise UsageError("logs -f is for agents of this machine", f"./farm.py attach {agent}")
+        return attach_on(call, agent, host)
     if host:
         return order_on(call, agent, host, "-n", str(call.get("lines", 200)))
     one, raw = [agent] if agent else [], call.get("raw") and not is_all

@@ -7,6 +7,7 @@ import shlex
 import signal
 import time
 
+import pytest
 from farm_calls import landed
 from host_calls import Served, Spoke, make_ssh
 from sandbox import run, wait_until
@@ -34,7 +35,7 @@ def test_a_host_is_seen_read_told_and_stopped_from_the_hub(farm, sandbox, monkey
 
     wait_until(lambda: "ready for two" in farm.ok("logs", agent), 20, "its log")
     assert farm.ok("attach", agent) == f"ssh -t h1 ./farm.py --repo {spoke.repo} attach 001"
-    farm.refused(2, "logs", agent, "-f")
+    assert farm.ok("logs", agent, "-f") == f"ssh -t h1 ./farm.py --repo {spoke.repo} logs 001 -f"
     farm.refused(3, "send", "h1-agent-002", "nobody is there")
     farm.ok("pause")
     farm.ok("add", "three")
@@ -126,7 +127,8 @@ def test_a_bare_number_is_the_agent_of_the_one_host_that_has_it(farm):
     assert farm.ok("logs", "2") == "mine"
 
 
-def test_on_a_terminal_attach_goes_to_a_host_that_the_farm_has_placed_and_runs_nothing_of_what_it_tells(farm, sandbox):
+@pytest.mark.parametrize(("verb", "options"), [("attach", ""), ("logs", " -f")])
+def test_on_a_terminal_one_goes_to_a_host_that_the_farm_has_placed_and_nothing_of_what_it_tells_runs(farm, sandbox, verb, options):
     tell_of(farm, "h1", "h1-agent-001")
     path = farm.folder / "hosts/h1.json"
     path.write_text(path.read_text().replace("f/farm.py", f"$(touch {sandbox.root}/made) farm.py"))
@@ -134,10 +136,10 @@ def test_on_a_terminal_attach_goes_to_a_host_that_the_farm_has_placed_and_runs_n
     ssh = sandbox.root / "ssh"
     ssh.write_text("#!/bin/sh\nprintf '<%s>' \"$@\"\n")
     ssh.chmod(0o755)
-    words = " ".join(map(shlex.quote, farm.argv("attach", "h1-agent-001")))
+    words = " ".join(map(shlex.quote, farm.argv(verb, "h1-agent-001", *options.split())))
     said = run(["script", "-qc", words, "/dev/null"], env={"GIT_SSH_COMMAND": str(ssh)}).stdout
-    assert f"<-t><--><box1><$(touch {sandbox.root}/made) farm.py attach 001>" in said and not (sandbox.root / "made").exists()
-    assert "ssh -t box1 " in farm.ok("attach", "h1-agent-001")
+    assert f"<-t><--><box1><$(touch {sandbox.root}/made) farm.py {verb} 001{options}>" in said and not (sandbox.root / "made").exists()
+    assert "ssh -t box1 " in farm.ok(verb, "h1-agent-001", *options.split())
 
 
 def test_doctor_says_why_a_host_that_was_placed_is_not_heard(farm):
