@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator
 
 import psutil
+import pytest
 from bench_harness import PYTHON, Bench, Cost, Farmed, Row, Samples, check
 from bench_rows import measures
 from paths import SCRIPTS
-from sandbox import git
+from sandbox import git, wait_until
 
 
 class Connection:
@@ -83,7 +84,26 @@ def host_rows(bench: Bench) -> Iterator[Row]:
     for host in hosts:
         host.close()
 
+    yield dead_host_row(bench)
     yield from crowd_rows(bench)
+
+
+def dead_host_row(bench: Bench) -> Row:
+    """A host with the only task is killed; an agent of the hub's has waited for one."""
+    lease, farmed = 6.0, bench.farmed(1)
+    host = Connection(farmed, "d1", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FARM_HOST_LEASE_SECONDS", str(lease))
+        farmed.main("up", "-n", 1, "--agent", "sleep 600", "--gate", "true")
+        host.renew(host.claims)
+        host.process.kill()
+        host.close()
+        began = time.perf_counter()
+        wait_until(lambda: "agent-001" in farmed.store.snapshot().claims, 60, "the task to be taken over")
+        seconds = time.perf_counter() - began
+        farmed.main("down", "--now")
+    note = f"after a lease of {lease:.0f} s ({seconds:.1f} s in all)"
+    return Row("hosts: a dead host's task at work elsewhere", seconds - lease, None, "s", "<= 10 s", note)
 
 
 class Crowd:
