@@ -101,6 +101,30 @@ def test_a_move_is_the_same_by_a_verb_and_over_serve(farm, served, way, move):
         assert record["reason"] == "no luck"
 
 
+@pytest.mark.parametrize("way", ["local", "serve"])
+def test_a_claim_and_its_renewal_are_the_same_by_a_verb_and_over_serve(farm, served, way):
+    """The oldest first, each once, the same again to who asks again; a renewal of its own fence only; and 3 when none is left."""
+
+    def claim(number: int) -> tuple[int, str]:
+        if way == "serve":
+            answer = served.claim(number)
+            return answer["code"], answer.get("claim", {}).get("fence", "")
+        done = farm("claim", str(number), "--owner-pid", str(farm.owner))
+        return done.returncode, json.loads(done.stdout)["fence"] if done.stdout else ""
+
+    def renew(number: int, fence: str) -> bool:
+        if way == "serve":
+            return served.renew((served.agent(number), fence))["lost"] == []
+        return farm("renew", str(number), "--fence", fence).returncode == 0
+
+    first, agent = claim(1), served.agent(1) if way == "serve" else A
+    assert first == (0, "t-0001.2") == claim(1)
+    assert [claim(2)[1], claim(3)[1]] == ["t-0002.2", "t-0003.2"]
+    assert claim(4) == (3, "") and "renewals" not in lock_of(farm.repo, agent)
+    assert renew(1, first[1]) and not renew(1, "t-0001.9") and not renew(2, first[1])
+    assert lock_of(farm.repo, agent)["renewals"] == 1
+
+
 def read_records(farm) -> list[dict]:
     """The records of what nobody holds, as they lie on disk."""
     pending = json.loads((farm.folder / "task_queue/pending.json").read_text())["tasks"]
