@@ -215,12 +215,13 @@ def find_typed(repo: str) -> str:
 
 
 def say(text: str) -> None:
-    """A line for people, on stderr."""
-    print(
-        as_typed(text if text.startswith("farm: ") else f"farm: {text}"),
-        file=sys.stderr,
-        flush=True,
-    )
+    """A line for people, on stderr; the work goes on where it cannot be written (a log on a full
+    disk, a terminal that is gone)."""
+    line = as_typed(text if text.startswith("farm: ") else f"farm: {text}")
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        pass
 
 
 # Titles, reasons and logs are written by agents. What is printed of them must not drive the
@@ -9633,9 +9634,12 @@ class Farm:
         say(f"the loop: {error}" + (f"\n  try: {error.hint}" if getattr(error, "hint", "") else ""))
         if not self.store.is_there():
             return  # nothing is written where everything was taken away
-        os.makedirs(self.store.path("logs"), exist_ok=True)
-        with open(self.store.path("logs", "loop.log"), "a", encoding="utf-8") as log:
-            log.write(utc(CLOCK.now()) + "\n" + traceback.format_exc())
+        text = f"{utc(CLOCK.now())}\n{traceback.format_exc()}"
+        try:
+            os.makedirs(self.store.path("logs"), exist_ok=True)
+            self.store.disk.append(self.store.path("logs", "loop.log"), text.encode())
+        except OSError:
+            pass  # a full disk, which was the failure itself: the loop outlives that, too
 
 
 def open_farm(call: Call) -> Farm:
@@ -12014,7 +12018,7 @@ def print_error(error: FarmError | OSError) -> int:
     """What went wrong and what to type next, on stderr; the exit code."""
     told = describe_os_error(error) if isinstance(error, OSError) else error
     hint = f"\n  try: {printable(told.hint)}" if told.hint else ""
-    print(as_typed(f"farm: {printable(str(told))}{hint}"), file=sys.stderr)
+    say(printable(str(told)) + hint)
     return told.exit_code
 
 
@@ -13804,10 +13808,10 @@ def main(argv: list[str]) -> int:
 # Python would first take apart all that it has made, which costs an agent's verb 4 ms of its 30,
 # and which the kernel frees anyway.
 def leave(code: int) -> None:
-    """End this process at once, with what was printed on its way."""
+    """End this process at once, with what was printed on its way (stderr is by then)."""
     try:
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough
         pass
     except OSError as error:

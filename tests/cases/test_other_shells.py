@@ -211,3 +211,13 @@ def test_a_red_target_names_the_agent_that_has_pushed_there(app):
     holder = next(agent["agent"] for agent in app.json("status")["agents"] if agent["task"] == "t-0001")
     assert f"that commit was made by {holder} for t-0001" in app("status").stdout
     app.ok("down", "--now", timeout=60)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full: Linux")
+def test_where_nothing_can_be_told_the_work_goes_on(app):
+    """stderr is a log on a full disk, or a terminal that is gone."""
+    app.ok("add", "one")
+    with open("/dev/full", "w") as full:
+        argv = app.argv("run", "-n", "1", "--agent", "echo x >f", "--gate", "true", "--until-drained")
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=full, timeout=120)
+    assert (done.returncode, app.task("t-0001")["state"]) == (0, "landed")

@@ -138,7 +138,8 @@ def test_on_a_terminal_one_goes_to_a_host_that_the_farm_has_placed_and_nothing_o
     ssh.chmod(0o755)
     words = " ".join(map(shlex.quote, farm.argv(verb, "h1-agent-001", *options.split())))
     said = run(["script", "-qc", words, "/dev/null"], env={"GIT_SSH_COMMAND": str(ssh)}).stdout
-    assert f"<-t><--><box1><$(touch {sandbox.root}/made) farm.py {verb} 001{options}>" in said and not (sandbox.root / "made").exists()
+    there = f"<-t><--><box1><$(touch {sandbox.root}/made) farm.py {verb} 001{options}>"
+    assert there in said and not (sandbox.root / "made").exists()
     assert "ssh -t box1 " in farm.ok(verb, "h1-agent-001", *options.split())
 
 

@@ -8,7 +8,7 @@ import signal
 
 import psutil
 import pytest
-from farm_calls import A, B, C
+from farm_calls import A, B, C, landed
 from sandbox import commit_files, find_processes, git, run, wait_until, write_files
 from worked import BREAKAGES, STEPS, Worked, break_worktree
 
@@ -245,3 +245,20 @@ def test_below_the_limit_of_free_disk_no_gate_runs_and_merge_says_so(worked):
     assert "no gate starts" in said and "FARM_MIN_FREE_MIB" in said
     assert worked.task("t-0001")["state"] == "ready"
     worked.ok("merge", "--gate", "true")
+
+
+def test_a_loop_whose_trouble_cannot_even_be_written_down_goes_on_when_it_is_over(farm, farm_cleanup):
+    """As on a full disk, where the log of the loop is what fails next."""
+    (farm.folder / "logs/loop.log").mkdir(parents=True)
+    farm.ok("add", "one")
+    loop = farm.start("run", "-n", "1", "--agent", "echo x >\"$FARM_TASK\"", "--gate", "true")
+    wait_until(lambda: landed(farm), 60, "the first task")
+    queue = farm.folder / "task_queue/pending.json"
+    text = queue.read_text()
+    queue.write_text("{")
+    wait_until(lambda: "the loop: " in loop.stderr.readline(), 60, "the loop to meet it")
+    queue.write_text(text)
+    farm.ok("add", "two")
+    wait_until(lambda: len(landed(farm)) == 2, 60, "the second task")
+    loop.send_signal(signal.SIGINT)
+    assert loop.wait(60) == 130

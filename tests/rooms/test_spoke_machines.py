@@ -10,19 +10,45 @@ import pytest
 from farm_calls import landed
 from host_calls import Spoke, make_ssh
 from paths import ROOT, SCRIPTS
-from sandbox import run, wait_until
+from sandbox import git, run, wait_until
 
 MOUNT = 'mount -t tmpfs -o size=24m tmpfs "$1" && exec "${@:2}"'
 
 
-def test_a_host_with_too_little_disk_takes_no_task_from_those_who_could_do_it(farm, sandbox, farm_cleanup):
+def make_small_spoke(farm, sandbox, count: int, agent: str) -> Spoke:
+    """A host whose disk has 24 MiB in all."""
     if not shutil.which("unshare") or run(["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", sandbox.work]).returncode:
         pytest.skip("no small disk may be mounted here")
-    task = farm.ok("add", "one")
-    spoke = Spoke(farm, "h1", str(make_ssh(sandbox.root, farm.repo)), 2, "echo x >f")
+    spoke = Spoke(farm, "h1", str(make_ssh(sandbox.root, farm.repo)), count, agent)
     spoke.folder.mkdir()
     spoke.argv = ["unshare", "--mount", "bash", "-c", MOUNT, "bash", str(spoke.folder), *spoke.argv]
-    spoke.start()
+    return spoke.start()
+
+
+def test_what_an_agent_has_committed_when_its_hosts_disk_is_full_lands_when_there_is_room_again(farm, sandbox, monkeypatch,
+                                                                                              farm_cleanup):
+    """The disk fills up in the middle of an attempt, and nothing more can be written there, be it by git or by the farm itself."""
+    monkeypatch.setenv("FARM_MIN_FREE_MIB", "4")
+    full, room = sandbox.root / "full", sandbox.root / "room"
+    agent = f"""echo x >f && git add f && {{ git diff --cached --quiet || git commit -qm f; }} || exit
+        [ -e {full} ] || cat /dev/zero >"$FARM_WORKTREE/../../fill" 2>/dev/null; touch {full}
+        until [ -e {room} ]; do sleep 0.2; done"""
+    task = farm.ok("add", "one")
+    spoke = make_small_spoke(farm, sandbox, 1, agent)
+    wait_until(full.exists, 60, f"the disk to be full: {spoke.said()}")
+    wait_until(lambda: "disk free" in farm("status").stdout, 60, "its word of the disk")
+    room.touch()
+    wait_until(lambda: "No space left" in spoke.said(), 60, f"the end of the attempt to meet it: {spoke.said()}")
+    run(["nsenter", "--target", str(spoke.process.pid), "--mount", "rm", str(spoke.folder / "fill")])
+    wait_until(lambda: farm.task(task)["state"] == "ready", 150, f"its work: {spoke.said()}")
+    farm("merge", "--gate", "true", timeout=60)
+    assert landed(farm) == [task] and git(farm.repo, "show", "main:f") == "x"
+    assert spoke.end() == 143
+
+
+def test_a_host_with_too_little_disk_takes_no_task_from_those_who_could_do_it(farm, sandbox, farm_cleanup):
+    task = farm.ok("add", "one")
+    spoke = make_small_spoke(farm, sandbox, 2, "echo x >f")
     wait_until(lambda: "disk free" in farm("status").stdout, 60, "its word of the disk")
     assert farm.task(task)["state"] == "pending"
     assert spoke.end() == 143
