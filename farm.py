@@ -4761,8 +4761,11 @@ class Verdicts:
             self.memo[tree] = self.evidence_in(self.name_of(tree, "json"))
         return self.memo[tree]
 
+    def runs_in(self, name: str) -> list[dict]:
+        return (self.store.read_json(name) or {}).get("runs", [])
+
     def evidence_in(self, name: str) -> Evidence:
-        colours = [run.get("colour") for run in (self.store.read_json(name) or {}).get("runs", [])]
+        colours = [run.get("colour") for run in self.runs_in(name)]
         return Evidence(colours.count("green"), colours.count("red"))
 
     def record(self, tree: str, verdict: Verdict) -> None:
@@ -4819,7 +4822,7 @@ class Verdicts:
 
     def told_by(self, tree: str) -> str:
         """Which host has said what of a tree; empty where its gates ran here."""
-        runs = self.store.read_json(self.name_of(tree, "json"))["runs"]
+        runs = self.runs_in(self.name_of(tree, "json"))
         told = ", ".join(f"{run['colour']} {run['note']}" for run in runs if run["note"])
         return told and f" ({told})"
 
