@@ -13822,5 +13822,19 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
+# Titles, paths and what git says are UTF-8 in files and between processes, as they are for git.
+def speak_utf8() -> None:
+    """Start this process anew where the user's locale has another encoding."""
+    spoken = {sys.getfilesystemencoding(), getattr(sys.stdout, "encoding", "utf-8").lower()}
+    if spoken == {"utf-8"} or sys.flags.utf8_mode:
+        return
+    try:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    except UnicodeError:  # of EUC-JP, say, not every byte comes back as it was
+        words = f"what was typed is no {sys.getfilesystemencoding()}, the encoding of your locale"
+        leave(print_error(UsageError(words, "export LC_ALL=C.UTF-8")))
+
+
 if __name__ == "__main__":
+    speak_utf8()
     leave(main(sys.argv[1:]))

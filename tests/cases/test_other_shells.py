@@ -221,3 +221,21 @@ def test_where_nothing_can_be_told_the_work_goes_on(app):
         argv = app.argv("run", "-n", "1", "--agent", "echo x >f", "--gate", "true", "--until-drained")
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=full, timeout=120)
     assert (done.returncode, app.task("t-0001")["state"]) == (0, "landed")
+
+
+def make_locale(folder: Path) -> dict[str, str]:
+    """The environment of a user on an old system, whose locale is German in ISO-8859-1."""
+    made = shutil.which("localedef") and run(["localedef", "-i", "de_DE", "-f", "ISO-8859-1", folder / "de_DE.ISO-8859-1"])
+    if not made or not (folder / "de_DE.ISO-8859-1").exists():
+        pytest.skip("no locale can be made here (localedef, and its sources)")
+    return {"LOCPATH": str(folder), "LC_ALL": "de_DE.ISO-8859-1"}
+
+
+def test_text_is_utf_8_whatever_the_locale_says(app, sandbox):
+    env = make_locale(sandbox.root)
+    title = "„Über“ ✓"
+    app.ok("add", title, env=env)
+    app.ok("run", "-n", "1", "--agent", 'echo "$FARM_TITLE" >ü.txt; echo ✓', "--gate", "echo ✓; ls", "--until-drained", env=env)
+    assert title in app.ok("tasks", env=env) and title in app.ok("show", "t-0001", env=env) and "✓" in app.ok("logs", "1", env=env)
+    assert git(app.repo, "show", "main:ü.txt") == title and title in git(app.repo, "log", "-1", "--format=%s", "main")
+    assert json.loads(app.ok("tasks", "--json", env=env))[0]["title"] == title
