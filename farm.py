@@ -6881,8 +6881,25 @@ def resolve_agents(repo: str, settings: Settings) -> list[Launch]:
             "; ".join(what for what, _ in blockers) + ": ten sessions would wait for an answer",
             blockers[0][1],
         )
-    is_isolated = os.environ.get("FARM_ISOLATE", "none") != "none"
-    return [cli_of(agent).launch(settings.permissions, is_isolated) for agent in shared]
+    isolation = os.environ.get("FARM_ISOLATE", "none")
+    for path in (
+        find_linked_state(shared) if isolation == "bwrap" and not settings.agent_home else ()
+    ):
+        word = shell_word(path)
+        raise Refused(
+            f"{path} is a link, in the place of which an agent could put another",
+            f"cp -RL {word} {word}.new && rm {word} && mv {word}.new {word}",
+        )
+    return [cli_of(agent).launch(settings.permissions, isolation != "none") for agent in shared]
+
+
+def find_linked_state(shared: list[str]) -> list[str]:
+    """What these CLIs obey, in folders that they may write: no sandbox can keep a link there."""
+    obeyed = (name[1:] for agent in shared for name in cli_of(agent).state if name[0] == "-")
+    paths = (
+        os.path.join(os.path.expanduser("~"), name).rstrip("/") for name in obeyed if "/" in name
+    )
+    return [path for path in paths if os.path.islink(path)]
 
 
 def find_blockers(repo: str, settings: Settings, shared: list[str]) -> list[tuple[str, str]]:

@@ -152,3 +152,48 @@ def test_home_and_worktrees_may_lie_behind_links_and_the_repo_have_an_odd_name(s
     agent, gate = f'{hidden} && echo x >"$FARM_TASK.txt"', "[ ! -e ~/.ssh/id ] && ls t-*.txt README.md"
     done = farm("run", "-n", "1", "--agent", agent, "--gate", gate, "--until-drained", env=env)
     assert (done.returncode, farm.task("t-0001")["state"]) == (0, "landed"), done.stderr
+
+
+@pytest.fixture
+def confined(farm, sandbox, monkeypatch):
+    """A call of a command as an agent in the sandbox of Claude Code, by a person whose dotfiles are links."""
+    farm.ok("up", "-n", "1", "--agent", "sleep 60")
+    farm.ok("down", "--now", timeout=60)
+    for name in ("dotfiles/claude/hooks", "scratch/cache", "data"):
+        (sandbox.home / name).mkdir(parents=True)
+    links = {".claude": "dotfiles/claude", ".cache": "scratch/cache", "shown": "data", ".claude.json": "claude.json"}
+    for link, place in links.items():
+        (sandbox.home / link).symlink_to(sandbox.home / place)
+    for name in ("claude.json", "dotfiles/claude/settings.json", "data/x"):
+        (sandbox.home / name).write_text("{}")
+    tree = farm.repo.with_name("repo-farm") / "agent-001-worktree"
+    mailbox = farm.folder / "mailbox/agent-001"
+    mailbox.mkdir(parents=True, exist_ok=True)
+    (mailbox / "pid").touch()
+    monkeypatch.setenv("FARM_ISOLATE", "bwrap")
+    monkeypatch.setenv("FARM_SHOW", str(sandbox.home / "shown"))
+    monkeypatch.setenv("FARM_CLI_STATE", ":".join(toolkit.CLIS["claude"].state))
+    return lambda command: run(["bash", SCRIPTS / "sandbox/confine.sh", "agent", farm.repo, tree, "bash", "-c", command], cwd=tree)
+
+
+def test_what_a_cli_and_caches_keep_may_lie_behind_links_that_no_agent_can_have_made(confined, sandbox):
+    """~/.claude of one who keeps such files elsewhere, ~/.cache on a cluster's big disk, FARM_SHOW of a link."""
+    done = confined("""echo x >~/.cache/mine && echo x >~/.claude/mine && cat ~/shown/x &&
+        ! echo x >~/.claude.json && ! echo x >~/.claude/settings.json && ! echo x >~/.claude/hooks/x && ! echo x >~/mine""")
+    assert done.returncode == 0 and done.stdout == "{}", done.stderr
+    assert (sandbox.home / "dotfiles/claude/mine").read_text() == "x\n" and not (sandbox.home / "scratch/cache/mine").exists()
+
+
+@pytest.mark.parametrize("place", ["", "+"])
+def test_no_link_is_followed_that_an_agent_can_have_made(confined, sandbox, monkeypatch, place):
+    """What it may write it may have linked to a key: a file that the CLI obeys, and what is shown below what can be written."""
+    (sandbox.home / ".ssh").mkdir()
+    (sandbox.home / ".ssh/id").write_text("KEY")
+    link = sandbox.home / ("data/x" if place else "dotfiles/claude/settings.json")
+    link.unlink()
+    link.symlink_to(sandbox.home / ".ssh/id")
+    monkeypatch.setenv("FARM_SHOW", f"+{sandbox.home}/data:{sandbox.home}/data/x" if place else "")
+    done = confined("cat ~/data/x ~/.claude/settings.json ~/.ssh/id")
+    assert done.returncode and "KEY" not in done.stdout + done.stderr
+    assert place or "settings.json is a link" in done.stderr
+    assert place or toolkit.find_linked_state(["claude"]) == [str(sandbox.home / ".claude/settings.json")]

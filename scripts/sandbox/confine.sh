@@ -20,33 +20,6 @@ case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
 . "$here/show-programs.sh"
 . "$here/enter-scope.sh"
 
-# What is not there could be made by an agent: a file that a CLI obeys, in a folder of its state.
-# Where one has left a link, it leads nowhere.
-make_file() { # PATH
-  local text=''
-  case $1 in *.json*) text='{}' ;; esac
-  set -C
-  [ ! -d "${1%/*}" ] || printf '%s' "$text" 2>/dev/null >"$1"
-  set +C
-}
-
-add_list() { # OPTION PATHS: absolute, or below HOME
-  local path how rest=$2: tilde='~'
-  while [ -n "$rest" ]; do
-    path=${rest%%:*} rest=${rest#*:}
-    how=$1
-    case $path in +*) how=-w path=${path#+} ;; -*) how=-r path=${path#-} ;; esac
-    case $path in '') continue ;; /*) ;; *) path=$HOME/${path#"$tilde"/} ;; esac
-    case $path in
-      */) [ -d "$path" ] || mkdir -p "$path" ;;
-      *)
-        [ "$how$1" != -r-w ] || [ "${path%/*}" = "$HOME" ] || [ -e "$path" ] ||
-          make_file "$path" ;;
-    esac
-    [ ! -e "$path" ] || box+=("$how" "${path%/}")
-  done
-}
-
 add_names() { # NAMES
   local name && set -f
   for name in ${1//,/ }; do box+=(-e "$name"); done
@@ -55,19 +28,22 @@ add_names() { # NAMES
 
 # Each agent has a folder of its own in the place of these, where they are.
 add_caches() {
-  local name # most programs want a ~/.cache, and HOME cannot be written
+  local name place # most programs want a ~/.cache, and HOME cannot be written
   [ -d "$HOME/.cache" ] || mkdir -p "$HOME/.cache"
   while IFS= read -r name; do
     [ -d "$HOME/$name" ] || continue
     [ -d "$private/caches/$name" ] || mkdir -p "$private/caches/$name" || return 1
-    box+=(-o "$HOME/$name=$private/caches/$name")
+    lead "$HOME/$name"
+    box+=(-o "$place=$private/caches/$name")
   done <"$here/caches"
 }
 
 run_by_bwrap() {
   local box=(-x "$repo" -x "${folder%/*}" -t "$TMPDIR") private=${folder%/*}/private/$agent
-  local mailbox=$repo/coordination/mailbox/$agent network=${FARM_NETWORK-} name
+  local mailbox=$repo/coordination/mailbox/$agent network=${FARM_NETWORK-} name follows=yes
   { [ -d "$private" ] && [ -d "$TMPDIR" ]; } || mkdir -p "$private" "$TMPDIR" || return 1
+  # what an agent may write, it may have linked
+  case ${FARM_AGENT_HOME:++}${FARM_SHOW-} in *+*) follows='' ;; esac
   case $kind in
     gate) network=${FARM_GATE_NETWORK-} ;;
     slot) box+=(-g "$folder" -s "$private" -d) ;;

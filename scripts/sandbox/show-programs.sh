@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Usage: . show-programs.sh     sourced by confine.sh; it is never run by itself
 # add_toolkit COMMAND..., which adds to `box` what shows the toolkit, its python and the programs
-# that the person's command names by absolute paths, wherever they lie. It uses repo, folder and
-# here, which confine.sh sets, FARM_HOME and FARM_PYTHON.
+# that the person's command names by absolute paths, wherever they lie; and add_list OPTION PATHS,
+# with an OPTION of isolate.sh. It uses repo, folder, here and follows (whether links are), which
+# confine.sh sets, FARM_HOME and FARM_PYTHON.
 # Exit: none of its own
-# shellcheck disable=SC2154  # they are set by confine.sh
+# shellcheck disable=SC2034,SC2154  # they are set and used by confine.sh
 
 # Whether a path can be seen in the sandbox without being shown.
 is_seen() { # PATH
@@ -44,4 +45,49 @@ add_toolkit() { # what agents run of it, and what the person's command names, wh
     case $path in /?*) if [ -f "$path" ]; then add_program "$path"; fi ;; esac
   done
   set +f
+}
+
+# What is not there could be made by an agent: a file that a CLI obeys, in a folder of its state.
+# Where one has left a link, it leads nowhere.
+make_file() { # PATH
+  local text=''
+  case $1 in *.json*) text='{}' ;; esac
+  set -C
+  [ ! -d "${1%/*}" ] || printf '%s' "$text" 2>/dev/null >"$1"
+  set +C
+}
+
+# bwrap puts nothing in the place of a link, nor behind one. Only one that no agent can have made is
+# followed: it could lead to what is hidden.
+lead() { # PATH -> sets place
+  local part=$1
+  place=$1
+  while [ -n "$follows" ] && [ "$part" != "${part%/*}" ]; do
+    if [ -L "$part" ]; then place=$(readlink -f -- "$1") && return; fi
+    part=${part%/*}
+  done
+}
+
+add_list() { # OPTION PATHS: absolute, or below HOME
+  local path how rest=$2: tilde='~' place
+  while [ -n "$rest" ]; do
+    path=${rest%%:*} rest=${rest#*:}
+    how=$1
+    case $path in +*) how=-w path=${path#+} ;; -*) how=-r path=${path#-} ;; esac
+    case $path in '') continue ;; /*) ;; *) path=$HOME/${path#"$tilde"/} ;; esac
+    case $path in
+      */) [ -d "$path" ] || mkdir -p "$path" ;;
+      *)
+        [ "$how$1" != -r-w ] || [ "${path%/*}" = "$HOME" ] || [ -e "$path" ] ||
+          make_file "$path" ;;
+    esac
+    path=${path%/}
+    [ -e "$path" ] || continue
+    if [ "$how$1" = -r-w ] && [ -L "$path" ] && [ "${path%/*}" != "$HOME" ]; then
+      printf 'farm: %s is a link, in the place of which an agent could put another\n' "$path" >&2
+      exit 6
+    fi
+    lead "$path"
+    box+=("$how" "$place")
+  done
 }
