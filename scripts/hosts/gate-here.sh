@@ -36,7 +36,8 @@ if [ -n "$isolate" ]; then
   while IFS= read -r name; do
     [ -d "$HOME/$name" ] || continue
     mkdir -p "$folder.caches/$name" || exit 1
-    box+=(-o "$HOME/$name=$folder.caches/$name")
+    # a link, on many clusters: bwrap puts nothing in the place of one
+    box+=(-o "$(cd -P -- "$HOME/$name" && pwd)=$folder.caches/$name")
   done <<<"$8"
   box+=(-w "$folder.tmp" -w "$folder" -r "$folder/.git" --)
   "${box[@]}" true </dev/null || { tell no-sandbox "on $host"; exit; }

@@ -85,8 +85,11 @@ def test_hosts_that_disagree_on_a_tree_are_named_as_a_flake_is_and_the_work_land
 
 @pytest.mark.skipif("FARM_TESTS_WITHOUT_SANDBOX" in os.environ, reason="admitted: bwrap cannot work here")
 def test_where_gates_have_a_sandbox_those_on_hosts_have_it_too_or_give_no_verdict(farm, box, sandbox, monkeypatch):
-    """It reads no key, writes nothing beside its own folder, and has a cache of its own; no bwrap there, no verdict."""
+    """It reads no key, writes nothing beside its own folder, and has a cache of its own, also in the place of a link; no bwrap
+    there, no verdict."""
     monkeypatch.setenv("FARM_ISOLATE", "bwrap")
+    (sandbox.home / "scratch").mkdir()
+    (sandbox.home / ".npm").symlink_to(sandbox.home / "scratch")
     for path in (".ssh/id_key", ".npm/package"):
         (sandbox.home / path).parent.mkdir(exist_ok=True)
         (sandbox.home / path).write_text("secret")
