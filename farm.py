@@ -1422,122 +1422,103 @@ def find_bash() -> str:
 GUARD = "farm-guard"  # a file in coordination/.git, which is no repo of anybody's
 FARM_HOME_NOTE = os.path.join("farm", "main")  # in the common git dir
 
-Setting = collections.namedtuple("Setting", "kind default meaning")
+# the default is of the kind that the setting has
+Setting = collections.namedtuple("Setting", "default meaning")
 
 SETTINGS = {
-    "n": Setting(int, 10, "how many agents"),
+    "n": Setting(10, "how many agents"),
     "agent": Setting(
-        str,
-        "",
-        "a preset, a mix such as claude:6,codex:4, or a command (default: claude when on PATH)",
+        "", "a preset, a mix such as claude:6,codex:4, or a command (default: claude when on PATH)"
     ),
-    "permissions": Setting(
-        str, "edits", "what a preset's agents may do unasked: ask, edits or all"
-    ),
+    "permissions": Setting("edits", "what a preset's agents may do unasked: ask, edits or all"),
     "isolate": Setting(
-        str,
         "",
         "bwrap: agents and gates run in sandboxes; none; or a command prefix with {worktree} {git} "
         "{refs} {mailbox} {home} (default: bwrap with permissions=all, else none)",
     ),
     "show": Setting(
-        str, "", "paths that sandboxes show, separated by colons, below HOME; +PATH: to be written"
+        "", "paths that sandboxes show, separated by colons, below HOME; +PATH: to be written"
     ),
-    "hide": Setting(str, "", "paths that sandboxes hide besides those of scripts/isolate.sh"),
-    "pass_": Setting(str, "", "names of variables that sandboxes get, such as 'NPM_TOKEN AWS_*'"),
-    "network": Setting(str, "full", "what agents' sandboxes have of it: full or none"),
-    "gate_network": Setting(str, "full", "what gates' sandboxes have of it: full or none"),
+    "hide": Setting("", "paths that sandboxes hide besides those of scripts/isolate.sh"),
+    "pass_": Setting("", "names of variables that sandboxes get, such as 'NPM_TOKEN AWS_*'"),
+    "network": Setting("full", "what agents' sandboxes have of it: full or none"),
+    "gate_network": Setting("full", "what gates' sandboxes have of it: full or none"),
     "agent_memory_mib": Setting(
-        int, 0, "an attempt whose processes take more memory together is ended (0: no limit)"
+        0, "an attempt whose processes take more memory together is ended (0: no limit)"
     ),
-    "agent_processes": Setting(int, 0, "an attempt that has more processes is ended (0: no limit)"),
+    "agent_processes": Setting(0, "an attempt that has more processes is ended (0: no limit)"),
     "agent_disk_mib": Setting(
-        int, 0, "an attempt whose worktree and temporary files take more is ended (0: no limit)"
+        0, "an attempt whose worktree and temporary files take more is ended (0: no limit)"
     ),
     "prompt_template": Setting(
-        str, "", "your own file in the place of the farm's prompt: {body} {task} {fence} ..."
+        "", "your own file in the place of the farm's prompt: {body} {task} {fence} ..."
     ),
     "task_seconds": Setting(
-        float, 0.0, "an attempt that takes longer is ended; a task's own limit goes first"
+        0.0, "an attempt that takes longer is ended; a task's own limit goes first"
     ),
     "task_budget": Setting(
-        float, 0.0, "dollars: a task that has cost as much is failed; its own goes first"
+        0.0, "dollars: a task that has cost as much is failed; its own goes first"
     ),
-    "budget": Setting(
-        float, 0.0, "dollars: the farm pauses when it has cost as much (default: none)"
-    ),
+    "budget": Setting(0.0, "dollars: the farm pauses when it has cost as much (default: none)"),
     "agent_home": Setting(
-        str,
-        "",
-        "a folder that each agent gets a copy of as its own HOME (default: they share yours)",
+        "", "a folder that each agent gets a copy of as its own HOME (default: they share yours)"
     ),
-    "on": Setting(str, "", "where agents run: words of here, slurm, ssh:BOX (default: here)"),
-    "per_host": Setting(int, 10, "agents a job of Slurm"),
-    "slurm": Setting(str, "", "options of sbatch for these jobs, such as '-p long --mem=40G'"),
-    "hub_address": Setting(str, "", "what hosts ssh to, to come here (default: user@hostname)"),
-    "gate": Setting(
-        str, "", "the test command that a tree must pass before it lands (default: none)"
-    ),
+    "on": Setting("", "where agents run: words of here, slurm, ssh:BOX (default: here)"),
+    "per_host": Setting(10, "agents a job of Slurm"),
+    "slurm": Setting("", "options of sbatch for these jobs, such as '-p long --mem=40G'"),
+    "hub_address": Setting("", "what hosts ssh to, to come here (default: user@hostname)"),
+    "gate": Setting("", "the test command that a tree must pass before it lands (default: none)"),
     "gate_on": Setting(
-        str, "", "where gates run: slurm or ssh:HOST (default: here); slots are those there then"
+        "", "where gates run: slurm or ssh:HOST (default: here); slots are those there then"
     ),
     "into": Setting(
-        str, "", "the target branch (default: the one that the main worktree has checked out)"
+        "", "the target branch (default: the one that the main worktree has checked out)"
     ),
-    "slots": Setting(int, 0, "gates at once (default: from cores and memory)"),
-    "style": Setting(str, "merge", "how work lands: merge, squash or rebase"),
-    "strict": Setting(bool, False, "gate every commit of the target's first-parent line by itself"),
-    "remote": Setting(str, "", "push what lands to this remote first, with a lease"),
+    "slots": Setting(0, "gates at once (default: from cores and memory)"),
+    "style": Setting("merge", "how work lands: merge, squash or rebase"),
+    "strict": Setting(False, "gate every commit of the target's first-parent line by itself"),
+    "remote": Setting("", "push what lands to this remote first, with a lease"),
     "pull_request": Setting(
-        bool,
-        False,
-        "after each push, open a pull request from the target or bring its text up to date",
+        False, "after each push, open a pull request from the target or bring its text up to date"
     ),
     "remote_timeout": Setting(
-        float, 300.0, "seconds until a fetch or a push is ended, with all that it has started"
+        300.0, "seconds until a fetch or a push is ended, with all that it has started"
     ),
-    "gate_timeout": Setting(
-        float, 1800.0, "seconds until a gate and its whole process group are ended"
-    ),
-    "gate_env": Setting(str, "", "names of environment variables that a verdict depends on"),
+    "gate_timeout": Setting(1800.0, "seconds until a gate and its whole process group are ended"),
+    "gate_env": Setting("", "names of environment variables that a verdict depends on"),
     "fallback": Setting(
-        str, "", "A>B: agents of the preset B take the tasks for A while that is at a limit"
+        "", "A>B: agents of the preset B take the tasks for A while that is at a limit"
     ),
     "review": Setting(
-        str,
-        "no",
-        "what lands only when somebody says yes: no, all, or globs of paths, such as db/**",
+        "no", "what lands only when somebody says yes: no, all, or globs of paths, such as db/**"
     ),
     "reviewer": Setting(
-        str,
-        "",
-        "a command that says it: prompt and diff on stdin; 0 yes, 1 no with words, else ask me",
+        "", "a command that says it: prompt and diff on stdin; 0 yes, 1 no with words, else ask me"
     ),
-    "follow_ups": Setting(int, 5, "how many tasks one attempt's agent may add (0: none)"),
+    "follow_ups": Setting(5, "how many tasks one attempt's agent may add (0: none)"),
     "follow_up_depth": Setting(
-        int, 2, "how many generations of them there may be: follow-ups of follow-ups"
+        2, "how many generations of them there may be: follow-ups of follow-ups"
     ),
-    "max_attempts": Setting(int, 3, "attempts until a task is failed"),
+    "max_attempts": Setting(3, "attempts until a task is failed"),
     "lease_seconds": Setting(
-        float, 900.0, "until an owner on another host counts as dead without a renew"
+        900.0, "until an owner on another host counts as dead without a renew"
     ),
     "host_lease_seconds": Setting(
-        float, 90.0, "until a host that is not heard of loses its tasks; it renews each third of it"
+        90.0, "until a host that is not heard of loses its tasks; it renews each third of it"
     ),
-    "grace_seconds": Setting(float, 30.0, "how long `down` lets agents finish"),
+    "grace_seconds": Setting(30.0, "how long `down` lets agents finish"),
     "sandboxed": Setting(
-        bool,
         False,
         "agents make their moves through their mailbox, for sandboxes that may not write elsewhere",
     ),
     "keep_days": Setting(
-        float, 30.0, "days until verdicts, prompts and returns of landed work go (0: never)"
+        30.0, "days until verdicts, prompts and returns of landed work go (0: never)"
     ),
     "min_free_mib": Setting(
-        int, 512, "no new agent starts and no gate runs below this much free disk or memory"
+        512, "no new agent starts and no gate runs below this much free disk or memory"
     ),
-    "notify": Setting(str, "", "a command that gets what a person should know, as JSON on stdin"),
-    "worktrees": Setting(str, "", "folder of the worktrees (default: ../<repo>-farm)"),
+    "notify": Setting("", "a command that gets what a person should know, as JSON on stdin"),
+    "worktrees": Setting("", "folder of the worktrees (default: ../<repo>-farm)"),
 }
 
 Settings = collections.namedtuple("Settings", SETTINGS)
@@ -1550,7 +1531,7 @@ def variable_of(name: str) -> str:
 # The error names the origin, as one of four places is to be mended.
 def convert_setting(name: str, text, origin: str):
     """`text` as the setting's kind. Raises UsageError that names where it came from."""
-    kind = SETTINGS[name].kind
+    kind = type(SETTINGS[name].default)
     # the kernel takes 128 KiB in one argument or variable
     if isinstance(text, str) and len(text) > 100_000:
         raise UsageError(
@@ -1559,10 +1540,8 @@ def convert_setting(name: str, text, origin: str):
             "put it into a script, and name that",
         )
     if not isinstance(text, str):
-        # isinstance(True, int) is true: a bool fits a bool and nothing else
-        fits = isinstance(text, (int, float) if kind is float else kind) and isinstance(
-            text, bool
-        ) == (kind is bool)
+        # by type(): a bool, which is an int too, fits a bool and nothing else
+        fits = type(text) in (kind, int if kind is float else kind)
         if not fits or kind in (int, float) and not 0 <= text < 1e9:
             raise UsageError(
                 f"{name} must be a {kind.__name__}, not {one_line(repr(text), 40)} (from {origin})"
