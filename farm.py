@@ -1415,7 +1415,7 @@ def find_bash() -> str:
 # ----------------------------------------------------------------------------------------- settings
 # One table says what can be set; flags, environment, farm.env and the last `up` are looked through
 # in that order. A row alone is a variable; its flag is a word in a verb's options (for `up` and
-# `run`: FARM_OPTIONS), and where only some words are allowed, load_settings says so. The repo is
+# `run`: FARM_OPTIONS), and where only some words are allowed, WORDS_OF has them. The repo is
 # found from files, not by asking git: the start of an agent's verb is its cost.
 # (tests/rooms/test_settings.py)
 
@@ -1523,6 +1523,13 @@ SETTINGS = {
 
 Settings = collections.namedtuple("Settings", SETTINGS)
 
+WORDS_OF = {
+    "permissions": ("ask", "edits", "all"),
+    "network": ("full", "none"),
+    "gate_network": ("full", "none"),
+    "style": ("merge", "squash", "rebase"),
+}
+
 
 def variable_of(name: str) -> str:
     return "FARM_" + name.rstrip("_").upper()  # `pass` is a word of Python's
@@ -1587,17 +1594,18 @@ def load_settings(repo: str, flags: dict | None = None, remembered: dict | None 
 
     With FARM_AS_TOLD, which the farm's own loop and merger have, what `up` was told comes first.
     """
+    flags, remembered = flags or {}, remembered or {}
     if os.environ.get("FARM_AS_TOLD"):
-        flags = {**(remembered or {}), **(flags or {})}
+        flags = {**remembered, **flags}
     env_file = read_env_file(os.path.join(repo, "farm.env"))
     values = {}
     for name, setting in SETTINGS.items():
         variable = variable_of(name)
         sources = (
-            ("the command line", (flags or {}).get(name)),
+            ("the command line", flags.get(name)),
             ("the environment", os.environ.get(variable)),
             ("farm.env", env_file.get(variable)),
-            ("the last up", (remembered or {}).get(name)),
+            ("the last up", remembered.get(name)),
         )
         origin, found = next(
             ((o, v) for o, v in sources if v not in (None, "")), ("", setting.default)
@@ -1608,13 +1616,10 @@ def load_settings(repo: str, flags: dict | None = None, remembered: dict | None 
             f"a farm has at least one agent, and at most 999, not {values['n']}",
             "./farm.py up -n 10",
         )
-    if values["permissions"] not in ("ask", "edits", "all"):
-        raise UsageError(f"permissions is ask, edits or all, not {values['permissions']!r}")
-    for name in ("network", "gate_network"):
-        if values[name] not in ("full", "none"):
-            raise UsageError(f"{name} is full or none, not {values[name]!r}")
-    if values["style"] not in ("merge", "squash", "rebase"):
-        raise UsageError(f"style is merge, squash or rebase, not {values['style']!r}")
+    for name, words in WORDS_OF.items():
+        if values[name] not in words:
+            allowed = f"{', '.join(words[:-1])} or {words[-1]}"
+            raise UsageError(f"{name} is {allowed}, not {values[name]!r}")
     return Settings(**values)
 
 
