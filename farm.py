@@ -907,47 +907,38 @@ def import_package(name: str):
     )
 
 
-# what stays as it is while a process lives: a claim asks for it once a lock file
-MACHINE: dict[str, str] = {}
+def ask_kernel(name: str) -> str:
+    """A value of a Mac's kernel."""
+    return os.popen(f"sysctl -n {name} 2>/dev/null").read().strip()
 
 
 def boot_id() -> str:
     """Changes at each boot; FARM_BOOT_ID stands in for it where a test models a reboot."""
-    if "boot" not in MACHINE:
-        MACHINE["boot"] = read_boot_id()
-    return os.environ.get("FARM_BOOT_ID") or MACHINE["boot"]
+    return os.environ.get("FARM_BOOT_ID") or read_boot_id()
 
 
+# What stays as it is while a process lives is cached: a claim asks for it once a lock file.
+@functools.cache
 def read_boot_id() -> str:
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return os.popen("sysctl -n kern.bootsessionuuid 2>/dev/null").read().strip()
+    return read_line("/proc/sys/kernel/random/boot_id") or ask_kernel("kern.bootsessionuuid")
 
 
+@functools.cache
 def machine_id() -> str:
     """What stays over boots and changes of the host's name (a laptop on another network); empty
     where there is none."""
-    if "machine" not in MACHINE:
-        names = ("/etc/machine-id", "/var/lib/dbus/machine-id")
-        found = next(filter(None, map(read_line, names)), "")
-        on_mac = sys.platform == "darwin" and not found
-        MACHINE["machine"] = (
-            os.popen("sysctl -n kern.uuid 2>/dev/null").read().strip() if on_mac else found
-        )
-    return MACHINE["machine"]
+    noted = read_line("/etc/machine-id") or read_line("/var/lib/dbus/machine-id")
+    return noted or (ask_kernel("kern.uuid") if sys.platform == "darwin" else "")
 
 
 # Two containers may share a folder and a boot; a pid of one names another process in the other, or
 # none.
+@functools.cache
 def pid_namespace() -> str:
-    if "namespace" not in MACHINE:
-        try:
-            MACHINE["namespace"] = os.readlink("/proc/self/ns/pid")
-        except OSError:
-            MACHINE["namespace"] = ""
-    return MACHINE["namespace"]
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def start_of(pid: int) -> str:
