@@ -1874,19 +1874,20 @@ def run_script(
     env: dict | None = None,
     allow: tuple = (0,),
     detach: bool = False,
+    prefix: list | tuple = (),
 ) -> ScriptResult:
     """Run scripts/`name`; raises the FarmError of its exit code when that is not in `allow`.
 
-    detach: in a session of its own, so that a signal to our process group does not reach it, and
-    at the end of its time all that it has started (git, ssh, a pinentry) is ended with it.
-    Raises TookTooLong.
+    prefix: a sandbox's words, which go before it. detach: in a session of its own, so that a
+    signal to our process group does not reach it, and at the end of its time all that it has
+    started (git, ssh, a pinentry) is ended with it. Raises TookTooLong.
     """
     import subprocess
 
     drop_lost_tmpdir()
     try:
         process = subprocess.Popen(
-            ["bash", os.path.join(SCRIPTS, name), *args],
+            [*prefix, "bash", os.path.join(SCRIPTS, name), *args],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -1929,27 +1930,14 @@ def is_isolated(repo: str = "") -> bool:
 def run_on_tree(repo: str, worktree: str, name: str, *args: str, **options) -> ScriptResult:
     """`run_script` for what works on files that an agent has left: in a sandbox of that agent, as
     what lies there can make git run it."""
-    if not is_isolated(repo):
-        return run_script(name, *args, **options)
-    return run_script(
-        "sandbox/confine.sh",
-        "tree",
-        repo,
-        worktree,
-        "bash",
-        os.path.join(SCRIPTS, name),
-        *args,
-        **options,
-    )
+    return run_script(name, *args, prefix=isolated("tree", repo, worktree), **options)
 
 
 # Looking is enough: `git status` and `git diff` start the filter that a tree's attributes choose,
 # and an agent can write those.
 def run_unfiltered(repo: str, name: str, *args: str, **options) -> ScriptResult:
     """`run_script` for what looks at agents' trees from outside of a sandbox."""
-    if not is_isolated(repo):
-        return run_script(name, *args, **options)
-    return run_script(*unfiltered(repo)[1:], "bash", os.path.join(SCRIPTS, name), *args, **options)
+    return run_script(name, *args, prefix=unfiltered(repo), **options)
 
 
 def unfiltered(repo: str) -> list[str]:
@@ -1999,13 +1987,13 @@ def find_server(repo: str) -> str:
     farm's.
     """
     common = find_git_dirs(repo)[1]
-    socket, pid, owner = (read_line(os.path.join(common, TMUX_NOTE)).split("\t") + ["", "", ""])[:3]
+    socket, _, owner = (read_line(os.path.join(common, TMUX_NOTE)).split("\t") + ["", "", ""])[:3]
     # of a repo that was moved the folder that is named is gone, and the server is its own still;
     # of a copy it is there, and the server is that one's
     if not socket or owner != common and os.path.isdir(owner):
         return farm_socket(repo)
-    if not os.path.exists(socket) and pid.isdigit() and is_tmux(int(pid), socket):
-        remake_socket(os.path.join(common, TMUX_NOTE), socket, int(pid))
+    if not os.path.exists(socket) and (pid := find_living_server(repo)):
+        remake_socket(os.path.join(common, TMUX_NOTE), socket, pid)
     return socket if os.path.isdir(os.path.dirname(socket)) else farm_socket(repo)
 
 
