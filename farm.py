@@ -71,6 +71,7 @@ or package is missing, 7 damaged state file, 130/143 signals.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import errno
 import fcntl
@@ -462,6 +463,10 @@ def dump_line(data) -> str:
     return re.sub(
         "[\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text
     )
+
+
+def line_bytes(data) -> bytes:
+    return (dump_line(data) + "\n").encode("utf-8")
 
 
 class Lines(list):
@@ -1878,9 +1883,8 @@ def run_script(
 ) -> ScriptResult:
     """Run scripts/`name`; raises the FarmError of its exit code when that is not in `allow`.
 
-    prefix: a sandbox's words, which go before it. detach: in a session of its own, so that a
-    signal to our process group does not reach it, and at the end of its time all that it has
-    started (git, ssh, a pinentry) is ended with it. Raises TookTooLong.
+    prefix: a sandbox's words. detach: in a session of its own, where no signal to our process
+    group reaches it; all that it starts (git, ssh, a pinentry) ends with it. Raises TookTooLong.
     """
     import subprocess
 
@@ -2250,14 +2254,7 @@ class Ids:
     @staticmethod
     def find(pairs: list[list[int]], number: int) -> int:
         """The index of the first pair that begins behind `number`."""
-        low, high = 0, len(pairs)
-        while low < high:
-            middle = (low + high) // 2
-            if pairs[middle][0] > number:
-                high = middle
-            else:
-                low = middle + 1
-        return low
+        return bisect.bisect(pairs, [number, math.inf])
 
     def __contains__(self, task_id: str) -> bool:
         key, number = self.split(task_id)
@@ -2909,13 +2906,9 @@ class Store(Reader):
         for folder in (self.folder, self.repo):
             self.disk.fsync_folder(folder)
         hide_bytecode()
-        state = State()
-        for name, data in (
-            (PENDING_FILE, self.pending_bytes(state)),
-            (READY_FILE, self.ready_bytes(state)),
-        ):
+        for name in (PENDING_FILE, READY_FILE):
             if not os.path.exists(self.path(name)):
-                self.write_durably(name, data)
+                self.write_queue(name, State())
         # before the event that says all is made; a kill until then has the next verb do it again
         note_home(self.repo)
         self.append_event("created", None)
@@ -2950,9 +2943,14 @@ class Store(Reader):
         if exclusive:  # a link leaves its temp file's name; gone or not, it is never read
             self.discard(temp)
 
-    def write_json(self, name: str, data: dict) -> None:
-        """One JSON object in a file, durably."""
-        self.write_durably(name, (dump_line(data) + "\n").encode("utf-8"))
+    def write_json(self, name: str, data: dict, **how: bool) -> None:
+        """One JSON object in a file, durably; how: as for `write_durably`."""
+        self.write_durably(name, line_bytes(data), **how)
+
+    def write_queue(self, name: str, state: State, *, sync: bool = True) -> None:
+        """One of the two queue files, as `state` has it."""
+        data = self.pending_bytes(state) if name == PENDING_FILE else self.ready_bytes(state)
+        self.write_durably(name, data, sync=sync)
 
     def sync_folder(self, folder: str) -> None:
         """Make a folder's changes durable. Raises NotDurable."""
@@ -2976,8 +2974,7 @@ class Store(Reader):
         if task is not None:
             record["task"] = task.to_json()
         try:
-            data = (dump_line(record) + "\n").encode("utf-8")
-            if self.disk.append(self.path(HISTORY_FILE), data) > HISTORY_BYTES:
+            if self.disk.append(self.path(HISTORY_FILE), line_bytes(record)) > HISTORY_BYTES:
                 self.cut_history()
         except OSError as error:
             say(
@@ -3129,7 +3126,7 @@ class Transaction:
         if tasks is None:
             tasks = sorted(self.state.landed.values(), key=lambda task: task.landed_at)
             tasks = tasks[: max(0, len(tasks) - LANDED_KEPT)]
-        data = "".join(dump_line(task.to_json()) + "\n" for task in tasks).encode("utf-8")
+        data = b"".join(line_bytes(task.to_json()) for task in tasks)
         store = self.store
         self.mark_dirty()
         self.state.archive_bytes = store.disk.append_durably(store.path(ARCHIVE_FILE), data)
@@ -3152,10 +3149,8 @@ class Transaction:
     def write(self, place: str, *, sync: bool = True) -> None:
         """Make one queue file durable as `state` has it."""
         self.mark_dirty()
-        if place == "pending":
-            self.store.write_durably(PENDING_FILE, self.store.pending_bytes(self.state), sync=sync)
-        else:
-            self.store.write_durably(READY_FILE, self.store.ready_bytes(self.state), sync=sync)
+        name = PENDING_FILE if place == "pending" else READY_FILE
+        self.store.write_queue(name, self.state, sync=sync)
 
     def write_lock(self, claim: Claim, *, sync: bool = True) -> None:
         """A claim's lock file: linked into place when new, renamed over our own when there is
@@ -3163,11 +3158,9 @@ class Transaction:
         self.mark_dirty()
         # By link, a file that somebody has put there meanwhile is an error and not replaced: the
         # lock would have two holders.
-        data = (dump_line(claim.to_json()) + "\n").encode("utf-8")
         is_new = claim.agent not in self.state.claims
-        self.store.write_durably(
-            os.path.join(LOCK_FOLDER, claim.agent + ".lock"), data, exclusive=is_new, sync=sync
-        )
+        name = os.path.join(LOCK_FOLDER, claim.agent + ".lock")
+        self.store.write_json(name, claim.to_json(), exclusive=is_new, sync=sync)
         self.state.claims[claim.agent] = claim
 
     def remove_lock(self, agent: str, *, sync: bool = True) -> None:
@@ -3448,17 +3441,14 @@ def bring_history_back(store: Store) -> list[str]:
 
 def set_aside(store: Store) -> list[str]:
     """Rename damaged files and put empty ones in the place of the queues; under the mutex."""
-    stamp, done, empty = utc(CLOCK.now()).replace(":", ""), [], State()
+    stamp, done = utc(CLOCK.now()).replace(":", ""), []
     for name in find_damaged(store):
         if os.path.exists(store.path(name)):
             os.rename(store.path(name), f"{store.path(name)}.damaged-{stamp}")
             done.append(f"{name} is kept as {name}.damaged-{stamp}")
         # an empty one in its place, as a queue file that is missing is damage, too
         if name in (PENDING_FILE, READY_FILE):
-            store.write_durably(
-                name,
-                store.pending_bytes(empty) if name == PENDING_FILE else store.ready_bytes(empty),
-            )
+            store.write_queue(name, State())
             done.append(f"{name} is made anew")
     return done
 
@@ -7050,8 +7040,7 @@ def note_usage(store: Store, line: dict, spent: Usage) -> None:
     }
     try:
         with hold(store.path(".usage.lock")):
-            data = (dump_line(line) + "\n").encode("utf-8")
-            if store.disk.append(store.path(USAGE_FILE), data) > USAGE_BYTES:
+            if store.disk.append(store.path(USAGE_FILE), line_bytes(line)) > USAGE_BYTES:
                 cut_usage(store)
     except OSError as error:  # what becomes of the attempt does not hang on it
         say(
@@ -7068,10 +7057,10 @@ def cut_usage(store: Store) -> None:
     over = sum_usage([line for line in lines if line not in live])
     last = int(older[-1][len("usage-") : -len(".jsonl")]) if older else 0
     head = {"task": "", "agent": "", "fence": f"up to usage-{last + 1:04d}.jsonl", **over}
-    text = "".join(dump_line(line) + "\n" for line in (head, *live))
+    data = b"".join(map(line_bytes, (head, *live)))
     path = store.path(USAGE_FILE)
     store.disk.link(path, store.path(f"usage-{last + 1:04d}.jsonl"))
-    store.disk.write_temp(path + ".tmp", text.encode("utf-8"))
+    store.disk.write_temp(path + ".tmp", data)
     store.disk.rename(path + ".tmp", path)
 
 
