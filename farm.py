@@ -826,6 +826,9 @@ class Claim(
     def get_task(self) -> Task | None:
         return Task.from_json(self.task) if self.task else None
 
+    def get_owner(self) -> Owner:
+        return Owner.from_json(self.owner)
+
     def names(self) -> list[str]:
         """Every name that this claim excludes others from: its named locks and its task's paths."""
         return [*self.locks, *("path:" + glob for glob in self.task.get("paths", []))]
@@ -2758,7 +2761,7 @@ class Reader(Folder):
             return None
         try:
             claim = Claim.from_json(data)
-            Owner.from_json(claim.owner)
+            claim.get_owner()
             # a copy under another name would be a second lock of one agent
             if claim.agent + ".lock" != os.path.basename(name) or (
                 claim.task and not is_name(claim.get_task().id)
@@ -3559,7 +3562,7 @@ class LockRegistry:
             return Claim(agent=agent, owner=owner.to_json())
         # The dead were expired before: whoever still has the file lives, or cannot be seen from
         # here.
-        holder = Owner.from_json(claim.owner)
+        holder = claim.get_owner()
         # not the host's name, which changes with the network
         if (holder.pid, holder.start, holder.boot) != (owner.pid, owner.start, owner.boot):
             raise Refused(describe_holder(claim), "./farm.py locks")
@@ -3591,22 +3594,21 @@ class LockRegistry:
     # `is False`: None means unseen, and only a lease ends that
     def has_dead_owner(self) -> bool:
         return any(
-            find_liveness(Owner.from_json(claim.owner)) is False
-            for claim in self.tx.state.claims.values()
+            find_liveness(claim.get_owner()) is False for claim in self.tx.state.claims.values()
         )
 
 
 def describe_holder(claim: Claim) -> str:
     """Who holds a lock file, in words."""
     what = f"task {claim.task['id']}" if claim.task else ", ".join(claim.locks) or "its lock"
-    owner = Owner.from_json(claim.owner)
+    owner = claim.get_owner()
     who = f"on {owner.host}" if owner.is_on_host else f"pid {owner.pid}"
     return f"{what} is held by {claim.agent} ({who}) since {claim.claimed_at}"
 
 
 def is_unseen(claim: Claim) -> bool:
     """Whether nothing but a lease can tell if this claim's owner lives."""
-    return find_liveness(Owner.from_json(claim.owner)) is None
+    return find_liveness(claim.get_owner()) is None
 
 
 # Not on disk: a watcher that has just come has seen nothing, and waits for a whole lease. Two wall
@@ -3626,7 +3628,7 @@ class LeaseWatch:
         renewal = (claim.fence, claim.claimed_at, claim.renewals)
         if self.first_seen.get(claim.agent, ((), 0.0))[0] != renewal:
             self.first_seen[claim.agent] = (renewal, CLOCK.monotonic())
-        on_host = Owner.from_json(claim.owner).is_on_host
+        on_host = claim.get_owner().is_on_host
         lease = self.host_lease_seconds if on_host else self.lease_seconds
         return self.first_seen[claim.agent][1] + lease - CLOCK.monotonic()
 
@@ -3654,23 +3656,13 @@ RESUME_SECONDS = 120.0
 LAPSES_MAX = 3
 
 
-def with_conversation(task: Task, agent: str, conversation: str) -> Task:
-    return (
-        task._replace(conversation={**task.conversation, "agent": agent, "id": conversation})
-        if conversation
-        else task
-    )
-
-
 # Another agent would begin without the context, so the task waits a little for the one that has
 # it.
-def kept_conversation(task: Task, now: float) -> dict:
-    """The task's conversation, kept for its agent for a while; empty when there is none."""
-    return (
-        {**task.conversation, "until": utc(now + RESUME_SECONDS)}
-        if task.conversation.get("id")
-        else {}
-    )
+def kept_conversation(task: Task, now: float, told: str = "") -> dict:
+    """The task's conversation, kept for its agent for a while; empty when there is none. told: its
+    id, where the CLI has said it only at the end."""
+    kept = {**task.conversation, "agent": task.agent, "id": told} if told else task.conversation
+    return {**kept, "until": utc(now + RESUME_SECONDS)} if kept.get("id") else {}
 
 
 # No agent: that is the loop, which asks for all that anybody may claim.
@@ -3808,9 +3800,9 @@ class TaskQueue:
             task = task._replace(conversation={"agent": agent, **conversation})
         return self.tx.claim(task, own)
 
-    def get_claimed(self, agent: str, fence: str, verb: str) -> Task | None:
-        """The task behind the current claim `fence`; None when `verb` has ended exactly this
-        claim before.
+    def get_claimed(self, agent: str, fence: str, verb: str) -> Task:
+        """The task behind the current claim `fence`; when `verb` has ended exactly this claim
+        before, as it is now: that has an `ended_by`, which no claimed one has.
 
         Raises Refused for any other fence.
         """
@@ -3822,7 +3814,7 @@ class TaskQueue:
         # verb is a contradiction, and refused.
         task = self.state.find_task(fence.rpartition(".")[0])
         if task and task.fence == fence and task.ended_by == verb and task.state != "claimed":
-            return None
+            return task
         now = f"; {agent} holds {claim.fence}" if claim and claim.task else ""
         raise Refused(f"fence {fence} is not the current claim of {agent}{now}", "./farm.py tasks")
 
@@ -3839,8 +3831,8 @@ class TaskQueue:
         What lands is this commit, wherever its branch goes later. Raises Refused for an old fence.
         """
         task = self.get_claimed(agent, fence, "submit")
-        if task is None:
-            return self.state.get_task(fence.rpartition(".")[0])
+        if task.ended_by:
+            return task
         task = task._replace(
             state="ready",
             branch=branch,
@@ -3852,54 +3844,20 @@ class TaskQueue:
         )
         return self.tx.move(task, "ready", "submitted")
 
-    def fail(
-        self,
-        agent: str,
-        fence: str,
-        why: str,
-        *,
-        retry: bool = True,
-        start: str = "",
-        rescue: str = "",
-        resume: bool = False,
-        conversation: str = "",
-    ) -> Task:
+    def fail(self, agent: str, fence: str, why: str, **how) -> Task:
         """End an attempt without result; the task waits for a while, or is failed when its
-        attempts are used up.
-
-        resume: the next attempt goes on in the same conversation, whose id the CLI may have told
-        only now.
-        """
+        attempts are used up. how: as for `give_back`."""
         task = self.get_claimed(agent, fence, "fail")
-        if task is None:
-            return self.state.get_task(fence.rpartition(".")[0])
-        task = with_conversation(task._replace(rescue=rescue or task.rescue), agent, conversation)
-        return self.give_back(task, why, "fail", retry=retry, start=start, resume=resume)
+        return task if task.ended_by else self.give_back(task, why, "fail", **how)
 
-    def release(
-        self,
-        agent: str,
-        fence: str,
-        why: str = "",
-        rescue: str = "",
-        conversation: str = "",
-        *,
-        resume: bool = True,
-    ) -> Task:
+    def release(self, agent: str, fence: str, why: str = "", **how) -> Task:
         """Give a task back unharmed: no attempt is counted; the next one goes on from its
-        branch."""
+        branch, in its conversation. how: as for `give_back`."""
         task = self.get_claimed(agent, fence, "release")
-        if task is None:
-            return self.state.get_task(fence.rpartition(".")[0])
-        task = with_conversation(task._replace(rescue=rescue or task.rescue), agent, conversation)
-        return self.give_back(
-            task,
-            why or task.reason,
-            "release",
-            counts=False,
-            start=kept_by(self.state.claims[agent]),
-            resume=resume,
-        )
+        if task.ended_by:
+            return task
+        how = {"start": kept_by(self.state.claims[agent]), "resume": True, **how}
+        return self.give_back(task, why or task.reason, "release", counts=False, **how)
 
     def give_back(
         self,
@@ -3910,13 +3868,16 @@ class TaskQueue:
         counts: bool = True,
         retry: bool = True,
         start: str = "",
+        rescue: str = "",
         resume: bool = False,
+        conversation: str = "",
     ) -> Task:
         """The way back to pending, from a claim or from the merge queue, with the reason.
 
         counts: whether this was an attempt (1 s, 2 s, 4 s ... of backoff, `failed` after the
         last). start: the commit or branch that the next one begins from, empty for where this
-        one did.
+        one did. resume: that goes on in the same conversation, whose id the CLI may have told
+        only now.
         """
         attempts = task.attempts + counts
         is_over = counts and (not retry or attempts >= max(1, task.max_attempts))
@@ -3928,8 +3889,11 @@ class TaskQueue:
             reason=reason,
             ended_by=ended_by,
             start=start or task.start,
+            rescue=rescue or task.rescue,
             not_before=utc(CLOCK.now() + wait) if wait and not is_over else "",
-            conversation=kept_conversation(task, CLOCK.now() + wait) if resume else {},
+            conversation=(
+                kept_conversation(task, CLOCK.now() + wait, conversation) if resume else {}
+            ),
         )
         return self.tx.move(task, "pending", GIVE_BACK_EVENTS[ended_by], why=reason)
 
@@ -3941,7 +3905,7 @@ class TaskQueue:
         """
         ended = []
         for claim in list(self.tx.state.claims.values()):
-            owner = Owner.from_json(claim.owner)
+            owner = claim.get_owner()
             alive = find_liveness(owner)
             if alive or alive is None and not is_lapsed(claim):
                 continue
@@ -3966,11 +3930,12 @@ class TaskQueue:
         lapses = task.lapses + (not is_seen)
         is_fault = owner.boot == boot_id() if is_seen else lapses >= LAPSES_MAX
         self.give_back(
-            task._replace(rescue=rescue or task.rescue, lapses=lapses),
+            task._replace(lapses=lapses),
             describe_death(claim, owner, is_seen=is_seen),
             "died",
             counts=is_fault,
             start=kept_by(claim),
+            rescue=rescue,
             resume=not owner.is_on_host,  # its conversation went with the host
         )
 
@@ -3979,13 +3944,13 @@ class TaskQueue:
         is the next one's start."""
         task = claim.get_task()
         if task:
-            task = task._replace(rescue=rescue or task.rescue)
             self.give_back(
                 task,
                 task.reason,
                 "release",
                 counts=False,
                 start=branch_of(claim.agent, task.id),
+                rescue=rescue,
                 resume=True,
             )
         if claim.agent in self.tx.state.claims:
@@ -4041,7 +4006,7 @@ class TaskQueue:
 
 def kept_by(claim: Claim) -> str:
     """The branch or ref with what a claim's agent has committed, as far as it is here."""
-    owner = Owner.from_json(claim.owner)
+    owner = claim.get_owner()
     return (
         arrival_of(owner.host, claim.fence)
         if owner.is_on_host
@@ -4099,11 +4064,7 @@ def rescue_dead_owners(store: Store, settings: Settings) -> dict[str, str]:
     rescues = {}
     for claim in store.read_claims().values():
         worktree = worktree_of(store.repo, settings, claim.agent)
-        if (
-            claim.task
-            and find_liveness(Owner.from_json(claim.owner)) is False
-            and os.path.isdir(worktree)
-        ):
+        if claim.task and find_liveness(claim.get_owner()) is False and os.path.isdir(worktree):
             rescues[claim.agent] = rescue(store.repo, claim.agent, worktree)
     return rescues
 
@@ -7736,7 +7697,7 @@ def submit(store: Store, agent: str, fence: str, *, branch: str = "", commit: st
         claim = store.find_claim(agent)
         if claim is None or claim.fence != fence:
             with store.transaction() as tx:  # an old fence is refused, a repeated submit is fine
-                if TaskQueue(tx).get_claimed(agent, fence, "submit") is None:
+                if TaskQueue(tx).get_claimed(agent, fence, "submit").ended_by:
                     return
         head = commit or find_own_head(agent, branch) or "refs/heads/" + branch
         verify_objects(store.repo, head)
@@ -7942,7 +7903,8 @@ class Attempt:
             queue = TaskQueue(tx)
             if outcome.move == "release":
                 why = one_line(f"{outcome.cause}: {outcome.why}", 500)
-                queue.release(self.agent, self.fence, why, kept, outcome.conversation)
+                told = outcome.conversation
+                queue.release(self.agent, self.fence, why, rescue=kept, conversation=told)
                 return
             resumes = outcome.move == "resume"
             is_plain = outcome.move == "fail" and outcome.cause in NO_START
