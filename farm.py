@@ -416,21 +416,11 @@ class Disk:
 
     # O_RDWR, as the last byte is read; O_APPEND, so that two writers' lines stand one behind the
     # other and none is overwritten. 0o666: the user's umask decides, as with any file of theirs.
-    def append(self, path: str, data: bytes) -> int:
-        """One write at the end; the file's length then. A torn last line of a killed writer is
-        closed first, so that it spoils no other."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        try:
-            size = os.fstat(descriptor).st_size
-            torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
-            return size + os.write(descriptor, b"\n" + data if torn else data)
-        finally:
-            os.close(descriptor)
-
-    # Unlike `append` it writes until all is there: the archive's records are nowhere else, while a
-    # cut line of history is only missed in a report.
-    def append_durably(self, path: str, data: bytes) -> int:
-        """All of it, and on the disk when it returns; the file's length then."""
+    # Durable is the archive, whose records are nowhere else; a cut line of history is only missed
+    # in a report.
+    def append(self, path: str, data: bytes, *, durably: bool = False) -> int:
+        """All of it at the end, and, durably, on the disk when it returns; the file's length then.
+        A torn last line of a killed writer is closed first, so that it spoils no other."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
             size = os.fstat(descriptor).st_size
@@ -438,7 +428,8 @@ class Disk:
             view = memoryview(b"\n" + data if torn else data)
             while view:
                 view = view[os.write(descriptor, view) :]
-            os.fsync(descriptor)
+            if durably:
+                os.fsync(descriptor)
             return os.fstat(descriptor).st_size
         finally:
             os.close(descriptor)
@@ -3112,7 +3103,7 @@ class Transaction:
             self.archive()
             places.add("ready")
         elif self.state.is_behind:  # what was read there may be in the page cache only
-            self.store.disk.append_durably(self.store.path(ARCHIVE_FILE), b"")
+            self.store.disk.append(self.store.path(ARCHIVE_FILE), b"", durably=True)
             places.add("ready")
         if "pending" in places:
             self.write("pending")
@@ -3132,7 +3123,8 @@ class Transaction:
         data = b"".join(line_bytes(task.to_json()) for task in tasks)
         store = self.store
         self.mark_dirty()
-        self.state.archive_bytes = store.disk.append_durably(store.path(ARCHIVE_FILE), data)
+        path = store.path(ARCHIVE_FILE)
+        self.state.archive_bytes = store.disk.append(path, data, durably=True)
         # the archive's first append has made its name
         store.sync_folder(store.path("merge_queue"))
         for task in tasks:

@@ -112,11 +112,8 @@ def leave_out_rev(patch: pytest.MonkeyPatch, world: World) -> None:
 
 
 def leave_out_archive_fsync(patch: pytest.MonkeyPatch, world: World) -> None:
-    def append(path: str, data: bytes) -> int:
-        world.store.disk.append(path, data)
-        return world.system.stat(path).st_size
-
-    patch.setattr(world.store.disk, "append_durably", append)
+    original = world.store.disk.append
+    patch.setattr(world.store.disk, "append", lambda path, data, durably=False: original(path, data))
 
 
 def leave_out_archive_first(patch: pytest.MonkeyPatch, world: World) -> None:
