@@ -390,7 +390,7 @@ class Disk:
         is unlinked, never truncated: it may share its inode with the lock file that it was
         linked to.
         """
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         try:
             descriptor = os.open(path, flags, 0o666)
         except FileExistsError:
@@ -408,7 +408,7 @@ class Disk:
     def fsync_folder(self, path: str) -> None:
         """Make the names in a folder durable: fsync of a file says nothing of the name that it
         has just got."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -416,12 +416,13 @@ class Disk:
 
     # O_RDWR, as the last byte is read; O_APPEND, so that two writers' lines stand one behind the
     # other and none is overwritten. 0o666: the user's umask decides, as with any file of theirs.
+    # No O_CLOEXEC here or below: Python hands no descriptor on.
     # Durable is the archive, whose records are nowhere else; a cut line of history is only missed
     # in a report.
     def append(self, path: str, data: bytes, *, durably: bool = False) -> int:
         """All of it at the end, and, durably, on the disk when it returns; the file's length then.
         A torn last line of a killed writer is closed first, so that it spoils no other."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             size = os.fstat(descriptor).st_size
             torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
@@ -584,7 +585,7 @@ def read_foreign(path: str, most: int, flags: int = 0) -> str:
     """A text that an agent may have written. Raises OSError for what is no file, such as a FIFO,
     which would keep us waiting, or has more than `most` bytes; with os.O_NOFOLLOW also for a link.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
     with open(descriptor, encoding="utf-8", errors="replace") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size > most:
@@ -3027,7 +3028,7 @@ def take_mutex(path: str) -> int:
     """The descriptor of the mutex, held. Where somebody has removed the file while we waited, it
     is opened again: others lock the new one."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         try:
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
