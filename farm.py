@@ -2509,32 +2509,41 @@ class Folder:
             self.disk.append(exclude, b"/coordination/\n")
         self.keep_copy()
 
-    def history_files(self, folder: str = "") -> list[str]:
-        """Names of the history's files, oldest first: events-0001.jsonl ..., events.jsonl."""
+    def files_of(self, name: str, folder: str = "") -> list[str]:
+        """The files of a history that is cut by size, oldest first: events-0001.jsonl ...,
+        events.jsonl."""
         try:
             names = sorted(self.disk.list_folder(folder or self.folder))
         except FileNotFoundError:
             return []
-        older = [name for name in names if re.fullmatch(r"events-\d+\.jsonl", name)]
-        return older + [name for name in names if name == HISTORY_FILE]
+        older = name.replace(".jsonl", r"-\d+\.jsonl")
+        return [other for other in names if re.fullmatch(older, other)] + [name] * (name in names)
+
+    def name_to_close(self, name: str) -> str:
+        """Under what number a history's file is closed: the next one, or the last one where a
+        killed process had come as far as the link."""
+        older = self.files_of(name)[:-1]
+        if older and os.path.samefile(self.path(name), self.path(older[-1])):
+            return older[-1]
+        last = int(re.search(r"\d+", older[-1])[0]) if older else 0
+        return name.replace(".jsonl", f"-{last + 1:04d}.jsonl")
+
+    def begin_anew(self, name: str, closed: str, data: bytes = b"") -> None:
+        """Close a file under the name `closed`, and begin the next with `data`. Each of the two
+        has a name at any time, so who appends meanwhile loses no line."""
+        path = self.path(name)
+        # a link, then a rename over the old name: killed in between, both names are one file
+        if not os.path.exists(self.path(closed)):
+            self.disk.link(path, self.path(closed))
+        self.disk.write_temp(path + ".tmp", data)
+        self.disk.rename(path + ".tmp", path)
 
     def cut_history(self) -> None:
-        """Close the history's file under its number and begin the next. Each of the two has a
-        name at any time, so who appends meanwhile loses no line."""
-        path = self.path(HISTORY_FILE)
         # not the mutex: whoever holds that appends, and would wait for itself
         with hold(self.path(".history.lock")):
-            older = self.history_files()[:-1]
-            if self.disk.size(path) < HISTORY_BYTES:  # another has just done it
+            if self.disk.size(self.path(HISTORY_FILE)) < HISTORY_BYTES:  # another has just done it
                 return
-            # a killed one had come as far as the link
-            if not older or not os.path.samefile(path, self.path(older[-1])):
-                last = int(older[-1][len("events-") : -len(".jsonl")]) if older else 0
-                # a link, then a rename over the old name: killed in between, both names are one
-                # file
-                self.disk.link(path, self.path(f"events-{last + 1:04d}.jsonl"))
-            self.disk.write_temp(path + ".tmp", b"")
-            self.disk.rename(path + ".tmp", path)
+            self.begin_anew(HISTORY_FILE, self.name_to_close(HISTORY_FILE))
         self.keep_copy()
 
     # A hard link takes no room and follows each append; a copy would be as old as its last making.
@@ -2546,7 +2555,7 @@ class Folder:
             return
         os.makedirs(folder, exist_ok=True)
         linked = []
-        for name in self.history_files():
+        for name in self.files_of(HISTORY_FILE):
             history, copy = self.path(name), os.path.join(folder, name)
             if os.path.exists(copy) and not os.path.samefile(history, copy):
                 # under its number it has its second name already
@@ -3240,7 +3249,7 @@ def read_events(store: Store, containing: bytes = b"", files: int = 0):
     tore it, or a hand has edited it. containing: only the lines with these bytes are parsed;
     files: only the last so many, all when 0."""
     lines = []
-    for name in store.history_files()[-files:]:
+    for name in store.files_of(HISTORY_FILE)[-files:]:
         try:
             with open(store.path(name), "rb") as file:
                 lines += [line for line in file if containing in line and line.strip()]
@@ -3423,7 +3432,7 @@ def bring_history_back(store: Store) -> list[str]:
     for name in FOLDERS:
         os.makedirs(store.path(name), exist_ok=True)
     folder = os.path.dirname(store.copy_of_history())
-    for name in store.history_files(folder):
+    for name in store.files_of(HISTORY_FILE, folder):
         try:
             # linked, so that the second copy goes on following
             os.link(os.path.join(folder, name), store.path(name))
@@ -7006,22 +7015,11 @@ def note_usage(store: Store, line: dict, spent: Usage) -> None:
 def cut_usage(store: Store) -> None:
     """Close usage.jsonl under its number; the next begins with the sum of what is over, and with
     the lines of tasks that may go on."""
-    older, state, lines = usage_files(store)[:-1], store.snapshot(), read_usage(store)
+    closed, state, lines = store.name_to_close(USAGE_FILE), store.snapshot(), read_usage(store)
     live = [line for line in lines if line["task"] and not state.is_done(line["task"])]
     over = sum_usage([line for line in lines if line not in live])
-    last = int(older[-1][len("usage-") : -len(".jsonl")]) if older else 0
-    head = {"task": "", "agent": "", "fence": f"up to usage-{last + 1:04d}.jsonl", **over}
-    data = b"".join(map(line_bytes, (head, *live)))
-    path = store.path(USAGE_FILE)
-    store.disk.link(path, store.path(f"usage-{last + 1:04d}.jsonl"))
-    store.disk.write_temp(path + ".tmp", data)
-    store.disk.rename(path + ".tmp", path)
-
-
-def usage_files(store: Store) -> list[str]:
-    names = store.disk.list_folder(store.folder) if os.path.isdir(store.folder) else ()
-    older = sorted(name for name in names if re.fullmatch(r"usage-\d+\.jsonl", name))
-    return [*older, USAGE_FILE]
+    head = {"task": "", "agent": "", "fence": f"up to {closed}", **over}
+    store.begin_anew(USAGE_FILE, closed, b"".join(map(line_bytes, (head, *live))))
 
 
 def read_usage(store: Store, *, is_whole: bool = False) -> list[dict]:
@@ -7029,7 +7027,7 @@ def read_usage(store: Store, *, is_whole: bool = False) -> list[dict]:
     conversations are not resumed); is_whole: of each attempt there ever was, else what is long
     over is one line without a task."""
     lines = {}
-    for name in usage_files(store) if is_whole else (USAGE_FILE,):
+    for name in store.files_of(USAGE_FILE) if is_whole else (USAGE_FILE,):
         for line in read_json_lines(store.path(name)):
             if is_usage(line) and not (is_whole and not line["task"]):
                 lines[line.get("conversation") or line["fence"]] = line

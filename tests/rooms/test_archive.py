@@ -163,7 +163,7 @@ def test_the_history_is_cut_and_readers_go_on_over_the_cuts(cut):
     store = toolkit.Store(str(cut.repo))
     for number in range(200):
         store.append_event("note", None, number=number)
-    names = store.history_files()
+    names = store.files_of("events.jsonl")
     assert len(names) > 3 and names[-1] == "events.jsonl" and all(Path(store.path(name)).stat().st_size < 4400 for name in names)
     assert [event["number"] for event in toolkit.read_events(store) if event["event"] == "note"] == list(range(200))
     copies = [cut.repo / ".git/farm" / name for name in names]
@@ -225,7 +225,7 @@ def test_costs_are_cut_and_the_sum_stays(cut):
     toolkit.note_usage(store, line, toolkit.Usage(7, 0, 1.0))
     for _ in range(20):  # one conversation that goes on: its last line holds all of it
         toolkit.note_usage(store, line, toolkit.Usage(9, 0, 2.0))
-    assert Path(store.path("usage.jsonl")).stat().st_size < 2048 and len(toolkit.usage_files(store)) > 2
+    assert Path(store.path("usage.jsonl")).stat().st_size < 2048 and len(store.files_of("usage.jsonl")) > 2
     total = toolkit.sum_usage(toolkit.read_usage(store))
     assert total == toolkit.sum_usage(toolkit.read_usage(store, is_whole=True)) == {
         "tokens_in": 8009, "tokens_out": 800, "cost_usd": 22.0}
@@ -238,5 +238,5 @@ def test_a_verb_that_looks_reads_no_history(cut):
     store = toolkit.Store(str(cut.repo))
     text = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import farm; farm.read_events = None; sys.exit(farm.main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", text, "--repo", str(cut.repo), "status", "--json"], capture_output=True, text=True)
-    assert done.returncode == 0 and json.loads(done.stdout)["tasks"] == {"pending": 1} and store.history_files()
+    assert done.returncode == 0 and json.loads(done.stdout)["tasks"] == {"pending": 1} and store.files_of("events.jsonl")
     assert git(cut.repo, "status", "--porcelain") == ""
