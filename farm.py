@@ -4615,9 +4615,14 @@ OUTPUT_HEAD, OUTPUT_TAIL = 64 * 1024, 256 * 1024
 Verdict = collections.namedtuple("Verdict", "colour exit_code seconds note")
 Verdict.__doc__ = """One run's colour (green, red or none), the gate's exit code, its seconds, and
 why it is none."""
+
+
+def no_verdict(note: str) -> Verdict:
+    return Verdict("none", -1, 0.0, note)
+
+
 # for a verdict of a target that gave none, longer at each time
 ASK_AGAIN_SECONDS, ASK_AGAIN_SECONDS_MAX = 5.0, 3600.0
-NO_VERDICT = Verdict("none", -1, 0.0, "")
 
 
 # The key is a hash of command and variables, as the command may be longer than a file's name, and
@@ -4773,6 +4778,10 @@ class Gate:
         self.verdict: Verdict | None = None
         self.failure: Exception | None = None
 
+    def named(self) -> dict:
+        """What others are told of it."""
+        return {"ids": list(self.ids), "slot": self.slot, "tree": self.tree}
+
     def start(self, folder: str, settings: Settings, log: str, wake, prefix=()) -> None:
         """Run the gate in `folder` (a worktree at the commit) on a thread of its own; `wake` is
         set when it is over.
@@ -4922,7 +4931,7 @@ class Slots:
         prefix = isolated("gate", self.store.repo, folder)
         gate.start(folder, self.settings, log, self.wake, prefix)
         self.gates.append(gate)
-        self.store.append_event("gate-started", None, ids=list(ids), tree=tree, slot=slot)
+        self.store.append_event("gate-started", None, **gate.named())
 
     def reap(self) -> list[Gate]:
         """Those that are over, their slots free again."""
@@ -4934,12 +4943,7 @@ class Slots:
             if gate.failure:
                 raise gate.failure
             if gate.is_abandoned:
-                self.note_end(
-                    gate.ids,
-                    gate.tree,
-                    gate.slot,
-                    NO_VERDICT._replace(note="nobody needs its verdict any more"),
-                )
+                self.note_end(gate, no_verdict("nobody needs its verdict any more"))
         return over
 
     # A gate that rewrites what it tests (a formatter, a lock file) has judged another tree than
@@ -4959,32 +4963,24 @@ class Slots:
             )
         return gate.verdict
 
-    def note_end(self, ids: tuple, tree: str, slot: int, verdict: Verdict) -> None:
+    def note_end(self, gate: Gate, verdict: Verdict) -> None:
         """Each gate-started in the history has its gate-ended."""
-        self.store.append_event(
-            "gate-ended", None, ids=list(ids), tree=tree, slot=slot, **verdict._asdict()
-        )
+        self.store.append_event("gate-ended", None, **gate.named(), **verdict._asdict())
 
     # Before anything else uses the slots: a dead merger's gate would go on in a folder that is
     # being made another tree.
     def recover(self) -> None:
         """End the gates of a dead merger."""
         end_all_gates(self.folder)
-        for gate in find_open_gates(self.store):
-            self.note_end(
-                gate["ids"],
-                gate["tree"],
-                gate["slot"],
-                NO_VERDICT._replace(note="its merger was killed"),
-            )
+        for event in find_open_gates(self.store):
+            gate = Gate(event["slot"], event["ids"], "", event["tree"])
+            self.note_end(gate, no_verdict("its merger was killed"))
 
     def stop(self) -> None:
         """End the gates that run; they gave no verdict."""
         for gate in self.gates:
             gate.end_group()
-            self.note_end(
-                gate.ids, gate.tree, gate.slot, NO_VERDICT._replace(note="its merger was stopped")
-            )
+            self.note_end(gate, no_verdict("its merger was stopped"))
         self.gates = []
 
 
@@ -5880,7 +5876,7 @@ class MergeQueue:
         before = self.verdicts.evidence(gate.tree)
         self.verdicts.record(gate.tree, verdict)
         after = self.verdicts.evidence(gate.tree)
-        self.slots.note_end(gate.ids, gate.tree, gate.slot, verdict)
+        self.slots.note_end(gate, verdict)
         if gate.diagnosis:
             if verdict.colour != "none":
                 self.returns.explain(gate.diagnosis, verdict.colour)
@@ -5968,10 +5964,7 @@ class MergeQueue:
             "start": me.start,
             "target": self.target,
             "order": list(queue),
-            "testing": [
-                {"ids": list(gate.ids), "slot": gate.slot, "tree": gate.tree}
-                for gate in filter(None, (*self.slots.gates, self.review.gate))
-            ],
+            "testing": [gate.named() for gate in self.running()],
             "held": self.held,
             "reviews": self.reviews,
             "trouble": list(self.trouble or ()),
