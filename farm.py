@@ -325,8 +325,9 @@ def read_tsv(text: str) -> list[list[str]]:
 
 def dedent(lines: list[str]) -> str:
     """Lines without the indent that all have, and without blank ones around them."""
-    indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
-    return "\n".join(line[indent:].rstrip() for line in lines).strip("\n")
+    import textwrap
+
+    return textwrap.dedent("\n".join(map(str.rstrip, lines))).strip("\n")
 
 
 def duration(seconds: float) -> str:
@@ -447,9 +448,9 @@ class Disk:
     list_folder = staticmethod(os.listdir)
 
 
-def dump_line(data) -> str:
-    """Compact JSON with no raw control character, C1 and DEL included."""
-    text = json.dumps(data, ensure_ascii=False)
+def dump_line(data, indent: int | None = None) -> str:
+    """Compact JSON, a line without `indent`, with no raw control character, C1 and DEL included."""
+    text = json.dumps(data, ensure_ascii=False, indent=indent)
     if text.isprintable():  # nearly always; compiling the pattern would cost every verb 2 ms
         return text
     return re.sub(
@@ -516,12 +517,9 @@ def dump_records(head: dict, lists: dict) -> bytes:
 
 def describe_damage(path: str, error: Exception) -> DamagedState:
     """The error with path, line and column where the JSON parser can tell them."""
-    where = (
-        f", line {error.lineno}, column {error.colno}"
-        if isinstance(error, json.JSONDecodeError)
-        else ""
-    )
-    what = error.msg if isinstance(error, json.JSONDecodeError) else error
+    where, what = "", error
+    if isinstance(error, json.JSONDecodeError):
+        where, what = f", line {error.lineno}, column {error.colno}", error.msg
     return DamagedState(
         f"{path}{where}: {what}; nothing was written",
         "mend it in an editor, or see: ./farm.py doctor  (doctor --fix keeps it aside and "
@@ -593,6 +591,15 @@ def read_foreign(path: str, most: int, flags: int = 0) -> str:
         return file.read()
 
 
+def read_printable(path: str) -> str:
+    """What gates, reviewers and scripts have printed into a file; empty when it is not there."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return printable(file.read())
+    except FileNotFoundError:
+        return ""
+
+
 # The pid in the temp file's name keeps two writers apart; "x" refuses to open what is there, so
 # that a link which an agent has laid there is not followed.
 def write_whole(path: str, text: str) -> None:
@@ -616,8 +623,7 @@ def changed_at(path: str) -> int:
 
 
 def print_json(data) -> None:
-    text = json.dumps(data, indent=1, ensure_ascii=False)
-    print(re.sub("[\x7f-\x9f\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text))
+    print(dump_line(data, indent=1))
 
 
 def read_text(path: str) -> str:
@@ -1324,10 +1330,9 @@ def hold_long(path: str, what: str):
 def find_recorded(path: str) -> int | None:
     """The pid in a lock file of `hold_long`, while exactly that process lives."""
     try:
-        with open(path, encoding="ascii") as file:
-            pid, _, start = file.read().strip().partition("\t")
+        pid, _, start = read_line(path).partition("\t")
         return int(pid) if start and start_of(int(pid)) == start else None
-    except (OSError, ValueError):
+    except ValueError:
         return None
 
 
@@ -4748,15 +4753,10 @@ class Verdicts:
         return told and f" ({told})"
 
     # It goes back with the work, for an agent to read: the end says what has failed.
-    def tail(self, tree: str, lines: int = 60) -> str:
+    def tail(self, tree: str) -> str:
         """The end of what the gate printed about a tree."""
-        try:
-            with open(
-                self.store.path(self.name_of(tree, "log")), encoding="utf-8", errors="replace"
-            ) as file:
-                return printable("".join(file.readlines()[-lines:]))[-16_000:]
-        except FileNotFoundError:
-            return ""
+        printed = read_printable(self.store.path(self.name_of(tree, "log")))
+        return "".join(printed.splitlines(keepends=True)[-60:])[-16_000:]
 
 
 class Gate:
@@ -5479,7 +5479,7 @@ class Returns:
         """(reason, detail) of work that no chain can hold."""
         if step.status == "conflict":
             reason = f"it conflicts with {self.target} in {step.detail}"
-            return reason, self.conflict_text(task)
+            return reason, read_printable(self.store.path("returns", f"{task.id}.txt"))[:60_000]
         if step.status == "gitlink":
             return step.detail, (
                 "Remove its .git and add its files; or make it a submodule (git submodule add URL "
@@ -5488,15 +5488,6 @@ class Returns:
         is_gone = step.status == "missing"
         what = "its commit is gone" if is_gone else f"it shares no history with {self.target}"
         return f"{what} ({task.commit[:10]})", ""
-
-    def conflict_text(self, task: Task) -> str:
-        try:
-            with open(
-                self.store.path("returns", f"{task.id}.txt"), encoding="utf-8", errors="replace"
-            ) as file:
-                return printable(file.read(60_000))
-        except FileNotFoundError:
-            return ""
 
 
 # ------------------------------------------------------------------------------------------- review
@@ -5600,8 +5591,7 @@ class Review:
         if gate.failure:
             raise gate.failure
         self.note_cost(task, gate.log)
-        with open(gate.log, encoding="utf-8", errors="replace") as file:
-            words = printable(file.read()).strip()[-8000:]
+        words = read_printable(gate.log).strip()[-8000:]
         if gate.verdict.exit_code == 1:  # it counts, or the two might go on for ever
             return self.returns.send_back(
                 task, f"the reviewer says no: {one_line(words, 500)}", words
@@ -5976,7 +5966,7 @@ class MergeQueue:
 
     def is_drained(self) -> bool:
         left = self.store.snapshot().ready.keys() - self.reviews.keys()
-        return not self.slots.gates and not self.diagnoses and not left and not self.review.gate
+        return not (self.running() or self.diagnoses or left)
 
     def stop(self) -> None:
         """End what runs for us: it gave no verdict."""
@@ -6610,8 +6600,7 @@ class Gemini(Cli):
     def read(self, path: str) -> Usage:
         """One document with stats.models.NAME.tokens; or, behind stack traces, one with error."""
         try:
-            with open(path, encoding="utf-8", errors="replace") as file:
-                text = "\n" + file.read()
+            text = "\n" + read_foreign(path, 1 << 30)
             # the last line that begins an object: 2>&1 puts warnings and stack traces before it
             told = json.JSONDecoder().raw_decode(text, text.rindex("\n{") + 1)[0]
             models, error = (told.get("stats") or {}).get("models") or {}, told.get("error") or {}
