@@ -2344,6 +2344,10 @@ class State:
     def is_done(self, task_id: str) -> bool:
         return task_id in self.done or task_id in self.archived
 
+    def open_before(self, task: Task) -> list[str]:
+        """The ids that it comes after and that have not landed."""
+        return [name for name in task.after if not self.is_done(name)]
+
     def live_tasks(self) -> list[Task]:
         """Every task but those in the archive, in the order they were added."""
         tasks = [
@@ -3723,14 +3727,14 @@ class TaskQueue:
             number = max(number, number_of(task.id))
             state.pending[task.id] = task
             answers.append((task, True))
-        new = self.resolve_after([task for task, is_new in answers if is_new], drafts, answers)
+        new = self.resolve_after([task for task, is_new in answers if is_new], answers)
         if new:
             self.tx.write("pending")
         for task in new:
             self.tx.store.append_event("added", task)
         return [(state.pending.get(task.id, task), is_new) for task, is_new in answers]
 
-    def resolve_after(self, new: list[Task], drafts: list[Task], answers: list) -> list[Task]:
+    def resolve_after(self, new: list[Task], answers: list) -> list[Task]:
         """`after` entries as ids; NUL and a number in a draft mean the file's item with that
         index."""
         resolved = []
@@ -3745,10 +3749,6 @@ class TaskQueue:
             check_after(task, self.state)
         return resolved
 
-    def is_unblocked(self, task: Task) -> bool:
-        """All that it comes after has landed."""
-        return all(map(self.state.is_done, task.after))
-
     def claimable(self, agent: str, presets: tuple | None = None) -> list[Task]:
         """What `agent` may claim now, best first: its own that was interrupted, priority, then
         first come. presets: those whose tasks it takes, None for all."""
@@ -3759,7 +3759,7 @@ class TaskQueue:
             if task.state == "pending"
             and task.not_before <= now
             and not (HUB in task.extra and task.ended_by)  # which goes back to the hub
-            and self.is_unblocked(task)
+            and not self.state.open_before(task)
             and not is_kept_for_another(task, agent, now)
             and (presets is None or task.preset in ("", *presets))
             and not (
@@ -4034,8 +4034,8 @@ def describe_death(claim: Claim, owner: Owner, *, is_seen: bool) -> str:
 # Refused at once, as a task in a circle would wait for ever, and look like one that only waits.
 def check_after(task: Task, state: State) -> None:
     """Raises UsageError for a task that comes after one that is not there, or after itself."""
-    for name in task.after:
-        if not state.is_done(name) and not state.find_task(name):
+    for name in state.open_before(task):
+        if not state.find_task(name):
             raise UsageError(
                 f"task {task.title!r} comes after {name}, and there is no such task",
                 "./farm.py tasks",
@@ -4094,13 +4094,12 @@ def take_over(store: Store, settings: Settings, watch: LeaseWatch, move):
 
 def describe_wait(task: Task, state: State, now: float) -> str:
     """What a pending task waits for, in words; empty when it may be claimed."""
-    for name in task.after:
-        if not state.is_done(name):
-            other = state.find_task(name)
-            what = "which is not there" if other is None else f"which is {other.state}"
-            is_over = other is None or other.state in ("failed", "canceled")
-            way_out = f": ./farm.py retry {name}, or ./farm.py cancel {task.id}" if is_over else ""
-            return f"after {name}, {what}{way_out}"
+    for name in state.open_before(task):
+        other = state.find_task(name)
+        what = "which is not there" if other is None else f"which is {other.state}"
+        is_over = other is None or other.state in ("failed", "canceled")
+        way_out = f": ./farm.py retry {name}, or ./farm.py cancel {task.id}" if is_over else ""
+        return f"after {name}, {what}{way_out}"
     return f"until {task.not_before}, as it has failed before" if task.not_before > utc(now) else ""
 
 
@@ -4111,7 +4110,7 @@ def find_stranded(state: State) -> set[str]:
     after one that is."""
     stranded, followers = [], collections.defaultdict(list)
     for task in state.pending.values():
-        before = [name for name in task.after if not state.is_done(name)]
+        before = state.open_before(task)
         if task.state != "pending" or any(state.find_task(name) is None for name in before):
             stranded.append(task.id)
         for name in before:
@@ -4126,9 +4125,7 @@ def find_stranded(state: State) -> set[str]:
 # Derived and not stored: time and other tasks change it, and nobody would be there to write it.
 def derived_state(task: Task, state: State, now: float) -> str:
     """A pending task that may not be claimed yet is shown as waiting."""
-    if task.state == "pending" and (
-        task.not_before > utc(now) or not all(map(state.is_done, task.after))
-    ):
+    if task.state == "pending" and (task.not_before > utc(now) or state.open_before(task)):
         return "waiting"
     return task.state
 
@@ -13230,7 +13227,7 @@ def verb_edit(call: Call) -> int:
             raise UsageError("a task needs a title, and at least one attempt")
         with call.store.transaction() as tx:
             check_free(tx.state, task)
-            TaskQueue(tx).resolve_after([changed], [], [])
+            TaskQueue(tx).resolve_after([changed], [])
             tx.move(changed, "pending", "edited")
     except FarmError as error:
         raise type(error)(
