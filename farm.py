@@ -573,9 +573,14 @@ def read_json_lines(path: str):
             yield item
 
 
+def object_of(value) -> dict:
+    """What is an object in JSON of others, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 def count(record, *keys: str) -> int:
     """The sum of the whole numbers below `keys` of an object that may be anything."""
-    values = [record.get(key) for key in keys] if isinstance(record, dict) else []
+    values = map(object_of(record).get, keys)
     return sum(value for value in values if type(value) is int)  # a bool is an instance of int
 
 
@@ -2647,7 +2652,6 @@ class Reader(Folder):
         told, work, lapses, changes = (
             data.get(key) for key in ("told", "work", "lapses", "changes")
         )
-        pairs = work.items() if isinstance(work, dict) else ()
         return {
             "agents": {
                 key: {"ends": [], **record}
@@ -2658,12 +2662,12 @@ class Reader(Folder):
             "lapses": lapses if isinstance(lapses, dict) and is_texts([*lapses.values()]) else {},
             "changes": {
                 key: pair
-                for key, pair in (changes.items() if isinstance(changes, dict) else ())
+                for key, pair in object_of(changes).items()
                 if is_texts(pair) and len(pair) == 3
             },
             "work": {
                 key: pair
-                for key, pair in pairs
+                for key, pair in object_of(work).items()
                 if isinstance(pair, list) and list(map(type, pair)) == [int, int]
             },
         }
@@ -6081,11 +6085,11 @@ def find_activity(store: Store) -> dict:
 # counts.
 def find_reviews(store: Store, state: State) -> dict[str, str]:
     """id -> commit of what is green and waits for a yes, as the merger has found it last."""
-    told = next(read_json_lines(store.path(NOW_FILE)), {}).get("reviews")
+    told = object_of(next(read_json_lines(store.path(NOW_FILE)), {}).get("reviews"))
     return {
         task.id: task.commit
         for task in state.ready.values()
-        if isinstance(told, dict) and told.get(task.id) == task.commit != task.approved
+        if told.get(task.id) == task.commit != task.approved
     }
 
 
@@ -6410,8 +6414,8 @@ class ClaudeCode(Cli):
         """From what its status line was told."""
         told = next(read_json_lines(path), {})
         # the file may still hold what the conversation before this one has cost
-        cost = told.get("cost") if told.get("session_id") == conversation else {}
-        return dollars_of(cost.get("total_cost_usd")) if isinstance(cost, dict) else 0.0
+        cost = told.get("cost") if told.get("session_id") == conversation else None
+        return dollars_of(object_of(cost).get("total_cost_usd"))
 
     def find_blockers(self, repo: str, settings: Settings) -> list[tuple[str, str]]:
         if settings.agent_home:  # each agent has a HOME of its own, which a person has set up
@@ -6508,8 +6512,7 @@ class ClaudePrint(ClaudeCode):
             result = item if item.get("type") == "result" else result
             # the exact second of the reset stands in an event of its own, not in the words of the
             # error
-            info = item.get("rate_limit_info")
-            resets_at = info.get("resetsAt") if isinstance(info, dict) else None
+            resets_at = object_of(item.get("rate_limit_info")).get("resetsAt")
             stamp = f"|{resets_at}" if type(resets_at) is int else stamp
         usage, denials = result.get("usage"), result.get("permission_denials")
         denied = (
@@ -6568,11 +6571,8 @@ class Codex(Cli):
                 usage, error = item.get("usage"), ""
             elif item.get("type") in ("turn.failed", "error"):
                 inner = item.get("error")
-                error = str(
-                    inner.get("message")
-                    if isinstance(inner, dict)
-                    else item.get("message") or inner
-                )
+                told = inner if isinstance(inner, dict) else item
+                error = str(told.get("message") or inner)
         return Usage(
             count(usage, "input_tokens"),
             count(usage, "output_tokens"),
@@ -6654,12 +6654,18 @@ class Aider(Cli):
     state, passes = (".aider/", "-.aider.conf.yml"), (*Cli.passes, *PROVIDER_KEYS, "AIDER_*")
 
 
+# what runs when nobody names an agent, where it is on PATH
+DEFAULT_CLI = ClaudeCode()
+
+
 class Command(Cli):
     """Any other command: it tells nothing but its exit code; but one that takes the farm's hooks
     (claude in a wrapper, say) is believed."""
 
     keeps_output = ends_by_itself = False
     stagger_seconds = 0.0
+    read_session, read_event = DEFAULT_CLI.read_session, DEFAULT_CLI.read_event
+    read_cost = DEFAULT_CLI.read_cost
 
     def __init__(self, command: str):
         self.start = command
@@ -6670,26 +6676,12 @@ class Command(Cli):
     def chooses_conversation(self) -> bool:
         return False
 
-    def read_session(self, home: str, pid: int) -> dict:
-        return DEFAULT_CLI.read_session(home, pid)
-
-    def read_event(self, event: dict) -> tuple[str, str]:
-        return DEFAULT_CLI.read_event(event)
-
-    def read_cost(self, path: str, conversation: str) -> float:
-        return DEFAULT_CLI.read_cost(path, conversation)
-
 
 CLIS = {
-    cli.name: cli for cli in (ClaudeCode(), ClaudePrint(), Codex(), Gemini(), OpenCode(), Aider())
+    cli.name: cli for cli in (DEFAULT_CLI, ClaudePrint(), Codex(), Gemini(), OpenCode(), Aider())
 }
-# what runs when nobody names an agent, where it is on PATH
-DEFAULT_CLI = ClaudeCode()
-
-
-def hook_settings(settings: Settings) -> dict:
-    """What the CLIs that take hooks are started with (cli-settings.json)."""
-    return DEFAULT_CLI.hook_settings(settings)
+# what the CLIs that take hooks are started with (cli-settings.json)
+hook_settings = DEFAULT_CLI.hook_settings
 
 
 def cli_of(agent: str) -> Cli:
@@ -6776,16 +6768,14 @@ def resolve_agents(repo: str, settings: Settings) -> list[Launch]:
             "; ".join(what for what, _ in blockers) + ": ten sessions would wait for an answer",
             blockers[0][1],
         )
-    isolation = os.environ.get("FARM_ISOLATE", "none")
-    for path in (
-        find_linked_state(shared) if isolation == "bwrap" and not settings.agent_home else ()
-    ):
+    is_shared = os.environ.get("FARM_ISOLATE") == "bwrap" and not settings.agent_home
+    for path in find_linked_state(shared) if is_shared else ():
         word = shell_word(path)
         raise Refused(
             f"{path} is a link, in the place of which an agent could put another",
             f"cp -RL {word} {word}.new && rm {word} && mv {word}.new {word}",
         )
-    return [cli_of(agent).launch(settings.permissions, isolation != "none") for agent in shared]
+    return [cli_of(agent).launch(settings.permissions, is_isolated()) for agent in shared]
 
 
 def find_linked_state(shared: list[str]) -> list[str]:
