@@ -2101,25 +2101,24 @@ def read_repo(repo: str) -> dict[str, list[str]]:
 
 def find_obstacles(call: Call) -> list[tuple[str, str]]:
     """(what, what to type) for each branch or ref that stands where one of the farm's would be."""
-    info, at, found = call.repo_info, f"git -C {shell_word(call.repo)}", []
-    for name in filter(None, info["obstacles"]):
-        found.append(
-            (
-                f"the branch {name} is in the way: git keeps branches as files, and agents' "
-                "are called farm/AGENT/TASK",
-                f"{at} branch -m {name} old-{name.replace('/', '-')}",
-            )
+    info, at = call.repo_info, f"git -C {shell_word(call.repo)}"
+    branches = [
+        (
+            f"the branch {name} is in the way: git keeps branches as files, and agents' "
+            "are called farm/AGENT/TASK",
+            f"{at} branch -m {name} old-{name.replace('/', '-')}",
         )
-    for name in filter(None, info["blocking"]):
-        aside = f"old-{name.replace('/', '-')}"
-        found.append(
-            (
-                f"the ref {name} is in the way: git keeps refs as files, and the farm's pins "
-                "lie below it",
-                f"{at} branch {aside} {name} && {at} update-ref -d {name}",
-            )
+        for name in filter(None, info["obstacles"])
+    ]
+    refs = [
+        (
+            f"the ref {name} is in the way: git keeps refs as files, and the farm's pins "
+            "lie below it",
+            f"{at} branch old-{name.replace('/', '-')} {name} && {at} update-ref -d {name}",
         )
-    return found
+        for name in filter(None, info["blocking"])
+    ]
+    return branches + refs
 
 
 def target_of(call: Call, settings: Settings) -> str:
@@ -3322,14 +3321,11 @@ def load_parts(store: Store) -> tuple[State, dict[str, str]]:
             damaged[name] = str(error).removeprefix(store.path(name)).lstrip(":, ")
 
     def read_list(name: str, place: str, key: str) -> None:
-        lists = {PENDING_FILE: ("tasks",), READY_FILE: ("ready", "landed")}
-        data = store.read_queue(name, lists[name])
+        data = store.read_queue(name, (key,))
         if key == "landed":
             store.load_archive(state, data)
-        records = data[key]
-        getattr(state, place).update(
-            (task.id, task) for task in store.read_tasks(name, place, records)
-        )
+        tasks = store.read_tasks(name, place, data[key])
+        getattr(state, place).update((task.id, task) for task in tasks)
 
     def read_claim(name: str) -> None:
         if claim := store.read_claim(name):
@@ -4672,6 +4668,9 @@ class Verdicts:
         self.green_trees += step * bool(found.greens)
         self.flaky_trees += step * bool(found.greens and found.reds)
 
+    def reds_needed(self) -> int:
+        return reds_needed(self.flaky_trees, self.green_trees)
+
     # Not below results/, where what is old is swept away.
     def sums_file(self) -> str:
         return os.path.join("merge_queue", f"verdicts-{self.key}.json")
@@ -5709,7 +5708,7 @@ class MergeQueue:
         is red, ask about what is green. That is shown for as long as its commit waits."""
         commits = {task_id: task.commit for task_id, task in self.waiting.items()}
         self.reviews = dict(self.reviews.items() & commits.items())
-        reds = reds_needed(self.verdicts.flaky_trees, self.verdicts.green_trees)
+        reds = self.verdicts.reds_needed()
         running = [gate.ids for gate in self.slots.gates if self.is_current(gate)]
         for task_id, task in self.waiting.items():
             # the others go first: this one may be one of a hundred
@@ -5773,7 +5772,7 @@ class MergeQueue:
         number = self.slots.number - len(apart)
         red = self.tally.counts["red"]
         rate = failure_rate(red, self.tally.counts["landed"] + red)
-        reds = reds_needed(self.verdicts.flaky_trees, self.verdicts.green_trees)
+        reds = self.verdicts.reds_needed()
         answer = plan(
             queue,
             self.chain.evidence_of,
