@@ -3314,9 +3314,9 @@ def load_parts(store: Store) -> tuple[State, dict[str, str]]:
         return State(), {"": f"is gone, and {store.copy_of_history()} knows what was in it"}
     state, damaged = State(), {}
 
-    def attempt_to(name: str, read) -> None:
+    def attempt_to(read, name: str, *words: str) -> None:
         try:
-            read()
+            read(name, *words)
         except DamagedState as error:
             damaged[name] = str(error).removeprefix(store.path(name)).lstrip(":, ")
 
@@ -3331,16 +3331,13 @@ def load_parts(store: Store) -> tuple[State, dict[str, str]]:
         if claim := store.read_claim(name):
             state.claims[claim.agent] = claim
 
-    for name, place, key in (
-        (PENDING_FILE, "pending", "tasks"),
-        (READY_FILE, "ready", "ready"),
-        (READY_FILE, "landed", "landed"),
-    ):
-        attempt_to(name, lambda name=name, place=place, key=key: read_list(name, place, key))
+    attempt_to(read_list, PENDING_FILE, "pending", "tasks")
+    attempt_to(read_list, READY_FILE, "ready", "ready")
+    attempt_to(read_list, READY_FILE, "landed", "landed")
     for name in store.lock_files():
-        attempt_to(name, lambda name=name: read_claim(name))
+        attempt_to(read_claim, name)
     for name in (FARM_FILE, LOOP_FILE, NOW_FILE, INTENT_FILE):
-        attempt_to(name, lambda name=name: store.read_json(name))
+        attempt_to(store.read_json, name)
     return state, damaged
 
 
@@ -4140,6 +4137,10 @@ CHECKBOX = r"^(\s*)(?:[-*+]|\d+[.)])\s+\[([ xX])\]\s+(\S.*)$"
 NEARLY_CHECKBOX = r"^\s*(?:[-*+]|\d+[.)])\s*\[(?:\s*[xX]?\s*|[^\w\s])\](?!\()"
 
 
+# of a checklist; after: NUL and the index of each item that is below it
+Item = collections.namedtuple("Item", "title body after")
+
+
 def parse_checklist(text: str, name: str) -> list[Task]:
     """`- [ ] title`, deeper text below it is the prompt; a deeper checkbox comes first: the item
     is `after` it. The text may begin with labels: `agent: codex`, `path: src/**`, `priority: 5`,
@@ -4147,15 +4148,15 @@ def parse_checklist(text: str, name: str) -> list[Task]:
 
     Checked items are passed over. Raises UsageError that names a line which is nearly a checkbox.
     """
-    drafts: list[Task] = []
-    bodies: list[list[str]] = []
-    # (indent, index of its draft; None for a checked one)
-    open_items: list[tuple[int, int | None]] = []
+    items: list[Item] = []
+    # (indent, item; None for a checked one)
+    open_items: list[tuple[int, Item | None]] = []
     # a fence of a code block: what looks like a checkbox within is text
     in_code = False
     for number, line in enumerate(text.expandtabs(4).splitlines(), 1):
-        item, indent = None if in_code else re.match(CHECKBOX, line), len(line) - len(line.lstrip())
-        if not item and not in_code and re.match(NEARLY_CHECKBOX, line):
+        found = None if in_code else re.match(CHECKBOX, line)
+        indent = len(line) - len(line.lstrip())
+        if not found and not in_code and re.match(NEARLY_CHECKBOX, line):
             raise UsageError(
                 f"{name}, line {number}: {one_line(line, 60)!r} is nearly a task (`- [ ] title`); "
                 f"nothing was added"
@@ -4163,22 +4164,17 @@ def parse_checklist(text: str, name: str) -> list[Task]:
         while open_items and line.strip() and not in_code and open_items[-1][0] >= indent:
             open_items.pop()
         parent = open_items[-1][1] if open_items else None
-        if item:
-            index = len(drafts) if item[2] == " " else None
-            if index is not None:
-                drafts.append(Task(title=item[3].strip()))
-                bodies.append([])
-                if parent is not None:
-                    drafts[parent] = drafts[parent]._replace(
-                        after=[*drafts[parent].after, f"\0{index}"]
-                    )
-            open_items.append((indent, index))
-        elif parent is not None:
-            bodies[parent].append(line)
+        if found:
+            item = Item(found[3].strip(), [], []) if found[2] == " " else None
+            if item and parent:
+                parent.after.append(f"\0{len(items)}")
+            if item:
+                items.append(item)
+            open_items.append((indent, item))
+        elif parent:
+            parent.body.append(line)
             in_code ^= line.lstrip().startswith("```")
-    return [
-        with_labels(draft, body, len(drafts)) for draft, body in zip(drafts, bodies, strict=True)
-    ]
+    return [with_labels(item, len(items)) for item in items]
 
 
 LABELS = {
@@ -4212,11 +4208,11 @@ def read_labels(lines: list[str]) -> tuple[dict, list[str]]:
     return fields, []
 
 
-def with_labels(draft: Task, body: list[str], items: int) -> Task:
-    """An item of a checklist with what the text below it says. Raises UsageError."""
-    (fields, rest), known = read_labels(body), {f"#{n + 1}": f"\0{n}" for n in range(items)}
-    after = [*draft.after, *(known.get(name, name) for name in fields.get("after", ()))]
-    return draft._replace(**{**fields, "after": after, "prompt": dedent(rest)})
+def with_labels(item: Item, items: int) -> Task:
+    """A task from an item of a checklist and what the text below it says. Raises UsageError."""
+    (fields, rest), known = read_labels(item.body), {f"#{n + 1}": f"\0{n}" for n in range(items)}
+    after = [*item.after, *(known.get(name, name) for name in fields.get("after", ()))]
+    return Task(**{"title": item.title, **fields, "after": after, "prompt": dedent(rest)})
 
 
 def find_agent_label(item: dict) -> dict:
@@ -4233,13 +4229,9 @@ def find_agent_label(item: dict) -> dict:
 def parse_json_item(item, where: str) -> Task:
     """One object: a task's own keys, or an issue as `gh issue list --json
     number,title,body,labels,url` prints it."""
-    if isinstance(item, str):
-        item = {"title": item}
-    if (
-        not isinstance(item, dict)
-        or not isinstance(item.get("title"), str)
-        or not item["title"].strip()
-    ):
+    item = {"title": item} if isinstance(item, str) else object_of(item)
+    title = item.get("title")
+    if not isinstance(title, str) or not title.strip():
         raise UsageError(f"{where}: a task needs a title; nothing was added")
     own = (
         "id",
@@ -4654,9 +4646,7 @@ class Verdicts:
         self.unjudged, self.silent, self.ask_again_at = collections.Counter(), {}, 0.0
         # over all that was ever gated: one queue alone shows too little of a gate's flakes
         known = next(read_json_lines(store.path(self.sums_file())), {})
-        self.green_trees, self.flaky_trees = (
-            count(known, key) for key in ("green_trees", "flaky_trees")
-        )
+        self.sums = {key: count(known, key) for key in ("green_trees", "flaky_trees")}
         # The sums are a short cut: where their file is gone, all verdicts are read once more, of
         # which a busy farm has thousands.
         for name in () if known else self.store.disk.list_folder(self.store.path("results")):
@@ -4665,11 +4655,11 @@ class Verdicts:
 
     def count(self, found: Evidence, step: int) -> None:
         """Keep the numbers of trees that were ever green, and of those that were red as well."""
-        self.green_trees += step * bool(found.greens)
-        self.flaky_trees += step * bool(found.greens and found.reds)
+        self.sums["green_trees"] += step * bool(found.greens)
+        self.sums["flaky_trees"] += step * bool(found.greens and found.reds)
 
     def reds_needed(self) -> int:
-        return reds_needed(self.flaky_trees, self.green_trees)
+        return reds_needed(**self.sums)
 
     # Not below results/, where what is old is swept away.
     def sums_file(self) -> str:
@@ -4710,8 +4700,7 @@ class Verdicts:
         if len(self.memo) > 1000:
             self.forget()
         self.count(self.evidence(tree), 1)
-        sums = {"green_trees": self.green_trees, "flaky_trees": self.flaky_trees}
-        write_whole(self.store.path(self.sums_file()), dump_line(sums) + "\n")
+        write_whole(self.store.path(self.sums_file()), dump_line(self.sums) + "\n")
 
     def hold_red(self, tree: str, verdict: Verdict) -> None:
         """A tree that twice gave no verdict is held to be red, in memory only, for it is no
@@ -6923,24 +6912,20 @@ def list_clis() -> list[str]:
                 timeout=20,
                 stdin=subprocess.DEVNULL,
             )
+            found = re.search(r"\d+(\.\d+)+", done.stdout + done.stderr)
+            said = found[0] if found else "(of no known version)"
         except (OSError, subprocess.TimeoutExpired) as error:
-            return f"{program} (its version cannot be asked: {one_line(str(error), 60)})"
-        found = re.search(r"\d+(\.\d+)+", done.stdout + done.stderr)
-        return f"{program} {found[0] if found else '(of no known version)'}"
+            said = f"(its version cannot be asked: {one_line(str(error), 60)})"
+        return f"{program} {said} (checked with {checked[program]})"
 
     checked = {cli.program(): cli.checked for cli in CLIS.values()}
     there = [program for program in checked if shutil.which(program)]
     # at once: each of them starts a program, which may take its seconds
     with ThreadPoolExecutor() as pool:
-        versions = [
-            version + (f" (checked with {known})" if (known := checked[version.split()[0]]) else "")
-            for version in pool.map(version_of, there)
-        ]
+        versions = ", ".join(pool.map(version_of, there)) or "none"
     missing = [program for program in checked if program not in there]
-    return [
-        f"coding CLIs: {', '.join(versions) or 'none'}"
-        + (f"; not installed: {', '.join(missing)}" if missing else "")
-    ]
+    without = f"; not installed: {', '.join(missing)}" if missing else ""
+    return [f"coding CLIs: {versions}{without}"]
 
 
 # Chosen before the start where that can be: after a kill the farm knows what to go on in, although
