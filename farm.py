@@ -381,6 +381,14 @@ def read_line(path: str) -> str:
         return ""
 
 
+def names_in(folder: str, list_folder=os.listdir) -> list[str]:
+    """What lies in a folder, sorted; nothing where there is none."""
+    try:
+        return sorted(list_folder(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 class Disk:
     """The file system calls of a move, one method each: the seam where tests cut the power."""
 
@@ -532,8 +540,7 @@ def hide_bytecode() -> None:
     ignore = os.path.join(TOOLKIT, "__pycache__", ".gitignore")
     if os.path.isdir(os.path.dirname(ignore)) and not os.path.exists(ignore):
         try:
-            with open(ignore, "w", encoding="ascii") as file:
-                file.write("*\n")
+            write_whole(ignore, "*\n")
         except OSError:
             return  # a toolkit that may not be written has no bytecode there either
 
@@ -1259,8 +1266,7 @@ REVIEWER = os.path.join("tmp", "reviewer")
 # By the folders, not by what a merger has noted: a killed one may not have come to its note.
 def end_all_gates(slots_folder: str) -> None:
     """End the gates that a dead merger of this farm has left running."""
-    names = os.listdir(slots_folder) if os.path.isdir(slots_folder) else []
-    for name in names:
+    for name in names_in(slots_folder):
         if re.fullmatch(r"gate-\d+", name):
             end_gates(os.path.join(slots_folder, name))
     if os.path.isdir(os.path.join(slots_folder, REVIEWER)):
@@ -2164,7 +2170,7 @@ def resolve_isolation(settings: Settings) -> str:
     if said == "none" or not said and settings.permissions != "all":
         return "none"
     try:
-        run_script("sandbox/check-sandbox.sh", allow=(0,))
+        run_script("sandbox/check-sandbox.sh")
     # who has said bwrap gets the error; who has said nothing is told that the default needs it
     except MissingTool as error:
         if said:
@@ -2525,10 +2531,7 @@ class Folder:
     def files_of(self, name: str, folder: str = "") -> list[str]:
         """The files of a history that is cut by size, oldest first: events-0001.jsonl ...,
         events.jsonl."""
-        try:
-            names = sorted(self.disk.list_folder(folder or self.folder))
-        except FileNotFoundError:
-            return []
+        names = names_in(folder or self.folder, self.disk.list_folder)
         older = name.replace(".jsonl", r"-\d+\.jsonl")
         return [other for other in names if re.fullmatch(older, other)] + [name] * (name in names)
 
@@ -2756,13 +2759,9 @@ class Reader(Folder):
 
     def lock_files(self) -> list[str]:
         """Names of the lock files, relative to coordination/."""
-        try:
-            names = sorted(self.disk.list_folder(self.path(LOCK_FOLDER)))
-        except FileNotFoundError:
-            return []
         return [
             os.path.join(LOCK_FOLDER, name)
-            for name in names
+            for name in names_in(self.path(LOCK_FOLDER), self.disk.list_folder)
             # a dot in front: the temp file of a writer that was killed
             if name.endswith(".lock") and not name.startswith(".")
         ]
@@ -3370,11 +3369,7 @@ def find_traces(store: Store, worktrees: str) -> str:
         return ""
     common = find_git_dirs(store.repo)[1]
     packed = read_line(os.path.join(common, "packed-refs"))
-    agents = [
-        name
-        for name in (os.listdir(worktrees) if os.path.isdir(worktrees) else ())
-        if name.endswith("-worktree")
-    ]
+    agents = [name for name in names_in(worktrees) if name.endswith("-worktree")]
     traces = [f"{number(len(agents), 'worktree')} in {worktrees}"] if agents else []
     for folder, words in (
         ("refs/farm", "pinned work below refs/farm"),
@@ -6947,13 +6942,7 @@ USAGE_FILE, USAGE_BYTES = "usage.jsonl", 64 * 1024
 def note_usage(store: Store, line: dict, spent: Usage) -> None:
     """One line an attempt in usage.jsonl. A resumed conversation's line holds all of it: readers
     take the last."""
-    line = {
-        "at": utc(CLOCK.now()),
-        **line,
-        "tokens_in": spent.tokens_in,
-        "tokens_out": spent.tokens_out,
-        "cost_usd": round(spent.cost_usd, 6),
-    }
+    line = {"at": utc(CLOCK.now()), **line, **sum_usage([spent._asdict()])}
     try:
         with hold(store.path(".usage.lock")):
             if store.disk.append(store.path(USAGE_FILE), line_bytes(line)) > USAGE_BYTES:
