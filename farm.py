@@ -509,18 +509,16 @@ def begins_with_id(text: str, record) -> bool:
 def dump_records(head: dict, lists: dict) -> bytes:
     """A document with one record a line: `head`'s keys first, then each list of `lists` (of
     objects, or of lines that are one already)."""
-    pieces = []
+    # joined twice and no more: of a long queue each copy costs a claim
+    parts = []
     for key, value in head.items():
-        pieces += [",\n ", dump_line(key), ": ", dump_line(value)]
+        parts += [",\n ", dump_line(key), ": ", dump_line(value)]
     for key, records in lists.items():
-        pieces += [",\n ", dump_line(key), ": ["]
-        for record in records:
-            pieces += [",\n  ", record if record.__class__ is str else dump_line(record)]
-        if records:
-            pieces[-2 * len(records)] = "\n  "  # no comma before the first
-        pieces.append("\n ]" if records else "]")
-    pieces[0] = "\n "
-    return ("{" + "".join(pieces) + "\n}\n").encode("utf-8")
+        lines = [record if record.__class__ is str else dump_line(record) for record in records]
+        text = (": [\n  ", ",\n  ".join(lines), "\n ]") if records else (": []",)
+        parts += [",\n ", dump_line(key), *text]
+    parts[0] = "{\n "
+    return "".join([*parts, "\n}\n"]).encode()
 
 
 def describe_damage(path: str, error: Exception) -> DamagedState:
