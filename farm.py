@@ -252,6 +252,10 @@ def utc(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
+def utc_now() -> str:
+    return utc(CLOCK.now())
+
+
 def epoch(text: str) -> float:
     """The inverse of `utc`; 0 for text that is no time."""
     import calendar
@@ -2983,7 +2987,7 @@ class Store(Reader):
     def append_event(self, event: str, task: Task | None, **details) -> None:
         """One line of history with the task's full record. Not fsynced, and no reason to fail:
         the queues are the truth."""
-        record = {"at": utc(CLOCK.now()), "event": event, **details}
+        record = {"at": utc_now(), "event": event, **details}
         if task is not None:
             record["task"] = task.to_json()
         try:
@@ -3242,7 +3246,7 @@ class Transaction:
             ended_by="",
             fence=f"{task.id}.{task.rev + 1}",
         )
-        claim = claim._replace(task=task.to_json(), fence=task.fence, claimed_at=utc(CLOCK.now()))
+        claim = claim._replace(task=task.to_json(), fence=task.fence, claimed_at=utc_now())
         self.write_lock(claim)
         self.store.append_event("claimed", task, agent=claim.agent, owner=claim.owner)
         self.drop_source("pending", task.id)
@@ -3445,7 +3449,7 @@ def bring_history_back(store: Store) -> list[str]:
 
 def set_aside(store: Store) -> list[str]:
     """Rename damaged files and put empty ones in the place of the queues; under the mutex."""
-    stamp, done = utc(CLOCK.now()).replace(":", ""), []
+    stamp, done = utc_now().replace(":", ""), []
     for name in find_damaged(store):
         if os.path.exists(store.path(name)):
             os.rename(store.path(name), f"{store.path(name)}.damaged-{stamp}")
@@ -3579,7 +3583,7 @@ class LockRegistry:
                 f"{conflict[1]} is held: {describe_holder(conflict[0])}", "./farm.py locks"
             )
         claim = claim._replace(
-            locks=sorted({*claim.locks, *names}), claimed_at=claim.claimed_at or utc(CLOCK.now())
+            locks=sorted({*claim.locks, *names}), claimed_at=claim.claimed_at or utc_now()
         )
         self.tx.write_lock(claim)
         return claim
@@ -3695,7 +3699,7 @@ class TaskQueue:
 
         Raises UsageError for an id that is taken or an `after` that names nothing.
         """
-        state, now = self.state, utc(CLOCK.now())
+        state, now = self.state, utc_now()
         # landed ones, too: done is not to do
         known = state.all_tasks() if any(draft.source for draft in drafts) else ()
         sources = {task.source: task for task in known if task.source}
@@ -3742,7 +3746,7 @@ class TaskQueue:
     def claimable(self, agent: str, presets: tuple | None = None) -> list[Task]:
         """What `agent` may claim now, best first: its own that was interrupted, priority, then
         first come. presets: those whose tasks it takes, None for all."""
-        registry, now = LockRegistry(self.tx), utc(CLOCK.now())
+        registry, now = LockRegistry(self.tx), utc_now()
         tasks = [
             task
             for task in self.state.pending.values()
@@ -3818,7 +3822,7 @@ class TaskQueue:
     def renew(self, agent: str, fence: str, *, sync: bool = True) -> None:
         self.get_claimed(agent, fence, "renew")
         claim = self.state.claims[agent]
-        heard = claim._replace(renewals=claim.renewals + 1, heard_at=utc(CLOCK.now()))
+        heard = claim._replace(renewals=claim.renewals + 1, heard_at=utc_now())
         self.tx.write_lock(heard, sync=sync)
 
     def submit(self, agent: str, fence: str, branch: str, commit: str) -> Task:
@@ -3834,7 +3838,7 @@ class TaskQueue:
             state="ready",
             branch=branch,
             commit=commit,
-            submitted_at=utc(CLOCK.now()),
+            submitted_at=utc_now(),
             ended_by="submit",
             queue_seq=self.state.next_queue_seq(),
             approved="",
@@ -4686,7 +4690,7 @@ class Verdicts:
             "gate": self.gate,
             "runs": [],
         }
-        data["runs"].append({"at": utc(CLOCK.now()), **verdict._asdict()})
+        data["runs"].append({"at": utc_now(), **verdict._asdict()})
         self.count(self.evidence(tree), -1)  # taken out as it was, put back as it is
         self.store.write_json(name, data)
         self.memo.pop(tree, None)
@@ -5150,8 +5154,8 @@ class Tally:
         self.counts: collections.Counter = collections.Counter()
         self.moved: list[tuple[str, str, str]] = []  # (id, what became of it, why)
 
-    def note(self, kind: str, task_id: str, what: str, why: str) -> None:
-        self.counts[kind] += 1
+    def note(self, task_id: str, what: str, why: str) -> None:
+        self.counts[what] += 1
         self.moved.append((task_id, what, why))
 
 
@@ -5322,7 +5326,7 @@ class Landing:
                         state="landed",
                         landed_commit=commit,
                         landed_from=before,
-                        landed_at=utc(CLOCK.now()),
+                        landed_at=utc_now(),
                         # what was asked is in the history; a year's archive would grow by it
                         prompt="",
                         reason="",
@@ -5330,7 +5334,7 @@ class Landing:
                     "landed",
                     "landed",
                 )
-                self.tally.note("landed", task_id, "landed", commit[:10])
+                self.tally.note(task_id, "landed", commit[:10])
                 say(f"landed {task_id} {commit[:10]} {printable(task.title)}")
 
     def recover(self) -> None:
@@ -5398,7 +5402,7 @@ class Returns:
             start = "refs/heads/" + self.target if not goes_on else ref if pinned else ""
             back = TaskQueue(tx).give_back(current, reason, "return", start=start, counts=counts)
         what = back.state if back.state == "failed" else "returned"
-        self.tally.note("returned", task.id, what, reason)
+        self.tally.note(task.id, what, reason)
         say(f"returned {task.id}: {printable(reason)}")
         return True
 
@@ -5830,7 +5834,7 @@ class MergeQueue:
         log = self.store.path(self.verdicts.name_of(tree, "log"))
         self.slots.start(ids, commit, tree, log, diagnosis)
         self.front += [task_id for task_id in ids if task_id not in self.front]
-        self.tally.counts["diagnoses" if diagnosis else "gates"] += 1
+        self.tally.counts["gates"] += not diagnosis
 
     def reap_gates(self) -> bool:
         """Judge the gates that are over."""
@@ -6702,11 +6706,12 @@ def share_agents(settings: Settings) -> list[str]:
 
 # Asked before ten sessions start that would all end at once. `type` and not `which`: the command
 # is run by bash, and may be a builtin. A word with `$` or quotes in it is bash's business.
-def check_command(command: str, repo: str) -> None:
-    """Raises MissingTool when the first word of an agent's command cannot be started; a path is
-    looked up from the repo."""
+def check_command(agent: str, repo: str) -> None:
+    """Raises MissingTool when the first word of a preset's or an agent's own command cannot be
+    started; a path is looked up from the repo."""
     import subprocess
 
+    command = CLIS[agent].program() if agent in CLIS else agent
     words = [word for word in command.split() if not re.match(r"[A-Za-z_]\w*=", word)]
     word = words[0].strip("'\"") if words else ""
     found = subprocess.run(
@@ -6718,11 +6723,6 @@ def check_command(command: str, repo: str) -> None:
             f"the agent command {word!r} is {where}",
             "install it, or: ./farm.py up --agent 'COMMAND'",
         )
-
-
-def command_of(agent: str) -> str:
-    """The command line whose first word must be on PATH for this preset or command."""
-    return CLIS[agent].start.removeprefix("exec ") if agent in CLIS else agent
 
 
 def is_sandboxed(command: str) -> bool:
@@ -6742,7 +6742,7 @@ def resolve_agents(repo: str, settings: Settings) -> list[Launch]:
         )
     shared = share_agents(settings)
     for agent in dict.fromkeys(shared):
-        check_command(command_of(agent), repo)
+        check_command(agent, repo)
     blockers = find_blockers(repo, settings, shared)
     if blockers:
         raise Refused(
@@ -6940,7 +6940,7 @@ USAGE_FILE, USAGE_BYTES = "usage.jsonl", 64 * 1024
 def note_usage(store: Store, line: dict, spent: Usage) -> None:
     """One line an attempt in usage.jsonl. A resumed conversation's line holds all of it: readers
     take the last."""
-    line = {"at": utc(CLOCK.now()), **line, **sum_usage([spent._asdict()])}
+    line = {"at": utc_now(), **line, **sum_usage([spent._asdict()])}
     try:
         with hold(store.path(".usage.lock")):
             if store.disk.append(store.path(USAGE_FILE), line_bytes(line)) > USAGE_BYTES:
@@ -11706,7 +11706,7 @@ def check_agents(call: Call) -> list[tuple]:
     findings = [
         finding
         for agent in dict.fromkeys(shared)
-        for finding in run_check(check_command, command_of(agent), call.repo)
+        for finding in run_check(check_command, agent, call.repo)
     ]
     if not findings:
         findings += find_blockers(call.repo, settings, shared)
@@ -13289,7 +13289,7 @@ def have_plan_made(call: Call, settings: Settings, goal: str) -> str:
     """The PLAN.md that one agent writes in a worktree of its own. Raises FarmError."""
     agent = call.get("agent") or share_agents(settings)[0]
     cli = cli_of(cli_of(agent).headless or agent)
-    check_command(command_of(agent), call.repo)
+    check_command(agent, call.repo)
     carry_isolation(settings)
     folder = os.path.join(worktrees_folder(call.repo, settings), f"plan-{os.getpid()}")
     told, output = call.store.path(CLI_SETTINGS_FILE), call.store.path("mailbox", "plan", "output")
