@@ -299,10 +299,11 @@ def find_missing(code: int, log: str) -> str:
     }
     # bash says `bash: line 1: NAME: command not found`, dash `sh: 1: NAME: not found`
     pattern = r"(?:line \d+: |\d+: )?([^:\n]+): (" + "|".join(words) + r")\b"
-    found = [match for line in printable(log).splitlines() for match in re.finditer(pattern, line)]
+    found = re.findall(pattern, printable(log))
     if not found:
         return f"its command {CANNOT_START[code]}"
-    return f"{words[found[-1][2]]}: {one_line(found[-1][1], 100)}"
+    name, what = found[-1]
+    return f"{words[what]}: {one_line(name, 100)}"
 
 
 def shell_word(text: str) -> str:
@@ -1555,22 +1556,19 @@ def convert_setting(name: str, text, origin: str):
             f"on",
             "put it into a script, and name that",
         )
-    if not isinstance(text, str):
-        # by type(): a bool, which is an int too, fits a bool and nothing else
-        fits = type(text) in (kind, int if kind is float else kind)
-        if not fits or kind in (int, float) and not 0 <= text < 1e9:
-            raise UsageError(
-                f"{name} must be a {kind.__name__}, not {one_line(repr(text), 40)} (from {origin})"
-            )
-        return text
     try:
-        value = text.lower() in ("1", "true", "yes", "on") if kind is bool else kind(text)
-        # written so that NaN fails, too
-        if kind in (int, float) and not 0 <= value < 1e9:
+        value = text
+        if isinstance(text, str):
+            value = text.lower() in ("1", "true", "yes", "on") if kind is bool else kind(text)
+        # By type(): a bool, which is an int too, fits a bool and nothing else. And written so that
+        # NaN fails, too.
+        fits = type(value) in (kind, int if kind is float else kind)
+        if not fits or kind in (int, float) and not 0 <= value < 1e9:
             raise ValueError
     except ValueError:
+        what = "number from 0 on" if kind in (int, float) else kind.__name__
         raise UsageError(
-            f"{name} must be a number from 0 on, not {text!r} (from {origin})"
+            f"{name} must be a {what}, not {one_line(repr(text), 40)} (from {origin})"
         ) from None
     return value
 
@@ -3906,28 +3904,24 @@ class TaskQueue:
         """
         ended = []
         for claim in list(self.tx.state.claims.values()):
-            owner = claim.get_owner()
-            alive = find_liveness(owner)
+            alive = find_liveness(claim.get_owner())
             if alive or alive is None and not is_lapsed(claim):
                 continue
-            task = claim.get_task()
             # first, as in every move: a kill in between leaves the task pending twice, not nowhere
-            if task:
-                self.requeue_orphan(
-                    task, claim, owner, (rescues or {}).get(claim.agent, ""), is_seen=alive is False
-                )
+            if claim.task:
+                rescue = (rescues or {}).get(claim.agent, "")
+                self.requeue_orphan(claim, rescue, is_seen=alive is False)
             # the move took the file along where it held no named locks
             if claim.agent in self.tx.state.claims:
                 self.tx.remove_lock(claim.agent)
             ended.append(claim)
         return ended
 
-    def requeue_orphan(
-        self, task: Task, claim: Claim, owner: Owner, rescue: str, *, is_seen: bool
-    ) -> None:
+    def requeue_orphan(self, claim: Claim, rescue: str, *, is_seen: bool) -> None:
         """A dead owner's task goes on from its own branch, or from what its host has kept here. A
         reboot or a lapsed lease is nobody's fault: no attempt counts, until the task has lapsed
         for the third time and may be what kills its hosts."""
+        task, owner = claim.get_task(), claim.get_owner()
         lapses = task.lapses + (not is_seen)
         is_fault = owner.boot == boot_id() if is_seen else lapses >= LAPSES_MAX
         self.give_back(
@@ -4130,7 +4124,7 @@ def derived_state(task: Task, state: State, now: float) -> str:
 
 CHECKBOX = r"^(\s*)(?:[-*+]|\d+[.)])\s+\[([ xX])\]\s+(\S.*)$"
 # A typing error (`-[ ] x`, `- [] x`, `- [?] x`) would be read as text of the item above, and a
-# task lost without a word. `[x](url)` is a link and none.
+# task lost without a word. `[x](url)` is a link and none. What CHECKBOX matches, this does, too.
 NEARLY_CHECKBOX = r"^\s*(?:[-*+]|\d+[.)])\s*\[(?:\s*[xX]?\s*|[^\w\s])\](?!\()"
 
 
@@ -4300,7 +4294,7 @@ def parse_tasks(text: str, name: str) -> list[Task]:
     # `[ ] title` begins with a bracket, too
     if re.match(r"\s*(?:\{|\[\s*(?:[\[{\"\]]|\Z))", text):
         drafts = parse_json_tasks(text, name)
-    elif any(re.match(CHECKBOX, line) or re.match(NEARLY_CHECKBOX, line) for line in lines):
+    elif any(re.match(NEARLY_CHECKBOX, line) for line in lines):
         drafts = parse_checklist(text, name)
     else:
         drafts = [Task(title=line) for line in lines if line and not line.startswith("#")]
@@ -4940,14 +4934,13 @@ class Slots:
         if gate.verdict.colour == "none":
             return gate.verdict
         check = run_script("merge/gate-slot.sh", "check", gate.folder, gate.commit, allow=(0, 1, 3))
+        if not check.code:
+            return gate.verdict
+        changed = ", ".join(check.stdout.split("\n")[:5]).strip(", ")
+        note = f"the gate changed tracked files: {changed}"
         if check.code == 3:
-            return gate.verdict._replace(colour="none", note="the gate's folder is gone")
-        if check.code:
-            changed = ", ".join(check.stdout.split("\n")[:5]).strip(", ")
-            return gate.verdict._replace(
-                colour="none", note=f"the gate changed tracked files: {changed}"
-            )
-        return gate.verdict
+            note = "the gate's folder is gone"
+        return gate.verdict._replace(colour="none", note=note)
 
     def note_end(self, gate: Gate, verdict: Verdict) -> None:
         """Each gate-started in the history has its gate-ended."""
@@ -5615,9 +5608,8 @@ def merge_order(tasks: list[Task], now: float) -> list[Task]:
     none starves."""
 
     def key(task: Task) -> tuple:
-        return -task.priority - int(
-            (now - epoch(task.submitted_at)) // AGEING_SECONDS
-        ), task.queue_seq
+        lifts = (now - epoch(task.submitted_at)) // AGEING_SECONDS
+        return -task.priority - lifts, task.queue_seq
 
     return sorted(tasks, key=key)
 
@@ -5670,12 +5662,7 @@ class MergeQueue:
                 self.try_target()
             self.publish(())
             return False
-        # A person's commit shows at the latest when the swap is refused; so right after our own
-        # landing nobody need ask git.
-        self.chain.begin(self.just_landed or self.show_target(), self.tasks)
-        self.just_landed = None
-        self.verdicts.review(self.chain.base.tree)
-        base = self.chain.base.commit
+        base = self.look_at_target().commit
         self.waiting = {
             task.id: task for task in self.tasks.values() if self.review.is_wanted(task, base)
         }
@@ -5715,9 +5702,7 @@ class MergeQueue:
     def try_target(self) -> None:
         """Gate the target as it is, before there is any work: a gate that is wrong shows in the
         first minute."""
-        self.chain.begin(self.show_target(), {})
-        self.verdicts.review(self.chain.base.tree)
-        base = self.chain.base
+        base = self.look_at_target()
         found = self.verdicts.evidence(base.tree)
         self.knows_target = bool(found.greens)
         if found.reds >= TARGET_REDS:
@@ -5725,8 +5710,15 @@ class MergeQueue:
         elif not found.greens:
             self.start_gate((), base)
 
-    def show_target(self) -> Step:
-        return show_tip(self.store.repo, "refs/heads/" + self.target)
+    def look_at_target(self) -> Step:
+        """Where the target is now: what is ready is merged on that."""
+        # A person's commit shows at the latest when the swap is refused; so right after our own
+        # landing nobody need ask git.
+        base = self.just_landed or show_tip(self.store.repo, "refs/heads/" + self.target)
+        self.just_landed = None
+        self.chain.begin(base, self.tasks)
+        self.verdicts.review(base.tree)
+        return base
 
     def order_tasks(self) -> None:
         """Ready tasks in landing order. What was ever part of a test keeps its place in front:
