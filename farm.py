@@ -1116,9 +1116,10 @@ def find_by_environment(**wanted: str) -> list:
 
 
 # Monotonic seconds: a clock that somebody sets must neither end a wait nor prolong it.
-def wait_for(is_true, deadline: float, pause: float, sleep=time.sleep) -> bool:
-    """Whether `is_true` has become true by the deadline (monotonic seconds); asked every `pause`
-    seconds, or when `sleep` (an Event's wait, say) returns early."""
+def wait_for(is_true, seconds: float, pause: float, sleep=time.sleep) -> bool:
+    """Whether `is_true` has become true in so many seconds; asked every `pause` seconds, or when
+    `sleep` (an Event's wait, say) returns early."""
+    deadline = CLOCK.monotonic() + seconds
     while not is_true():
         left = deadline - CLOCK.monotonic()
         if left <= 0:
@@ -1137,9 +1138,7 @@ def end_processes(processes: list, seconds: float = 3.0) -> None:
                 getattr(process, signal_name)()
             except psutil.Error:
                 continue
-        wait_for(
-            lambda left=processes: not any(map(is_alive, left)), CLOCK.monotonic() + seconds, 0.01
-        )
+        wait_for(lambda left=processes: not any(map(is_alive, left)), seconds, 0.01)
         processes = [process for process in processes if is_alive(process)]
 
 
@@ -1188,10 +1187,10 @@ def is_alive(process) -> bool:
     return bool(start_of(process.pid)) and process.is_running()
 
 
-def end_all(find, deadline: float) -> bool:
+def end_all(find, seconds: float) -> bool:
     """SIGKILL to what `find` names, again until it names nothing, for what is being ended may
-    just have forked; False when the deadline (monotonic seconds) came first."""
-    psutil = import_package("psutil")
+    just have forked; False when that has taken too long."""
+    psutil, deadline = import_package("psutil"), CLOCK.monotonic() + seconds
     while doomed := find():
         if CLOCK.monotonic() > deadline:
             return False
@@ -1201,11 +1200,7 @@ def end_all(find, deadline: float) -> bool:
             except psutil.Error:
                 continue
         # psutil would wait for zombies, too
-        wait_for(
-            lambda gone=doomed: not any(start_of(process.pid) for process in gone),
-            CLOCK.monotonic() + 1,
-            0.005,
-        )
+        wait_for(lambda gone=doomed: not any(start_of(process.pid) for process in gone), 1, 0.005)
     return True
 
 
@@ -1243,7 +1238,7 @@ def end_gates(folder: str) -> None:
             kill_group(session)
         return living
 
-    if not end_all(find, CLOCK.monotonic() + 30):
+    if not end_all(find, 30):
         raise FarmError(
             f"processes of the gate in {folder} could not be ended",
             f"grep -l FARM_SLOT={folder} /proc/*/environ",
@@ -2021,7 +2016,7 @@ def remake_socket(note: str, socket: str, pid: int) -> None:
     with hold(note):
         if not os.path.exists(socket):
             os.kill(pid, signal.SIGUSR1)
-        wait_for(lambda: os.path.exists(socket), CLOCK.monotonic() + 2, 0.01)
+        wait_for(lambda: os.path.exists(socket), 2, 0.01)
 
 
 def find_living_server(repo: str) -> int | None:
@@ -2074,7 +2069,7 @@ def wait_for_landing(new: str) -> None:
         processes = psutil.process_iter(["cmdline"])
         return not any(is_landing(process.info["cmdline"] or []) for process in processes)
 
-    if not wait_for(is_over, CLOCK.monotonic() + 60, 0.05):
+    if not wait_for(is_over, 60, 0.05):
         raise FarmError(
             f"a landing of {new[:10]} from before still runs after a minute", "ps ax | grep land.sh"
         )
@@ -3296,7 +3291,7 @@ def find_open_gates(store: Store) -> list[dict]:
 def wait_for_change(store: Store, before: tuple, deadline: float) -> None:
     """Until a move was made, or a second is over (backoffs, leases and owners end without one),
     or the deadline is reached."""
-    wait_for(lambda: store.signature() != before, min(deadline, CLOCK.monotonic() + 1), 0.05)
+    wait_for(lambda: store.signature() != before, min(deadline - CLOCK.monotonic(), 1), 0.05)
 
 
 # ------------------------------------------------------------------------------------------ mending
@@ -6032,7 +6027,7 @@ class Merger:
                 or any(gate.is_done for gate in self.queue.running())
             )
 
-        wait_for(is_due, CLOCK.monotonic() + 5, 0.1, slots.wake.wait)
+        wait_for(is_due, 5, 0.1, slots.wake.wait)
 
 
 # The file outlives its merger; pid and start time say whether it still speaks for anybody.
@@ -8858,7 +8853,7 @@ class Ending:
             own = [process for process, name in strays if name in names]
             return [process for process in (*trees, *own) if is_alive(process)]
 
-        end_all(find, CLOCK.monotonic() + 5)
+        end_all(find, 5)
         end_all_gates(worktrees_folder(self.repo, self.settings))
         return self.down(0)
 
@@ -8879,9 +8874,10 @@ class Ending:
         # an idle agent waits at its bell, and sees at once that the farm is stopping
         for name in names:
             ring(self.store.path("mailbox", name, "bell"))
-        deadline = CLOCK.monotonic() + grace_seconds
         wait_for(
-            lambda: hurry() or not any(claim.task for claim in self.own_claims()), deadline, 0.1
+            lambda: hurry() or not any(claim.task for claim in self.own_claims()),
+            grace_seconds,
+            0.1,
         )
         # before the work is kept: a rescue beside a writer would keep half a file
         self.sessions.end_all(names)
@@ -9409,7 +9405,7 @@ class Farm:
     def wait(self, should_stop) -> None:
         """Until a move is made, a session's process is gone, a backoff is over, or five seconds
         have passed."""
-        before, deadline = self.signature(), CLOCK.monotonic() + self.next_look()
+        before, seconds = self.signature(), self.next_look()
         pids = [record["pid"] for record in self.agents.values() if "pid" in record]
 
         def is_due() -> bool:
@@ -9419,7 +9415,7 @@ class Farm:
                 or not all(map(process_exists, pids))
             )
 
-        wait_for(is_due, deadline, 0.2, should_stop.wait)
+        wait_for(is_due, seconds, 0.2, should_stop.wait)
 
     def find_busy(self) -> list[Claim]:
         """The claims of our agents that are at work on a task."""
@@ -9770,7 +9766,7 @@ def run_notice(command: str, event: dict, store: Store) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 # what it had started dies with it; the kernel takes its time to bury it
-                end_all(lambda: in_session(process.pid), CLOCK.monotonic() + 2)
+                end_all(lambda: in_session(process.pid), 2)
             log.write(
                 f"{utc(CLOCK.now())} {event['event']}: exit code {process.returncode}\n".encode()
             )
@@ -9946,9 +9942,8 @@ def order(store: Store, host: str, *argv: str, stdin: str = "", seconds: float =
     path = store.path("orders", host, random_uuid())
     os.makedirs(os.path.dirname(path), exist_ok=True)
     write_whole(path + ".order", dump_line({"argv": argv, "stdin": stdin}) + "\n")
-    deadline = CLOCK.monotonic() + seconds
     try:
-        if not wait_for(lambda: os.path.exists(path + ".answer"), deadline, 0.05):
+        if not wait_for(lambda: os.path.exists(path + ".answer"), seconds, 0.05):
             raise FarmError(f"{host} has not answered within {seconds:.0f} s", "./farm.py status")
         with open(path + ".answer", encoding="utf-8") as file:
             return json.load(file)
@@ -10100,8 +10095,8 @@ class Carrier:
 
     def finish(self, seconds: float) -> None:
         """What has ended here goes to the hub, as far as that can be done in time."""
-        self.takes_new, deadline = False, CLOCK.monotonic() + seconds
-        wait_for(lambda: not self.find_held(), deadline, 0.1)
+        self.takes_new = False
+        wait_for(lambda: not self.find_held(), seconds, 0.1)
         self.is_over.set()
         try:
             self.link.ask("renew", claims=[], agents=[])
@@ -12888,7 +12883,7 @@ def end_hosts(call: Call, seconds: float) -> None:
             order(call.store, host, "estop", seconds=5.0)
         except FarmError:
             continue  # it may have ended by itself already; who has not is named below
-    wait_for(is_over, CLOCK.monotonic() + seconds + 20, 0.2)
+    wait_for(is_over, seconds + 20, 0.2)
     for host, record in find().items():
         heard = f"{host} was heard {ago(record['heard_at'])} ago"
         say(f"{heard}; what its agents hold is free after its lease, and comes too late then")
