@@ -268,9 +268,12 @@ def epoch(text: str) -> float:
 
 # Paths, titles and branch names may hold tabs and newlines; bash reads a line with `read`, and
 # would see two fields or two lines.
+ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
+
+
 def escape_field(text: str) -> str:
     """A TSV field for a script: backslash, tab, newline and return as two characters."""
-    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+    return text.translate(ESCAPES)
 
 
 def unescape_field(text: str) -> str:
@@ -3158,7 +3161,7 @@ class Transaction:
                 self.write_lock(claim)
 
     def write(self, place: str, *, sync: bool = True) -> None:
-        """Make one queue file durable as `state` has it."""
+        """Make the queue file with the tasks of `place` durable as `state` has it."""
         self.mark_dirty()
         name = PENDING_FILE if place == "pending" else READY_FILE
         self.store.write_queue(name, self.state, sync=sync)
@@ -3220,7 +3223,7 @@ class Transaction:
             state.ready.pop(task.id, None)
             source = None if source == "ready" else source
         # the commit point: from here on the new copy is the task
-        self.write("pending" if place == "pending" else "ready")
+        self.write(place)
         # After it, so that history never tells of a move that was not made; one that a kill leaves
         # out is not missed.
         self.store.append_event(event, task, **details)
@@ -4772,31 +4775,31 @@ class Gate:
         if settings.gate_on:
             script = os.path.join(SCRIPTS, "hosts", "gate.sh")
             command = ["bash", script, settings.gate_on, self.commit, settings.gate]
-        self.process = self.spawn(folder, command)
+        self.process = self.spawn(command)
         # One thread drains the pipe, or a gate that prints much would stand still; one waits, as
         # only its parent can.
-        drain = threading.Thread(target=self.keep_output, args=(log,), daemon=True)
+        drain = threading.Thread(target=self.keep_output, daemon=True)
         args = (settings.gate_timeout, drain, wake)
         drain.start()
         threading.Thread(target=self.watch, args=args, daemon=True).start()
 
-    def spawn(self, folder: str, command: list[str]):
+    def spawn(self, command: list[str]):
         """The gate's process, leader of a group of its own, in its environment."""
         import shutil
         import subprocess
 
-        temp = folder + ".tmp"
+        temp = self.folder + ".tmp"
         # what one gate left there is not the next one's business
         shutil.rmtree(temp, ignore_errors=True)
         os.makedirs(temp, exist_ok=True)
         # A gate that runs farm.py (its own tests, say) must not meet this farm; what is left can be
         # changed by the user.
         env = {key: value for key, value in os.environ.items() if not key.startswith("FARM_")}
-        port = port_base(os.path.dirname(folder)) + self.slot
-        env.update(TMPDIR=temp, FARM_PORT=str(port), FARM_SLOT=folder, GIT_TERMINAL_PROMPT="0")
+        port = str(port_base(os.path.dirname(self.folder)) + self.slot)
+        env.update(TMPDIR=temp, FARM_PORT=port, FARM_SLOT=self.folder, GIT_TERMINAL_PROMPT="0")
         return subprocess.Popen(
             command,
-            cwd=folder,
+            cwd=self.folder,
             env={**env, **isolation_environment()},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -4804,8 +4807,8 @@ class Gate:
             start_new_session=True,
         )
 
-    def keep_output(self, log: str) -> None:
-        """The head and the tail of the output into `log`; whatever lies between is counted, not
+    def keep_output(self) -> None:
+        """The head and the tail of the output into its log; whatever lies between is counted, not
         kept."""
         head, tail, dropped = b"", b"", 0
         while chunk := os.read(self.process.stdout.fileno(), 65536):
@@ -4813,7 +4816,7 @@ class Gate:
             head, tail = head + chunk[:room], tail + chunk[room:]
             dropped += max(0, len(tail) - OUTPUT_TAIL)
             tail = tail[-OUTPUT_TAIL:]
-        with open(log, "wb") as file:
+        with open(self.log, "wb") as file:
             file.write(
                 head + (b"\n[... %d bytes left out ...]\n" % dropped if dropped else b"") + tail
             )
@@ -4895,11 +4898,7 @@ class Slots:
 
         Raises FarmError when the slot's worktree cannot be made.
         """
-        slot = next(
-            number
-            for number in range(1, self.number + 1)
-            if number not in {gate.slot for gate in self.gates}
-        )
+        slot = min({*range(1, self.number + 1)} - {gate.slot for gate in self.gates})
         folder = os.path.join(self.folder, f"gate-{slot}")
         run_script("merge/gate-slot.sh", "prepare", "-C", self.store.repo, folder, commit)
         gate = Gate(slot, ids, commit, tree, diagnosis)
@@ -5742,17 +5741,14 @@ class MergeQueue:
         running = tuple(
             gate.ids for gate in self.slots.gates if gate not in apart and self.is_current(gate)
         )
-        number = self.slots.number - len(apart)
         red = self.tally.counts["red"]
-        rate = failure_rate(red, self.tally.counts["landed"] + red)
-        reds = self.verdicts.reds_needed()
         answer = plan(
             queue,
             self.chain.evidence_of,
-            number,
-            rate,
+            self.slots.number - len(apart),
+            failure_rate(red, self.tally.counts["landed"] + red),
             running,
-            reds=reds,
+            reds=self.verdicts.reds_needed(),
             strict=self.settings.strict,
         )
         for gate in self.slots.gates:
