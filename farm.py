@@ -1430,103 +1430,100 @@ def find_bash() -> str:
 GUARD = "farm-guard"  # a file in coordination/.git, which is no repo of anybody's
 FARM_HOME_NOTE = os.path.join("farm", "main")  # in the common git dir
 
-# the default is of the kind that the setting has
-Setting = collections.namedtuple("Setting", "default meaning")
+# the default is of the kind that the setting has; most are texts, and empty
+Setting = collections.namedtuple("Setting", "meaning default", defaults=[""])
 
 SETTINGS = {
-    "n": Setting(10, "how many agents"),
+    "n": Setting("how many agents", 10),
     "agent": Setting(
-        "", "a preset, a mix such as claude:6,codex:4, or a command (default: claude when on PATH)"
+        "a preset, a mix such as claude:6,codex:4, or a command (default: claude when on PATH)"
     ),
-    "permissions": Setting("edits", "what a preset's agents may do unasked: ask, edits or all"),
+    "permissions": Setting("what a preset's agents may do unasked: ask, edits or all", "edits"),
     "isolate": Setting(
-        "",
         "bwrap: agents and gates run in sandboxes; none; or a command prefix with {worktree} {git} "
-        "{refs} {mailbox} {home} (default: bwrap with permissions=all, else none)",
+        "{refs} {mailbox} {home} (default: bwrap with permissions=all, else none)"
     ),
     "show": Setting(
-        "", "paths that sandboxes show, separated by colons, below HOME; +PATH: to be written"
+        "paths that sandboxes show, separated by colons, below HOME; +PATH: to be written"
     ),
-    "hide": Setting("", "paths that sandboxes hide besides those of scripts/isolate.sh"),
-    "pass_": Setting("", "names of variables that sandboxes get, such as 'NPM_TOKEN AWS_*'"),
-    "network": Setting("full", "what agents' sandboxes have of it: full or none"),
-    "gate_network": Setting("full", "what gates' sandboxes have of it: full or none"),
+    "hide": Setting("paths that sandboxes hide besides those of scripts/isolate.sh"),
+    "pass_": Setting("names of variables that sandboxes get, such as 'NPM_TOKEN AWS_*'"),
+    "network": Setting("what agents' sandboxes have of it: full or none", "full"),
+    "gate_network": Setting("what gates' sandboxes have of it: full or none", "full"),
     "agent_memory_mib": Setting(
-        0, "an attempt whose processes take more memory together is ended (0: no limit)"
+        "an attempt whose processes take more memory together is ended (0: no limit)", 0
     ),
-    "agent_processes": Setting(0, "an attempt that has more processes is ended (0: no limit)"),
+    "agent_processes": Setting("an attempt that has more processes is ended (0: no limit)", 0),
     "agent_disk_mib": Setting(
-        0, "an attempt whose worktree and temporary files take more is ended (0: no limit)"
+        "an attempt whose worktree and temporary files take more is ended (0: no limit)", 0
     ),
     "prompt_template": Setting(
-        "", "your own file in the place of the farm's prompt: {body} {task} {fence} ..."
+        "your own file in the place of the farm's prompt: {body} {task} {fence} ..."
     ),
     "task_seconds": Setting(
-        0.0, "an attempt that takes longer is ended; a task's own limit goes first"
+        "an attempt that takes longer is ended; a task's own limit goes first", 0.0
     ),
     "task_budget": Setting(
-        0.0, "dollars: a task that has cost as much is failed; its own goes first"
+        "dollars: a task that has cost as much is failed; its own goes first", 0.0
     ),
-    "budget": Setting(0.0, "dollars: the farm pauses when it has cost as much (default: none)"),
+    "budget": Setting("dollars: the farm pauses when it has cost as much (default: none)", 0.0),
     "agent_home": Setting(
-        "", "a folder that each agent gets a copy of as its own HOME (default: they share yours)"
+        "a folder that each agent gets a copy of as its own HOME (default: they share yours)"
     ),
-    "on": Setting("", "where agents run: words of here, slurm, ssh:BOX (default: here)"),
-    "per_host": Setting(10, "agents a job of Slurm"),
-    "slurm": Setting("", "options of sbatch for these jobs, such as '-p long --mem=40G'"),
-    "hub_address": Setting("", "what hosts ssh to, to come here (default: user@hostname)"),
-    "gate": Setting("", "the test command that a tree must pass before it lands (default: none)"),
+    "on": Setting("where agents run: words of here, slurm, ssh:BOX (default: here)"),
+    "per_host": Setting("agents a job of Slurm", 10),
+    "slurm": Setting("options of sbatch for these jobs, such as '-p long --mem=40G'"),
+    "hub_address": Setting("what hosts ssh to, to come here (default: user@hostname)"),
+    "gate": Setting("the test command that a tree must pass before it lands (default: none)"),
     "gate_on": Setting(
-        "", "where gates run: slurm or ssh:HOST (default: here); slots are those there then"
+        "where gates run: slurm or ssh:HOST (default: here); slots are those there then"
     ),
-    "into": Setting(
-        "", "the target branch (default: the one that the main worktree has checked out)"
-    ),
-    "slots": Setting(0, "gates at once (default: from cores and memory)"),
-    "style": Setting("merge", "how work lands: merge, squash or rebase"),
-    "strict": Setting(False, "gate every commit of the target's first-parent line by itself"),
-    "remote": Setting("", "push what lands to this remote first, with a lease"),
+    "into": Setting("the target branch (default: the one that the main worktree has checked out)"),
+    "slots": Setting("gates at once (default: from cores and memory)", 0),
+    "style": Setting("how work lands: merge, squash or rebase", "merge"),
+    "strict": Setting("gate every commit of the target's first-parent line by itself", False),
+    "remote": Setting("push what lands to this remote first, with a lease"),
     "pull_request": Setting(
-        False, "after each push, open a pull request from the target or bring its text up to date"
+        "after each push, open a pull request from the target or bring its text up to date", False
     ),
     "remote_timeout": Setting(
-        300.0, "seconds until a fetch or a push is ended, with all that it has started"
+        "seconds until a fetch or a push is ended, with all that it has started", 300.0
     ),
-    "gate_timeout": Setting(1800.0, "seconds until a gate and its whole process group are ended"),
-    "gate_env": Setting("", "names of environment variables that a verdict depends on"),
+    "gate_timeout": Setting("seconds until a gate and its whole process group are ended", 1800.0),
+    "gate_env": Setting("names of environment variables that a verdict depends on"),
     "fallback": Setting(
-        "", "A>B: agents of the preset B take the tasks for A while that is at a limit"
+        "A>B: agents of the preset B take the tasks for A while that is at a limit"
     ),
     "review": Setting(
-        "no", "what lands only when somebody says yes: no, all, or globs of paths, such as db/**"
+        "what lands only when somebody says yes: no, all, or globs of paths, such as db/**", "no"
     ),
     "reviewer": Setting(
-        "", "a command that says it: prompt and diff on stdin; 0 yes, 1 no with words, else ask me"
+        "a command that says it: prompt and diff on stdin; 0 yes, 1 no with words, else ask me"
     ),
-    "follow_ups": Setting(5, "how many tasks one attempt's agent may add (0: none)"),
+    "follow_ups": Setting("how many tasks one attempt's agent may add (0: none)", 5),
     "follow_up_depth": Setting(
-        2, "how many generations of them there may be: follow-ups of follow-ups"
+        "how many generations of them there may be: follow-ups of follow-ups", 2
     ),
-    "max_attempts": Setting(3, "attempts until a task is failed"),
+    "max_attempts": Setting("attempts until a task is failed", 3),
     "lease_seconds": Setting(
-        900.0, "until an owner on another host counts as dead without a renew"
+        "until an owner on another host counts as dead without a renew", 900.0
     ),
     "host_lease_seconds": Setting(
-        90.0, "until a host that is not heard of loses its tasks; it renews each third of it"
+        "until a host that is not heard of loses its tasks; it renews each third of it", 90.0
     ),
-    "grace_seconds": Setting(30.0, "how long `down` lets agents finish"),
+    "grace_seconds": Setting("how long `down` lets agents finish", 30.0),
     "sandboxed": Setting(
-        False,
         "agents make their moves through their mailbox, for sandboxes that may not write elsewhere",
+        False,
     ),
     "keep_days": Setting(
-        30.0, "days until verdicts, prompts and returns of landed work go (0: never)"
+        "days until verdicts, prompts and returns of landed work go (0: never)", 30.0
     ),
     "min_free_mib": Setting(
-        512, "no new agent starts and no gate runs below this much free disk or memory"
+        "no new agent starts and no gate runs below this much free disk or memory", 512
     ),
-    "notify": Setting("", "a command that gets what a person should know, as JSON on stdin"),
-    "worktrees": Setting("", "folder of the worktrees (default: ../<repo>-farm)"),
+    "notify": Setting("a command that gets what a person should know, as JSON on stdin"),
+    "worktrees": Setting("folder of the worktrees (default: ../<repo>-farm)"),
 }
 
 Settings = collections.namedtuple("Settings", SETTINGS)
@@ -2901,6 +2898,13 @@ class Store(Reader):
     """coordination/ on disk: durable writes under one mutex. Nothing else writes there what a
     task is."""
 
+    def lay_folders(self) -> None:
+        for name in FOLDERS:
+            os.makedirs(self.path(name), exist_ok=True)
+        ignore = self.path(".gitignore")
+        if not os.path.exists(ignore):
+            self.disk.write_temp(ignore, b"*\n")
+
     def make_folders(self) -> None:
         """What is missing below coordination/, durable before the first event. Only under the
         mutex.
@@ -2910,11 +2914,7 @@ class Store(Reader):
         if os.path.exists(self.path("events.jsonl")):  # made last, so it stands for all the others
             return
         self.check_loss()
-        for name in FOLDERS:
-            os.makedirs(self.path(name), exist_ok=True)
-        ignore = self.path(".gitignore")
-        if not os.path.exists(ignore):
-            self.disk.write_temp(ignore, b"*\n")
+        self.lay_folders()
         # the folder's own name is an entry of the repo's folder
         for folder in (self.folder, self.repo):
             self.disk.fsync_folder(folder)
@@ -3032,8 +3032,7 @@ class Store(Reader):
         look for that, but `up` does, and each merger.
         """
         with self.transaction():
-            for name in FOLDERS:
-                os.makedirs(self.path(name), exist_ok=True)
+            self.lay_folders()
             self.guard()
 
     def transaction(self, before_load=lambda: None) -> Transaction:
@@ -3428,8 +3427,7 @@ def bring_history_back(store: Store) -> list[str]:
         return []
     import shutil
 
-    for name in FOLDERS:
-        os.makedirs(store.path(name), exist_ok=True)
+    store.lay_folders()
     folder = os.path.dirname(store.copy_of_history())
     for name in store.files_of(HISTORY_FILE, folder):
         try:
@@ -3438,8 +3436,6 @@ def bring_history_back(store: Store) -> list[str]:
         except OSError:  # a git dir on another disk
             shutil.copyfile(os.path.join(folder, name), store.path(name))
     store.guard()
-    if not os.path.exists(store.path(".gitignore")):
-        write_whole(store.path(".gitignore"), "*\n")
     return ["events.jsonl is back, from the copy in the git dir"]
 
 
