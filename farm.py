@@ -486,22 +486,19 @@ class Lines(list):
 
 
 def parse_lines(text: str) -> dict:
-    """A document of `dump_records` with one list, its records as Lines; in any other shape (a
-    person's, say) what json.loads gives. Raises ValueError."""
-    begin, end = text.find(": [\n  {"), "}\n ]\n}\n"
-    document = json.loads(text)
-    if begin > 0 and text.endswith(end):
+    """A document of `dump_records` whose one list is "tasks", those as Lines; in any other shape
+    (a person's, say) what json.loads gives. Raises ValueError."""
+    begin, end = '"tasks": [\n  ', "}\n ]\n}\n"
+    document, place = json.loads(text), text.find(begin + "{")
+    if place > 0 and text.endswith(end):
         texts = text.split(",\n  ")
         texts[-1] = texts[-1][: -len(end) + 1]
-        texts[0] = texts[0][begin + 6 :]
-        key = text[text.rfind("\n", 0, begin) + 1 : begin]
+        texts[0] = texts[0][place + len(begin) :]
         try:
-            name = json.loads(key)
-            records = document[name]
-            if len(texts) == len(records) and all(map(begins_with_id, texts, records)):
-                document[name] = Lines(records)
-                document[name].texts = texts
-        except (ValueError, KeyError, TypeError):
+            tasks = Lines(document["tasks"])
+            if len(texts) == len(tasks) and all(map(begins_with_id, texts, tasks)):
+                document["tasks"], tasks.texts = tasks, texts
+        except (KeyError, TypeError):
             pass  # a person's own shape
     return document
 
@@ -6633,9 +6630,6 @@ class Command(Cli):
 
     def __init__(self, command: str):
         self.start = command
-
-    def launch(self, permissions: str, is_isolated: bool = False) -> Launch:
-        return Launch("", self.start, "")
 
     def chooses_conversation(self) -> bool:
         return False
