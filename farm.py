@@ -704,7 +704,7 @@ class Record:
                 raise ValueError(
                     f"{cls.__name__}.{key} must be {kind}, not {dump_line(value)[:60]}"
                 )
-            if value.__class__ is list and not all(isinstance(item, str) for item in value):
+            if value.__class__ is list and not is_texts(value):
                 raise ValueError(f"{cls.__name__}.{key} must be a list of text")
         return cls._make(fields.values())
 
@@ -2957,10 +2957,32 @@ class Store(Reader):
         """One JSON object in a file, durably; how: as for `write_durably`."""
         self.write_durably(name, line_bytes(data), **how)
 
+    # `is`, not `==`: a task that no move has replaced is the very object that was read with its
+    # line.
     def write_queue(self, name: str, state: State, *, sync: bool = True) -> None:
-        """One of the two queue files, as `state` has it."""
-        data = self.pending_bytes(state) if name == PENDING_FILE else self.ready_bytes(state)
-        self.write_durably(name, data, sync=sync)
+        """One of the two queue files, durably, as `state` has it."""
+        head = {"schema": SCHEMA, **state.heads.get(name, {})}
+        if name == PENDING_FILE:
+            unread = (None, "")
+            tasks = [
+                line if known is task else task.to_json()
+                for task in state.pending.values()
+                for known, line in (state.lines.get(task.id, unread),)
+            ]
+            lists = {"tasks": tasks}
+        else:
+            head["done"] = state.done
+            if state.archive_bytes:
+                head.update(
+                    archived=state.archived.to_json(),
+                    archive_bytes=state.archive_bytes,
+                    seqs=state.seqs,
+                )
+            lists = {
+                key: [task.to_json() for task in getattr(state, key).values()]
+                for key in ("ready", "landed")
+            }
+        self.write_durably(name, dump_records(head, lists), sync=sync)
 
     def sync_folder(self, folder: str) -> None:
         """Make a folder's changes durable. Raises NotDurable."""
@@ -2991,38 +3013,6 @@ class Store(Reader):
                 f"{self.path('events.jsonl')} could not be written ({os.strerror(error.errno)}); "
                 f"the move itself is made"
             )
-
-    # `is`, not `==`: a task that no move has replaced is the very object that was read with its
-    # line.
-    def pending_bytes(self, state: State) -> bytes:
-        head = {"schema": SCHEMA, **state.heads.get(PENDING_FILE, {})}
-        unread = (None, "")
-        return dump_records(
-            head,
-            {
-                "tasks": [
-                    line if known is task else task.to_json()
-                    for task in state.pending.values()
-                    for known, line in (state.lines.get(task.id, unread),)
-                ]
-            },
-        )
-
-    def ready_bytes(self, state: State) -> bytes:
-        head = {"schema": SCHEMA, **state.heads.get(READY_FILE, {}), "done": state.done}
-        if state.archive_bytes:
-            head.update(
-                archived=state.archived.to_json(),
-                archive_bytes=state.archive_bytes,
-                seqs=state.seqs,
-            )
-        return dump_records(
-            head,
-            {
-                key: [task.to_json() for task in getattr(state, key).values()]
-                for key in ("ready", "landed")
-            },
-        )
 
     def ensure_folders(self) -> None:
         """Make what is missing below coordination/, also what somebody has removed: verbs do not
