@@ -1362,7 +1362,7 @@ def random_uuid() -> str:
     digits = bytearray(os.urandom(16))
     digits[6], digits[8] = digits[6] & 0x0F | 0x40, digits[8] & 0x3F | 0x80
     text = digits.hex()
-    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 class StopRequest:
@@ -2719,11 +2719,8 @@ class Reader(Folder):
         return data
 
     # A record that does not fit is damage, as leaving it out would delete it at the next write.
-    def read_tasks(
-        self, name: str, place: str, records: list, lines: dict | None = None
-    ) -> list[Task]:
-        """The records of one list; lines: id -> (task, its line), filled in. Raises DamagedState
-        that names the record."""
+    def read_tasks(self, name: str, place: str, records: list) -> list[Task]:
+        """The records of one list. Raises DamagedState that names the record."""
         tasks, seen = [], set()
         for number, record in enumerate(records, 1):
             try:
@@ -2743,10 +2740,6 @@ class Reader(Folder):
                 raise describe_damage(
                     self.path(name), ValueError(f"record {number}: {error}")
                 ) from None
-        if lines is not None and isinstance(records, Lines):
-            lines.update(
-                (task.id, (task, text)) for task, text in zip(tasks, records.texts, strict=True)
-            )
         return tasks
 
     def lock_files(self) -> list[str]:
@@ -2799,9 +2792,11 @@ class Reader(Folder):
         return {claim.agent: claim for claim in claims if claim is not None}
 
     def read_pending(self, name: str) -> tuple[dict, list[Task], dict]:
-        """The queue file, its tasks, and their lines."""
-        data, lines = self.read_queue(name, ("tasks",)), {}
-        return data, self.read_tasks(name, "pending", data["tasks"], lines), lines
+        """The queue file, its tasks, and id -> (task, its line) of those that have one."""
+        data = self.read_queue(name, ("tasks",))
+        tasks = self.read_tasks(name, "pending", data["tasks"])
+        texts = getattr(data["tasks"], "texts", ())  # of Lines
+        return data, tasks, {pair[0].id: pair for pair in zip(tasks, texts, strict=False)}
 
     def read_ready(self, name: str) -> tuple[dict, list[Task], list[Task]]:
         """The queue file, and the tasks of its two lists."""
