@@ -331,13 +331,6 @@ def read_tsv(text: str) -> list[list[str]]:
     ]
 
 
-def dedent(lines: list[str]) -> str:
-    """Lines without the indent that all have, and without blank ones around them."""
-    import textwrap
-
-    return textwrap.dedent("\n".join(map(str.rstrip, lines))).strip("\n")
-
-
 def duration(seconds: float) -> str:
     """Short: 45s, 3m, 2h10, 3d."""
     minutes = int(seconds // 60)
@@ -2253,15 +2246,10 @@ class Ids:
         head = task_id[: len(task_id) - len(digits)]
         return (head, len(digits)), int(digits or 0)
 
-    @staticmethod
-    def find(pairs: list[list[int]], number: int) -> int:
-        """The index of the first pair that begins behind `number`."""
-        return bisect.bisect(pairs, [number, math.inf])
-
     def __contains__(self, task_id: str) -> bool:
         key, number = self.split(task_id)
         pairs = self.ranges.get(key, ())
-        place = self.find(pairs, number)
+        place = bisect.bisect(pairs, [number, math.inf])  # behind those that begin up to it
         return place > 0 and number <= pairs[place - 1][1]
 
     def __len__(self) -> int:
@@ -2272,7 +2260,7 @@ class Ids:
             return
         key, number = self.split(task_id)
         pairs = self.ranges.setdefault(key, [])
-        place = self.find(pairs, number)
+        place = bisect.bisect(pairs, [number, math.inf])
         pairs.insert(place, [number, number])
         for left in (place, place - 1):  # neighbours grow together
             if 0 <= left < len(pairs) - 1 and pairs[left][1] + 1 == pairs[left + 1][0]:
@@ -2408,9 +2396,6 @@ class State:
         of finished work."""
         live = (task.id for task in self.live_tasks())
         return max((self.archived.last_number(), *map(number_of, (*self.done, *live))))
-
-    def next_id(self) -> str:
-        return f"t-{self.last_number() + 1:04d}"
 
     def note_archived(self, task: Task) -> None:
         """Its record is in the archive now."""
@@ -2824,7 +2809,7 @@ class Reader(Folder):
         # Written by hand as {"title": ...}. Last: a new id has to be above those of all files, the
         # archive and the locks among them.
         for task in filter(lambda task: not task.id, waiting):
-            task_id = state.next_id()
+            task_id = f"t-{state.last_number() + 1:04d}"
             state.pending[task_id] = task._replace(id=task_id, rev=1, seq=state.next_seq())
         state.drop_losers()
         return state
@@ -4176,10 +4161,14 @@ def read_labels(lines: list[str]) -> tuple[dict, list[str]]:
 
 
 def with_labels(item: Item, items: int) -> Task:
-    """A task from an item of a checklist and what the text below it says. Raises UsageError."""
+    """A task from an item of a checklist and what the text below it says, without the indent that
+    all its lines have. Raises UsageError."""
+    import textwrap
+
     (fields, rest), known = read_labels(item.body), {f"#{n + 1}": f"\0{n}" for n in range(items)}
     after = [*item.after, *(known.get(name, name) for name in fields.get("after", ()))]
-    return Task(**{"title": item.title, **fields, "after": after, "prompt": dedent(rest)})
+    prompt = textwrap.dedent("\n".join(map(str.rstrip, rest))).strip("\n")
+    return Task(**{"title": item.title, **fields, "after": after, "prompt": prompt})
 
 
 def find_agent_label(item: dict) -> dict:
