@@ -2426,17 +2426,14 @@ class State:
             for task_id, rev in self.done.items()
             if task_id not in self.landed
         ]
-        # What is in the archive is over, whatever a copy says.
-        copies += [
-            (math.inf, 5, "archived", copy[3], "")
-            for copy in list(copies)
-            if copy[3] in self.archived
-        ]
         # A tuple is compared from the left: rev, then rank.
         best: dict[str, tuple] = {}
         for copy in copies:
             best[copy[3]] = max(best.get(copy[3], copy), copy)
-        self.losers = [copy[2:] for copy in copies if best[copy[3]] != copy]
+        # What is in the archive is over, whatever a copy says.
+        self.losers = [
+            copy[2:] for copy in copies if best[copy[3]] != copy or copy[3] in self.archived
+        ]
         for place, task_id, agent in self.losers:
             self.forget(place, task_id, agent)
 
@@ -2445,8 +2442,7 @@ class State:
         """Take the copy of a task at `place` out of memory; a claim without task and locks goes
         whole."""
         if place != "claimed":
-            if place != "archived":
-                getattr(self, place).pop(task_id, None)
+            getattr(self, place).pop(task_id, None)
             return
         claim = self.claims[agent]
         if claim.locks:
