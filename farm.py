@@ -1206,27 +1206,17 @@ def end_gates(folder: str) -> None:
     sessions: set[int] = set()
 
     def find() -> list:
-        nonlocal sessions
-        marked = [process for process, _ in find_by_environment(FARM_SLOT=folder)]
-        # kept over the rounds: once the marked ones are dead, nothing else leads to the rest of
+        tops = [process for process, _ in find_by_environment(FARM_SLOT=folder)]
+        # kept over the rounds: once those are dead, nothing else leads to the rest of
         # their session; our own is left out, as we are no part of the gate
         nobodys_or_ours = {-1, 0, session_of(os.getpid())}
-        sessions |= {session_of(process.pid) for process in marked} - nobodys_or_ours
+        sessions.update({session_of(process.pid) for process in tops} - nobodys_or_ours)
         children = process_children()
-        members = [
-            process
-            for family in children.values()
-            for process in family
-            if session_of(process.pid) in sessions
-        ]
-        doomed = {
-            process.pid: process
-            for top in (*marked, *members)
-            for process in tree_of(top.pid, children)
-        }
-        living = [
-            process for pid, process in doomed.items() if pid != os.getpid() and start_of(pid)
-        ]
+        everything = itertools.chain(*children.values())
+        tops += [process for process in everything if session_of(process.pid) in sessions]
+        doomed = {process.pid: process for top in tops for process in tree_of(top.pid, children)}
+        doomed.pop(os.getpid(), None)
+        living = [process for pid, process in doomed.items() if start_of(pid)]
         for session in sessions if living else ():
             kill_group(session)
         return living
@@ -4144,7 +4134,8 @@ def read_labels(lines: list[str]) -> tuple[dict, list[str]]:
         label, _, value = map(str.strip, line.partition(":"))
         if label not in LABELS:
             return fields, lines[place:]
-        name, kind = LABELS[label], type(Task._field_defaults[LABELS[label]])
+        name = LABELS[label]
+        kind = type(Task._field_defaults[name])
         if kind is list:
             words = re.split(r"[\s,]+", value) if name == "after" else [value]
             fields[name] = [*fields.get(name, []), *filter(None, words)]
@@ -4169,7 +4160,7 @@ def with_labels(item: Item, items: int) -> Task:
 
 def find_agent_label(item: dict) -> dict:
     """{"preset"} where an item, or a label of an issue, says `agent: PRESET`."""
-    labels = [label.get("name") for label in item.get("labels") or () if isinstance(label, dict)]
+    labels = [object_of(label).get("name") for label in item.get("labels") or ()]
     # last, and the last one counts: a key of the item's own goes before an issue's labels
     labels += [f"agent: {item['agent']}"] if "agent" in item else []
     named = [str(label) for label in labels if str(label).startswith("agent:")]
