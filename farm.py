@@ -4210,28 +4210,20 @@ def parse_json_item(item, where: str) -> Task:
 def parse_json_tasks(text: str, name: str) -> list[Task]:
     """A JSON array, one JSON object a line, or objects one after the other. Raises UsageError
     that names the line or item."""
-    drafts, lines = [], text.splitlines()
-    first = next(line for line in lines if line.strip())
-    if first.lstrip().startswith("{") and is_json(first):
-        items = [
-            (f"line {number}", line, number) for number, line in enumerate(lines, 1) if line.strip()
-        ]
-    else:
-        items = [("item", text, 1)]
-    for where, piece, first_line in items:
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    first, drafts = lines[0][1], []
+    by_line = first.lstrip().startswith("{") and is_json(first)
+    for start, piece in lines if by_line else [(1, text)]:
         try:
             found = list(read_values(piece))
         except json.JSONDecodeError as error:
             raise UsageError(
-                f"{name}, line {first_line + error.lineno - 1}: {error.msg}; nothing was added"
+                f"{name}, line {start + error.lineno - 1}: {error.msg}; nothing was added"
             ) from None
         found = found[0] if len(found) == 1 and isinstance(found[0], list) else found
         for number, item in enumerate(found, 1):
-            drafts.append(
-                parse_json_item(
-                    item, f"{name}, {where}" + (f" {number}" if where == "item" else "")
-                )
-            )
+            where = f"line {start}" if by_line else f"item {number}"
+            drafts.append(parse_json_item(item, f"{name}, {where}"))
     return drafts
 
 
