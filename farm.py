@@ -1830,29 +1830,22 @@ def hint_of(text: str, folder: str = "") -> str:
     where the script that says it lies, below scripts/; it names those beside it."""
     name, _, rest = text.partition(" ")
     if name in VERB_OF_SCRIPT:
-        return " ".join(
-            ["./farm.py", VERB_OF_SCRIPT[name], *(rest.split() if not rest.startswith("-") else ())]
-        )
-    return (
-        f"bash {os.path.join(SCRIPTS, folder, text)}"
-        if name.endswith(".sh") and "/" not in name
-        else text
-    )
+        words = "" if rest.startswith("-") else rest
+        return f"./farm.py {VERB_OF_SCRIPT[name]} {words}".strip()
+    is_beside = name.endswith(".sh") and "/" not in name
+    return f"bash {os.path.join(SCRIPTS, folder, text)}" if is_beside else text
 
 
 def script_error(name: str, result: ScriptResult) -> FarmError:
     """A script's exit code and its stderr (`farm: what`, `  try: command`) as the error that it
     is."""
     lines = [line for line in result.stderr.splitlines() if line.strip()]
-    said = [line.removeprefix("farm: ") for line in lines if not line.startswith("  try: ")]
-    hints = [
-        hint_of(line.removeprefix("  try: "), os.path.dirname(name))
-        for line in lines
-        if line.startswith("  try: ")
-    ]
+    hints = [line for line in lines if line.startswith("  try: ")]
+    said = [line.removeprefix("farm: ") for line in lines if line not in hints]
+    hint = hint_of(hints[-1].removeprefix("  try: "), os.path.dirname(name)) if hints else ""
     # git may say a hundred lines before it fails; the cause comes last
     message = "\n".join(said[-8:]) or f"{name} ended with exit code {result.code}"
-    return ERROR_OF_EXIT.get(result.code, FarmError)(message, hints[-1] if hints else "")
+    return ERROR_OF_EXIT.get(result.code, FarmError)(message, hint)
 
 
 # Paths need be no UTF-8: by surrogateescape they are the same bytes when they go to a script
@@ -2076,8 +2069,8 @@ def rescue(repo: str, agent: str, worktree: str) -> str:
 def read_repo(repo: str) -> dict[str, list[str]]:
     """What look.sh info says: {"main", "head", "branches", "obstacles", ...}, each with its
     fields."""
-    rows = read_tsv(run_script("merge/look.sh", "info", "-C", repo).stdout)
-    return {row[0]: row[1:] for row in rows}
+    said = run_script("merge/look.sh", "info", "-C", repo).stdout
+    return {row[0]: row[1:] for row in read_tsv(said)}
 
 
 def find_obstacles(call: Call) -> list[tuple[str, str]]:
