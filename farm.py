@@ -72,7 +72,6 @@ or package is missing, 7 damaged state file, 130/143 signals.
 from __future__ import annotations
 
 import bisect
-import collections
 import errno
 import fcntl
 import functools
@@ -86,6 +85,7 @@ import re
 import stat
 import sys
 import time
+from collections import Counter, defaultdict, deque, namedtuple
 
 SCHEMA = 1
 TOOLKIT = os.path.dirname(os.path.abspath(__file__))
@@ -756,7 +756,7 @@ TASK_DEFAULTS = {
 }
 
 
-class Task(Record, collections.namedtuple("Task", TASK_DEFAULTS, defaults=TASK_DEFAULTS.values())):
+class Task(Record, namedtuple("Task", TASK_DEFAULTS, defaults=TASK_DEFAULTS.values())):
     """A unit of work and all that is known of it, wherever it lies.
 
     attempts: ended ones. start: commit or branch that the next attempt begins from. fence,
@@ -792,9 +792,7 @@ OWNER_DEFAULTS = {
 }
 
 
-class Owner(
-    Record, collections.namedtuple("Owner", OWNER_DEFAULTS, defaults=OWNER_DEFAULTS.values())
-):
+class Owner(Record, namedtuple("Owner", OWNER_DEFAULTS, defaults=OWNER_DEFAULTS.values())):
     """The long-lived process behind a lock. start: field 22 of /proc/PID/stat, elsewhere what ps
     says. For an agent of a host it is the host's `spoke`, as told by it."""
 
@@ -821,9 +819,7 @@ CLAIM_DEFAULTS = {
 }
 
 
-class Claim(
-    Record, collections.namedtuple("Claim", CLAIM_DEFAULTS, defaults=CLAIM_DEFAULTS.values())
-):
+class Claim(Record, namedtuple("Claim", CLAIM_DEFAULTS, defaults=CLAIM_DEFAULTS.values())):
     """One lock file: at most one task (a JSON object, empty for none), and named locks. heard_at:
     when it was last renewed."""
 
@@ -1055,7 +1051,7 @@ def ring(path: str, word: bytes = b"claim\n") -> None:
 def process_children() -> dict[int, list]:
     """pid -> its children's psutil.Process, from one pass over the machine's processes."""
     psutil = import_package("psutil")
-    children = collections.defaultdict(list)
+    children = defaultdict(list)
     for process in psutil.process_iter(["ppid"]):
         children[process.info["ppid"]].append(process)
     return children
@@ -1411,7 +1407,7 @@ GUARD = "farm-guard"  # a file in coordination/.git, which is no repo of anybody
 FARM_HOME_NOTE = os.path.join("farm", "main")  # in the common git dir
 
 # the default is of the kind that the setting has; most are texts, and empty
-Setting = collections.namedtuple("Setting", "meaning default", defaults=[""])
+Setting = namedtuple("Setting", "meaning default", defaults=[""])
 
 SETTINGS = {
     "n": Setting("how many agents", 10),
@@ -1506,7 +1502,7 @@ SETTINGS = {
     "worktrees": Setting("folder of the worktrees (default: ../<repo>-farm)"),
 }
 
-Settings = collections.namedtuple("Settings", SETTINGS)
+Settings = namedtuple("Settings", SETTINGS)
 
 WORDS_OF = {
     "permissions": ("ask", "edits", "all"),
@@ -1808,7 +1804,7 @@ def agent_number(name: str) -> str:
 # Both languages have the same exit codes, so a script's code is a class here.
 ERROR_OF_EXIT = {kind.exit_code: kind for kind in FarmError.__subclasses__() if kind.exit_code > 1}
 
-ScriptResult = collections.namedtuple("ScriptResult", "code stdout stderr")
+ScriptResult = namedtuple("ScriptResult", "code stdout stderr")
 
 
 # Scripts can be used without farm.py, so their hints name scripts; who has typed a verb gets a
@@ -2340,9 +2336,9 @@ class State:
     def count_landed(self) -> int:
         return len(self.landed) + len(self.archived)
 
-    def count_states(self, state_of=lambda task: task.state) -> collections.Counter:
+    def count_states(self, state_of=lambda task: task.state) -> Counter:
         """How many tasks are in each state."""
-        counts = collections.Counter(map(state_of, self.live_tasks()))
+        counts = Counter(map(state_of, self.live_tasks()))
         counts["landed"] += len(self.archived)
         # the plus leaves out states that no task is in
         return +counts
@@ -3220,7 +3216,7 @@ def read_events(store: Store, containing: bytes = b"", files: int = 0):
 
 def find_open_gates(store: Store) -> list[dict]:
     """The gate-started events that have no gate-ended: what a killed merger's gates were."""
-    begun: dict[tuple, list] = collections.defaultdict(list)
+    begun: dict[tuple, list] = defaultdict(list)
     # two files: one may just have been begun
     for event in filter(None, read_events(store, b'"event": "gate-', files=2)):
         place = begun[str(event.get("slot")), str(event.get("tree"))]
@@ -4036,7 +4032,7 @@ def describe_wait(task: Task, state: State, now: float) -> str:
 def find_stranded(state: State) -> set[str]:
     """Ids of the tasks that nobody holds and that can never be claimed: they are over, or come
     after one that is."""
-    stranded, followers = [], collections.defaultdict(list)
+    stranded, followers = [], defaultdict(list)
     for task in state.pending.values():
         before = state.open_before(task)
         if task.state != "pending" or any(state.find_task(name) is None for name in before):
@@ -4069,7 +4065,7 @@ NEARLY_CHECKBOX = r"^\s*(?:[-*+]|\d+[.)])\s*\[(?:\s*[xX]?\s*|[^\w\s])\](?!\()"
 
 
 # of a checklist; after: NUL and the index of each item that is below it
-Item = collections.namedtuple("Item", "title body after")
+Item = namedtuple("Item", "title body after")
 
 
 def parse_checklist(text: str, name: str) -> list[Task]:
@@ -4235,7 +4231,7 @@ def parse_tasks(text: str, name: str) -> list[Task]:
         drafts = parse_checklist(text, name)
     else:
         drafts = [Task(title=line) for line in lines if line and not line.startswith("#")]
-    seen = collections.Counter()
+    seen = Counter()
     for index, draft in enumerate(drafts):
         mark = f"{name}:{zlib.crc32(json.dumps([draft.title, draft.prompt]).encode()):08x}"
         seen[mark] += 1
@@ -4250,11 +4246,11 @@ def parse_tasks(text: str, name: str) -> list[Task]:
 # anew at each tick with all the evidence there is, it remembers nothing: a kill or a person's
 # commit is nothing special to it. (tests/rooms/test_planner.py)
 
-Evidence = collections.namedtuple("Evidence", "greens reds")
+Evidence = namedtuple("Evidence", "greens reds")
 Evidence.__doc__ = """How often one tree passed and failed the gate; a time-out or a killed gate
 counts as neither."""
 
-Test = collections.namedtuple("Test", "entries kind chance")
+Test = namedtuple("Test", "entries kind chance")
 Test.__doc__ = """A gate run to start: `entries` merged in this order on the target, () for the
 target as it is.
 
@@ -4263,7 +4259,7 @@ or speculative (useful if gates that have no verdict yet go as expected); `chanc
 will be used, 1.0 for the next.
 """
 
-Plan = collections.namedtuple("Plan", "land guilty target_red tests abandon")
+Plan = namedtuple("Plan", "land guilty target_red tests abandon")
 Plan.__doc__ = """What to do now: land the first `land` entries, return the entry `guilty` (or
 None), start `tests`.
 
@@ -4272,7 +4268,7 @@ and returning change the queue, so plan again after them; `tests` holds meanwhil
 in the checkout is in the way).
 """
 
-Node = collections.namedtuple("Node", "good rest bound reds trusted")
+Node = namedtuple("Node", "good rest bound reds trusted")
 Node.__doc__ = """A place in the decision tree: `good` entries pass together, `rest` is open, in
 landing order.
 
@@ -4280,11 +4276,11 @@ landing order.
 was seen green.
 """
 
-Known = collections.namedtuple("Known", "evidence_of rate reds strict")
+Known = namedtuple("Known", "evidence_of rate reds strict")
 Known.__doc__ = """What one call of `plan` takes for granted: tuple -> Evidence, failure rate, reds
 that prove, strict."""
 
-Question = collections.namedtuple("Question", "entries green_chance if_green if_red")
+Question = namedtuple("Question", "entries green_chance if_green if_red")
 Question.__doc__ = """The test that a node asks for, and the nodes after either answer (None:
 nothing left to plan)."""
 
@@ -4534,7 +4530,7 @@ def plan(
 # prints 100 MB fills no disk.
 OUTPUT_HEAD, OUTPUT_TAIL = 64 * 1024, 256 * 1024
 
-Verdict = collections.namedtuple("Verdict", "colour exit_code seconds note")
+Verdict = namedtuple("Verdict", "colour exit_code seconds note")
 Verdict.__doc__ = """One run's colour (green, red or none), the gate's exit code, its seconds, and
 why it is none."""
 
@@ -4571,7 +4567,7 @@ class Verdicts:
         self.memo: dict[str, Evidence] = {}  # the planner asks for each prefix at each tick
         # Trees that gave no verdict: how often, why, and when to ask the target again. Never on
         # disk, for it is no evidence.
-        self.unjudged, self.silent, self.ask_again_at = collections.Counter(), {}, 0.0
+        self.unjudged, self.silent, self.ask_again_at = Counter(), {}, 0.0
         # over all that was ever gated: one queue alone shows too little of a gate's flakes
         known = next(read_json_lines(store.path(self.sums_file())), {})
         self.sums = {key: count(known, key) for key in ("green_trees", "flaky_trees")}
@@ -4901,7 +4897,7 @@ class Slots:
 # same place and the same commits give the same shas, so that a verdict by tree holds over restarts.
 # (tests/scripts/test_scripts_chain.py)
 
-Step = collections.namedtuple("Step", "id status commit tree detail")
+Step = namedtuple("Step", "id status commit tree detail")
 Step.__doc__ = """One line of merge/chain.sh, which says what its status and detail mean; commit and
 tree of the chain after it."""
 
@@ -5077,7 +5073,7 @@ class Tally:
     """What a merger has done, for the report at its end."""
 
     def __init__(self):
-        self.counts: collections.Counter = collections.Counter()
+        self.counts: Counter = Counter()
         self.moved: list[tuple[str, str, str]] = []  # (id, what became of it, why)
 
     def note(self, task_id: str, what: str, why: str) -> None:
@@ -6029,7 +6025,7 @@ def queue_records(store: Store, state: State) -> list[dict]:
 def describe_queue(state: State, records: list[dict], activity: dict) -> str:
     """One line, such as `landed 12, returned 2, testing 3 (main+8), held 1 behind t-0031`, and
     what is next."""
-    counts = collections.Counter(record["state"] for record in records)
+    counts = Counter(record["state"] for record in records)
     returned = sum(task.ended_by == "return" for task in state.pending.values())
     parts = [f"landed {state.count_landed()}", f"returned {returned}"]
     largest = max((len(gate["ids"]) for gate in activity.get("testing", [])), default=0)
@@ -6057,7 +6053,7 @@ def describe_queue(state: State, records: list[dict], activity: dict) -> str:
 COMMIT_SECONDS = 120.0
 TURN_FILE, ENDING_FILE, COST_FILE = "turn.json", "ending.json", "cost.json"
 
-Usage = collections.namedtuple(
+Usage = namedtuple(
     "Usage",
     "tokens_in tokens_out cost_usd error denied conversation",
     defaults=(0, 0, 0.0, "", "", ""),
@@ -6103,7 +6099,7 @@ MAILBOX = "$FARM_REPO/coordination/mailbox/$FARM_AGENT_NAME"
 PROVIDER_KEYS = ("ANTHROPIC_API_KEY", "OPENAI_API_KEY", "GEMINI_API_KEY", "OPENROUTER_API_KEY")
 
 # preset: a name in CLIS, or empty for a command
-Launch = collections.namedtuple("Launch", "preset start resume")
+Launch = namedtuple("Launch", "preset start resume")
 
 
 class Cli:
@@ -6966,7 +6962,7 @@ NO_COMMIT = ("cannot commit", "cannot sign")
 # move: submit, fail, resume (fail, and the conversation goes on), release (no attempt counts);
 # cause: one of a few words, for the code; why: for people, and for the next attempt;
 # conversation: its id where the CLI has told it only at the end
-Outcome = collections.namedtuple("Outcome", "move cause why conversation", defaults=("",))
+Outcome = namedtuple("Outcome", "move cause why conversation", defaults=("",))
 
 
 def judge_end(
@@ -7793,8 +7789,8 @@ def has_commits(repo: str, branch: str) -> bool:
 
 CONTROL = "control"
 
-Session = collections.namedtuple("Session", "name pane pid dead exit_status signal activity path")
-Footprint = collections.namedtuple("Footprint", "cpu_percent rss_bytes processes is_zombie")
+Session = namedtuple("Session", "name pane pid dead exit_status signal activity path")
+Footprint = namedtuple("Footprint", "cpu_percent rss_bytes processes is_zombie")
 
 
 def probe_sessions(socket: str, timeout: float = 600.0) -> dict[str, Session]:
@@ -8481,7 +8477,7 @@ class Sessions:
     def spawn(self, names: list[str]) -> list[list[str]]:
         """A session for each name that has none, by one call of tmux for all that run the same;
         returns spawn-tmux.sh's rows."""
-        launches = collections.defaultdict(list)
+        launches = defaultdict(list)
         for name in names:
             if name in self.worktrees:
                 launches[self.launches[name]].append(self.worktrees[name])
@@ -10381,7 +10377,7 @@ def farm_status(store: Store, settings: Settings, sight: Sight | None = None) ->
     status = {
         "agents": agents,
         "tasks": dict(state.count_states(lambda task: derived_state(task, state, now))),
-        "merge_queue": dict(collections.Counter(record["state"] for record in records)),
+        "merge_queue": dict(Counter(record["state"] for record in records)),
         "queue_line": describe_queue(state, records, activity),
         "loop": {"pid": loop, "alive": loop is not None},
         "mode": mode,
@@ -10688,7 +10684,7 @@ class LogReader:
     def last_lines(self, count: int) -> str:
         """The last `count` lines of what is there."""
         self.skip_to_last(4096 * count)
-        lines = collections.deque(
+        lines = deque(
             "".join(map(self.clean, iter(self.read, b""))).splitlines(keepends=True), maxlen=count
         )
         return "".join(lines)
@@ -11149,9 +11145,9 @@ def sum_history(history: History, tasks: list[Task]) -> dict:
     def seconds_of(spans: list[dict]) -> float:
         return sum(epoch(span["ended_at"]) - epoch(span["started_at"]) for span in spans)
 
-    states = collections.Counter(task.state for task in tasks)
+    states = Counter(task.state for task in tasks)
     attempts, gates = history.lists["attempts"], history.lists["gates"]
-    fates = collections.Counter(span["fate"] for span in attempts)
+    fates = Counter(span["fate"] for span in attempts)
     return {
         "tasks": len(tasks),
         **{state: states[state] for state in ("claimed", "ready", "landed", "failed", "canceled")},
@@ -11642,7 +11638,7 @@ def check_agents(call: Call) -> list[tuple]:
 # A table of verbs, help and completion. getopt and not argparse: building thirty sub-parsers takes
 # longer than a claim. (tests/rooms/test_command_line.py)
 
-Verb = collections.namedtuple("Verb", "run synopsis summary options example")
+Verb = namedtuple("Verb", "run synopsis summary options example")
 VERBS: dict[str, Verb] = {}
 GLOBAL_OPTIONS = "repo= h|help"
 
@@ -12080,7 +12076,7 @@ def select_tasks(records: list[dict], options: dict) -> list[dict]:
 )
 def verb_tasks(call: Call) -> int:
     state, now = call.store.snapshot(), CLOCK.now()
-    spending = collections.defaultdict(list)
+    spending = defaultdict(list)
     for line in read_usage(call.store, is_whole=True):
         spending[line["task"]].append(line)
     reviews = dict.fromkeys(find_reviews(call.store, state), {"state": "review"})
@@ -13418,7 +13414,7 @@ def describe_farm(leading: list[str]) -> str:
     except NotFound as error:
         return f"{error}\n\n{overview_text()}"
     status = read_status(call)
-    states = collections.Counter(agent["state"] for agent in status["agents"])
+    states = Counter(agent["state"] for agent in status["agents"])
     agents = " \u00b7 ".join(
         f"{name} {count}"
         for name, count in sorted(states.items(), key=lambda item: state_rank_of(item[0]))
