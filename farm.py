@@ -218,7 +218,7 @@ def find_typed(repo: str) -> str:
 def say(text: str) -> None:
     """A line for people, on stderr; the work goes on where it cannot be written (a log on a full
     disk, a terminal that is gone)."""
-    line = as_typed(text if text.startswith("farm: ") else f"farm: {text}")
+    line = as_typed(f"farm: {text.removeprefix('farm: ')}")
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
