@@ -1779,8 +1779,9 @@ def note_home(repo: str) -> None:
     """Write down which checkout the farm lives in, where git could not tell it from the others."""
     common = find_git_dirs(repo)[1]
     if common and (os.path.basename(common) != ".git" or is_bare(common)):
-        os.makedirs(os.path.join(common, os.path.dirname(FARM_HOME_NOTE)), exist_ok=True)
-        write_whole(os.path.join(common, FARM_HOME_NOTE), repo + "\n")
+        note = os.path.join(common, FARM_HOME_NOTE)
+        os.makedirs(os.path.dirname(note), exist_ok=True)
+        write_whole(note, repo + "\n")
 
 
 # Three digits: names sort as numbers do, and load_settings allows 999 at most.
@@ -2293,18 +2294,13 @@ class State:
     """
 
     def __init__(self):
-        self.pending: dict[str, Task] = {}
-        self.ready: dict[str, Task] = {}
-        self.landed: dict[str, Task] = {}
-        self.claims: dict[str, Claim] = {}
-        self.done: dict[str, int] = {}
+        self.pending, self.ready, self.landed = {}, {}, {}
+        self.claims, self.done, self.heads = {}, {}, {}
         self.archived, self.archive_bytes, self.seqs = Ids(), 0, [0, 0]
         self.is_behind = False  # whether the archive was longer than the queue file knew
         self.read_archive = lambda: []
-        self.heads: dict[str, dict] = {}
-        # id -> (Task, its line in the pending file): as they were read
-        self.lines: dict[str, tuple[Task, str]] = {}
-        self.losers: list[tuple[str, str, str]] = []
+        self.lines = {}  # id -> (Task, its line in the pending file): as they were read
+        self.losers = []
 
     def claimed(self) -> dict[str, Task]:
         """id -> Task of what agents hold."""
@@ -3003,7 +2999,6 @@ class Transaction:
 
     def __init__(self, store: Store, before_load):
         self.store, self.before_load = store, before_load
-        self.state = State()
 
     def __enter__(self) -> Transaction:
         store = self.store
@@ -6035,7 +6030,8 @@ def describe_queue(state: State, records: list[dict], activity: dict) -> str:
     if counts["review"]:
         parts.append(f"review {counts['review']}")
     waiting = [record["id"] for record in records if record["state"] == "ready"]
-    parts += [f"ready {len(waiting)}, next {waiting[0]}"] if waiting else []
+    if waiting:
+        parts.append(f"ready {len(waiting)}, next {waiting[0]}")
     trouble = activity.get("trouble")
     return " \u00b7 ".join(parts) + (f"\n{trouble[0]}\n  try: {trouble[1]}" if trouble else "")
 
@@ -6897,23 +6893,12 @@ def is_usage(line: dict) -> bool:
 
 def note_review(store: Store, command: str, task: Task, log: str) -> None:
     """What a reviewer has used, where its command names a CLI that has told it."""
-    cli = next(
-        (
-            cli
-            for cli in CLIS.values()
-            if cli.keeps_output and re.search(rf"\b{cli.program()}\b", command)
-        ),
-        None,
-    )
-    if cli:
-        line = {
-            "task": task.id,
-            "agent": "reviewer",
-            "fence": f"{task.id}.{task.rev}.review",
-            "preset": cli.name,
-            "attempt": task.attempt,
-        }
-        note_usage(store, line, cli.read(log))
+    line = {"task": task.id, "agent": "reviewer", "fence": f"{task.id}.{task.rev}.review"}
+    for cli in CLIS.values():
+        if cli.keeps_output and re.search(rf"\b{cli.program()}\b", command):
+            line.update(preset=cli.name, attempt=task.attempt)
+            note_usage(store, line, cli.read(log))
+            return
 
 
 def cost_of_task(lines: list[dict], task_id: str) -> float:
