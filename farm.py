@@ -3562,8 +3562,8 @@ class LeaseWatch:
         renewal = (claim.fence, claim.claimed_at, claim.renewals)
         if self.first_seen.get(claim.agent, ((), 0.0))[0] != renewal:
             self.first_seen[claim.agent] = (renewal, CLOCK.monotonic())
-        on_host = claim.get_owner().is_on_host
-        lease = self.host_lease_seconds if on_host else self.lease_seconds
+        is_on_host = claim.get_owner().is_on_host
+        lease = self.host_lease_seconds if is_on_host else self.lease_seconds
         return self.first_seen[claim.agent][1] + lease - CLOCK.monotonic()
 
     def is_lapsed(self, claim: Claim) -> bool:
@@ -5227,16 +5227,13 @@ class Landing:
         with self.store.transaction() as tx:
             for task_id, commit, before, rev in entries:
                 task = tx.state.ready.get(task_id) or tx.state.pending.get(task_id)
+                if task is None:
+                    continue
                 # what was canceled or returned a moment too late is in the target all the same, and
                 # said to be
-                is_late = task and (
-                    task.state == "canceled"
-                    or task.state == "pending"
-                    and task.ended_by == "return"
-                )
-                if not is_late and (
-                    task is None or task.state != "ready" or rev not in (None, task.rev)
-                ):
+                is_back = task.state == "pending" and task.ended_by == "return"
+                is_meant = task.state == "ready" and rev in (None, task.rev)
+                if not (is_meant or is_back or task.state == "canceled"):
                     continue
                 tx.move(
                     task._replace(
