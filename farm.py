@@ -1199,7 +1199,7 @@ def end_gates(folder: str) -> None:
     their environment. Again until none is left: what is being ended may just have forked. Raises
     FarmError when that takes half a minute.
     """
-    sessions: set[int] = set()
+    sessions = set()
 
     def find() -> list:
         tops = [process for process, _ in find_by_environment(FARM_SLOT=folder)]
@@ -2217,7 +2217,7 @@ class Ids:
     """
 
     def __init__(self):
-        self.ranges: dict[tuple[str, int], list[list[int]]] = {}
+        self.ranges = {}
 
     @staticmethod
     def split(task_id: str) -> tuple[tuple[str, int], int]:
@@ -2440,7 +2440,7 @@ class Folder:
         self.folder = os.path.join(repo, "coordination")
         self.disk = disk or Disk()
         # what `recall` has read: name -> (its mark, what it was)
-        self.known: dict[str, tuple[tuple, object]] = {}
+        self.known = {}
 
     def path(self, *parts: str) -> str:
         return os.path.join(self.folder, *parts)
@@ -3320,7 +3320,7 @@ def find_traces(store: Store, worktrees: str) -> str:
 def find_forgotten(store: Store, state: State) -> list[tuple[Task, dict]]:
     """(task, event) of what the history knows with a higher rev than any file: the last record
     of each."""
-    last: dict[str, tuple[Task, dict]] = {}
+    last = {}
     for event in filter(None, read_events(store)):
         try:
             task = Task.from_json(event["task"])
@@ -3554,7 +3554,7 @@ class LeaseWatch:
     def __init__(self, lease_seconds: float, host_lease_seconds: float = 90.0):
         self.lease_seconds, self.host_lease_seconds = lease_seconds, host_lease_seconds
         # agent -> (its renewal, when that was seen first)
-        self.first_seen: dict[str, tuple[tuple, float]] = {}
+        self.first_seen = {}
 
     def seconds_left(self, claim: Claim) -> float:
         """Until this claim's lease is over; each renewal starts it anew."""
@@ -4072,7 +4072,7 @@ def parse_checklist(text: str, name: str) -> list[Task]:
     """
     items: list[Item] = []
     # (indent, item; None for a checked one)
-    open_items: list[tuple[int, Item | None]] = []
+    open_items = []
     # a fence of a code block: what looks like a checkbox within is text
     in_code = False
     for number, line in enumerate(text.expandtabs(4).splitlines(), 1):
@@ -4931,14 +4931,14 @@ class Chain:
             else ""
         )
         # (commit before it, id, its commit) -> what merging it there gave
-        self.steps: dict[tuple, Step] = {}
+        self.steps = {}
         self.begin(None, {})
 
     def begin(self, base: Step | None, tasks: dict[str, Task]) -> None:
         """A new look: `base` is the target now, `tasks` is what is ready, by id, in landing
         order."""
         self.base, self.tasks = base, tasks
-        self.walked: dict[tuple, Step | None] = {}  # ids -> the last step of their chain
+        self.walked = {}  # ids -> the last step of their chain
         # most are of what has landed; all are found out again by one call of the script
         if len(self.steps) > 1000 + 10 * len(tasks):
             self.steps.clear()
@@ -5068,8 +5068,8 @@ class Tally:
     """What a merger has done, for the report at its end."""
 
     def __init__(self):
-        self.counts: Counter = Counter()
-        self.moved: list[tuple[str, str, str]] = []  # (id, what became of it, why)
+        self.counts = Counter()
+        self.moved = []  # (id, what became of it, why)
 
     def note(self, task_id: str, what: str, why: str) -> None:
         self.counts[what] += 1
@@ -5097,7 +5097,7 @@ class Landing:
     def __init__(self, store: Store, settings: Settings, target: str, tally: Tally):
         self.store, self.settings, self.target, self.tally = store, settings, target, tally
         # what kept the last one from the target, and what only a person can do
-        self.trouble: tuple[str, str] | None = None
+        self.trouble = None
 
     def land(self, tasks: list[Task], steps: list[Step], base: str) -> bool:
         """Move the target from `base` to the last step's tested commit, the intent durable
@@ -5433,7 +5433,7 @@ class Review:
         )
         self.base, self.paths = "", {}  # commit -> the files that it changes on that base
         self.gate, self.task = None, Task()  # the command at work, and on what
-        self.silent: set[str] = set()  # commits to which it has said neither yes nor no
+        self.silent = set()  # commits to which it has said neither yes nor no
 
     def is_wanted(self, task: Task, base: str) -> bool:
         """Whether the task may not land unseen on the commit `base`."""
@@ -5551,18 +5551,18 @@ class MergeQueue:
         self.landing = Landing(store, settings, target, self.tally)
         self.returns = Returns(store, target, self.tally)
         self.review = Review(store, settings, target, self.returns, self.slots)
-        self.waiting: dict[str, Task] = {}  # what may not land unseen
-        self.reviews: dict[str, str] = {}  # of these id -> commit of what is green
+        self.waiting = {}  # id -> Task: what may not land unseen
+        self.reviews = {}  # of these id -> commit of what is green
         self.begun_at = CLOCK.monotonic()
         # The tick's view, made anew each time:
-        self.tasks: dict[str, Task] = {}  # what is ready, in landing order
-        self.held: dict[str, str] = {}  # id -> the entry that it is held behind
-        self.trouble: tuple[str, str] | None = None  # what only a person can mend, and how
+        self.tasks = {}  # id -> Task: what is ready, in landing order
+        self.held = {}  # id -> the entry that it is held behind
+        self.trouble = None  # what only a person can mend, and how
         # What saves work from one tick to the next:
-        self.front: list[str] = []  # ids that were ever part of a test, in that order
-        self.just_landed: Step | None = None  # where we have just put the target
-        self.diagnoses: list[Task] = []  # returned entries that an idle slot may gate alone
-        self.published: dict | None = None
+        self.front = []  # ids that were ever part of a test, in that order
+        self.just_landed = None  # the Step where we have just put the target
+        self.diagnoses = []  # returned entries that an idle slot may gate alone
+        self.published = None
         self.is_watching = False  # whether it runs for ever
         self.knows_target = False  # whether the target was green once
 
