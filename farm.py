@@ -11885,7 +11885,7 @@ GLOBAL_OPTIONS = "repo= h|help"
 
 def verb(synopsis: str, summary: str, options: str = "", example: str = ""):
     """Register a verb. options: words like `json` (flag), `id=` (text), `n|n=#` (whole number),
-    `wait=s` (seconds), `after=*`."""
+    `wait=s` (seconds), `after=*`. It returns its exit code, or nothing for 0."""
 
     def register(function):
         name = function.__name__.removeprefix("verb_").replace("_", "-")
@@ -12175,7 +12175,7 @@ CHECKS = (
     "agent= no-after f|file=",
     "./farm.py add 'Fix the login test' --priority 5",
 )
-def verb_add(call: Call) -> int:
+def verb_add(call: Call) -> None:
     settings = call.settings()
     if call.get("file"):
         drafts = parse_tasks(
@@ -12197,7 +12197,6 @@ def verb_add(call: Call) -> int:
         print(task.id)
         if not is_new:
             say(f"{task.id} is there already: {one_line(task.title, 60)}")
-    return 0
 
 
 def check_presets(drafts: list[Task]) -> None:
@@ -12278,13 +12277,12 @@ def fields_of(call: Call) -> dict:
     }
 
 
-def print_records(call: Call, records: list[dict], heads: list[str], cells) -> int:
+def print_records(call: Call, records: list[dict], heads: list[str], cells) -> None:
     """As JSON, or as a table of `cells(record)`."""
     if call.get("json"):
         print_json(records)
     else:
         print_table(list(map(cells, records)), heads)
-    return 0
 
 
 SORTED_BY = ("priority", "attempts", "cost_usd", "state", "agent", "title", "added_at")
@@ -12314,7 +12312,7 @@ def select_tasks(records: list[dict], options: dict) -> list[dict]:
     "json state=* agent= match= sort=",
     "./farm.py tasks --state failed --sort priority",
 )
-def verb_tasks(call: Call) -> int:
+def verb_tasks(call: Call) -> None:
     state, now = call.store.snapshot(), CLOCK.now()
     spending = collections.defaultdict(list)
     for line in read_usage(call.store, is_whole=True):
@@ -12331,7 +12329,7 @@ def verb_tasks(call: Call) -> int:
         ],
         call.options,
     )
-    return print_records(
+    print_records(
         call,
         records,
         ["TASK", "STATE", "AGENT", "TRIES", "TITLE", "COMMIT OR REASON"],
@@ -12415,7 +12413,7 @@ def wait_until_made(call: Call, settings: Settings, error: type, move):
     "owner-pid=# wait=s id= env",
     "./farm.py claim agent-001 --owner-pid $$",
 )
-def verb_claim(call: Call) -> int:
+def verb_claim(call: Call) -> None:
     agent, owner = call.agent(), caller(call.get("owner_pid"))
     settings = call.settings()
     claim = wait_until_made(
@@ -12436,7 +12434,6 @@ def verb_claim(call: Call) -> int:
     print(
         claim_environment(claim, prompt, resumes) if call.get("env") else dump_line(claim.to_json())
     )
-    return 0
 
 
 def fence_of(call: Call) -> str:
@@ -12449,11 +12446,10 @@ def fence_of(call: Call) -> str:
     return fence
 
 
-def move_claim(call: Call, *args, **options) -> int:
+def move_claim(call: Call, *args, **options) -> None:
     """The move that the verb is called, of what the agent holds by its fence."""
     with call.store.transaction() as tx:
         getattr(TaskQueue(tx), call.name)(call.agent(), fence_of(call), *args, **options)
-    return 0
 
 
 @verb(
@@ -12462,8 +12458,8 @@ def move_claim(call: Call, *args, **options) -> int:
     "fence=",
     "farm renew agent-001 --fence t-0001.2",
 )
-def verb_renew(call: Call) -> int:
-    return move_claim(call)
+def verb_renew(call: Call) -> None:
+    move_claim(call)
 
 
 @verb(
@@ -12472,8 +12468,8 @@ def verb_renew(call: Call) -> int:
     "fence= why=",
     "farm release agent-001 --fence t-0001.2",
 )
-def verb_release(call: Call) -> int:
-    return move_claim(call, one_line(call.get("why", ""), 500))
+def verb_release(call: Call) -> None:
+    move_claim(call, one_line(call.get("why", ""), 500))
 
 
 @verb(
@@ -12482,11 +12478,11 @@ def verb_release(call: Call) -> int:
     "fence= why= no-retry",
     "farm fail agent-001 --fence t-0001.2 --why 'the API is gone'",
 )
-def verb_fail(call: Call) -> int:
+def verb_fail(call: Call) -> None:
     why = one_line(call.get("why", ""), 500)
     if not why:
         raise UsageError("fail needs --why: the next attempt reads it")
-    return move_claim(call, why, retry=not call.get("no_retry"))
+    move_claim(call, why, retry=not call.get("no_retry"))
 
 
 @verb(
@@ -12495,10 +12491,9 @@ def verb_fail(call: Call) -> int:
     "fence= branch= commit=",
     "farm submit agent-001 --fence t-0001.2",
 )
-def verb_submit(call: Call) -> int:
+def verb_submit(call: Call) -> None:
     branch, commit = call.get("branch", ""), call.get("commit", "")
     submit(call.store, call.agent(), fence_of(call), branch=branch, commit=commit)
-    return 0
 
 
 @verb(
@@ -12507,7 +12502,7 @@ def verb_submit(call: Call) -> int:
     "",
     "farm hook <event.json",
 )
-def verb_hook(call: Call) -> int:
+def verb_hook(call: Call) -> None:
     agent, fence = os.environ.get("FARM_AGENT_NAME", ""), os.environ.get("FARM_FENCE", "")
     try:  # by way of the mailbox it comes behind the agent's name
         event = json.loads((call.args[1:] or [sys.stdin.buffer.read()])[0] or "{}")
@@ -12521,7 +12516,6 @@ def verb_hook(call: Call) -> int:
     answer = note_turn(call.store, agent, fence, event)
     if answer:
         print(dump_line(answer))
-    return 0
 
 
 @verb(
@@ -12530,7 +12524,7 @@ def verb_hook(call: Call) -> int:
     "fence= code=#",
     "farm finish agent-001 --fence t-0001.2 --code 0 <log",
 )
-def verb_finish(call: Call) -> int:
+def verb_finish(call: Call) -> None:
     agent, fence = call.agent(), fence_of(call)
     log = sys.stdin.buffer.read().decode("utf-8", "replace")
     try:
@@ -12538,7 +12532,6 @@ def verb_finish(call: Call) -> int:
     except Refused as error:
         # somebody else has the task now, or the agent has made its move itself
         say(str(error))
-    return 0
 
 
 MAILBOX_VERBS = ("submit", "fail", "release", "renew", "lock", "unlock", "add")
@@ -12550,7 +12543,7 @@ MAILBOX_VERBS = ("submit", "fail", "release", "renew", "lock", "unlock", "add")
     "",
     "farm answer agent-001",
 )
-def verb_answer(call: Call) -> int:
+def verb_answer(call: Call) -> None:
     agent = call.agent()
     mailbox = call.store.path("mailbox", agent)
     with os.scandir(mailbox) as entries:  # no more than a hundred at a time, whatever lies there
@@ -12567,7 +12560,6 @@ def verb_answer(call: Call) -> int:
             write_whole(request.removesuffix(".request") + ".answer", json.dumps(answer))
         except OSError as error:  # folders of these names
             say(f"{agent}: {name} cannot be answered: {error}")
-    return 0
 
 
 def answer_request(agent: str, repo: str, path: str) -> dict:
@@ -12618,22 +12610,20 @@ def lock_names(call: Call, names: list[str]) -> list[str]:
     "wait=s owner-pid=#",
     "farm lock agent-001 schema 'path:src/db/**'",
 )
-def verb_lock(call: Call) -> int:
+def verb_lock(call: Call) -> None:
     acquire_waiting(
         call, call.agent(), lock_names(call, call.args[1:]), caller(call.get("owner_pid"))
     )
-    return 0
 
 
 @verb("unlock AGENT NAME...", "give named resources up", "", "farm unlock agent-001 schema")
-def verb_unlock(call: Call) -> int:
+def verb_unlock(call: Call) -> None:
     with call.store.transaction() as tx:
         LockRegistry(tx).release(call.agent(), lock_names(call, call.args[1:]))
-    return 0
 
 
 @verb("locks [--json]", "who holds what", "json", "./farm.py locks")
-def verb_locks(call: Call) -> int:
+def verb_locks(call: Call) -> None:
     claims = call.store.snapshot().claims.values()
     records = [
         {
@@ -12648,7 +12638,7 @@ def verb_locks(call: Call) -> int:
         for claim in claims
     ]
     words = {True: "alive", False: "dead", None: "unseen"}
-    return print_records(
+    print_records(
         call,
         records,
         ["AGENT", "TASK", "LOCKS", "PID", "OWNER", "SINCE"],
@@ -12712,19 +12702,17 @@ def fork_waiting(command: list[str]) -> tuple[int, int]:
 
 
 @verb("queue [--json]", "the merge queue", "json", "./farm.py queue")
-def verb_queue(call: Call) -> int:
+def verb_queue(call: Call) -> None:
     state = call.store.snapshot()
     records = queue_records(call.store, state)
-    if call.get("json"):
-        print_json(records)
-        return 0
-    rows = [
-        [r["id"], r["state"], r["agent"], r["commit"][:10], r["title"], r["reason"]]
-        for r in records
-    ]
-    print_table(rows, ["TASK", "STATE", "AGENT", "COMMIT", "TITLE", "WHY"])
-    say(describe_queue(state, records, find_activity(call.store)))
-    return 0
+    print_records(
+        call,
+        records,
+        ["TASK", "STATE", "AGENT", "COMMIT", "TITLE", "WHY"],
+        lambda r: [r["id"], r["state"], r["agent"], r["commit"][:10], r["title"], r["reason"]],
+    )
+    if not call.get("json"):
+        say(describe_queue(state, records, find_activity(call.store)))
 
 
 @verb(
@@ -12824,7 +12812,7 @@ def describe_target(repo: str, target: str) -> str:
     FARM_OPTIONS,
     "./farm.py up -n 10 --agent claude --gate 'make test'",
 )
-def verb_up(call: Call) -> int:
+def verb_up(call: Call) -> None:
     farm = open_farm(call)
     if call.store.mode() == "running" and find_recorded(call.store.path("loop.lock")) is None:
         say("this farm was running and was not stopped; going on from what is on disk")
@@ -12836,7 +12824,6 @@ def verb_up(call: Call) -> int:
         f"on when you log out"
     )
     say("look: ./farm.py status   go there: ./farm.py attach 1   stop: ./farm.py down")
-    return 0
 
 
 @verb(
@@ -12908,12 +12895,11 @@ def end_run(farm: Farm, should_stop: StopRequest) -> None:
     "now n|n=#",
     "./farm.py down",
 )
-def verb_down(call: Call) -> int:
+def verb_down(call: Call) -> None:
     farm = started_farm(call)
     seconds = 0 if call.get("now") else farm.settings.grace_seconds
     say_kept(farm.ending().down(seconds))
     end_hosts(call, seconds)
-    return 0
 
 
 @verb("clean", "remove worktrees and branches that are safe to remove", "", "./farm.py clean")
@@ -13148,15 +13134,13 @@ def send_to_all(call: Call, text: str) -> int:
     "why=",
     "./farm.py pause --why 'release at noon'",
 )
-def verb_pause(call: Call) -> int:
+def verb_pause(call: Call) -> None:
     set_mode(started_farm(call).store, "paused", one_line(call.get("why", ""), 200))
-    return 0
 
 
 @verb("resume", "hand out work again", "", "./farm.py resume")
-def verb_resume(call: Call) -> int:
+def verb_resume(call: Call) -> None:
     set_mode(started_farm(call).store, "running")
-    return 0
 
 
 @verb(
@@ -13165,7 +13149,7 @@ def verb_resume(call: Call) -> int:
     "",
     "./farm.py estop",
 )
-def verb_estop(call: Call) -> int:
+def verb_estop(call: Call) -> None:
     import signal
 
     # it may be typed in one of the sessions that it ends
@@ -13173,7 +13157,6 @@ def verb_estop(call: Call) -> int:
     say_kept(started_farm(call).ending().estop())
     end_hosts(call, 0)
     say("everything has stopped; ./farm.py up goes on from here")
-    return 0
 
 
 @verb(
@@ -13182,7 +13165,7 @@ def verb_estop(call: Call) -> int:
     "into=",
     "./farm.py rescue list",
 )
-def verb_rescue(call: Call) -> int:
+def verb_rescue(call: Call) -> None:
     action, *refs = call.args or ["list"]
     if (action, len(refs)) not in (("list", 0), ("show", 1), ("restore", 1)):
         raise UsageError("rescue list, rescue show REF, or rescue restore REF [--into DIR]")
@@ -13190,7 +13173,6 @@ def verb_rescue(call: Call) -> int:
         refs.append(call.get("into") or os.getcwd())
     result = run_script("rescue.sh", action, "-C", call.repo, *refs)
     print(result.stdout, end="")
-    return 0
 
 
 @verb(
@@ -13257,13 +13239,12 @@ def verb_report(call: Call) -> int:
     "json",
     "./farm.py show t-0007",
 )
-def verb_show(call: Call) -> int:
+def verb_show(call: Call) -> None:
     document = task_document(call, call.one("task id"))
     if call.get("json"):
         print_json(document)
-        return 0
-    print("\n".join(show_lines(document, shown_width())))
-    return 0
+    else:
+        print("\n".join(show_lines(document, shown_width())))
 
 
 @verb(
@@ -13329,7 +13310,7 @@ def edit_by_hand(task: Task) -> tuple[str, dict]:
     "title= prompt= priority=# after=* path=* max-attempts=# agent=",
     "./farm.py edit t-0007 --priority 5",
 )
-def verb_edit(call: Call) -> int:
+def verb_edit(call: Call) -> None:
     state, file = call.store.snapshot(), ""
     task = state.get_task(call.one("task id"))
     fields = fields_of(call)
@@ -13351,7 +13332,6 @@ def verb_edit(call: Call) -> int:
         ) from None
     if file:
         os.unlink(file)
-    return 0
 
 
 def find_submitted(call: Call, text: str) -> Task:
@@ -13409,7 +13389,7 @@ def verb_approve(call: Call) -> int:
     "why= fail",
     "./farm.py return t-0007 --why 'the old name has to stay'",
 )
-def verb_return(call: Call) -> int:
+def verb_return(call: Call) -> None:
     task, why = find_submitted(call, call.one("task id")), call.get("why", "")
     if not why and sys.stdin.isatty():
         why = input(f"what is wrong with {task.id}? ")
@@ -13421,7 +13401,6 @@ def verb_return(call: Call) -> int:
     )
     if task.id in call.store.snapshot().ready:
         raise Refused(f"{task.id} has moved meanwhile", f"./farm.py show {task.id}")
-    return 0
 
 
 PLAN_PROMPT = """\
@@ -13519,7 +13498,7 @@ def draft_revert(call: Call, task: Task, name: str, title: str) -> list[Task]:
     "retry",
     "./farm.py revert t-0007",
 )
-def verb_revert(call: Call) -> int:
+def verb_revert(call: Call) -> None:
     state = call.store.snapshot()
     task = state.get_task(call.one("task id"))
     if task.state != "landed":
@@ -13536,7 +13515,6 @@ def verb_revert(call: Call) -> int:
         add_revert(call, task, name)
     finally:
         os.close(guard)
-    return 0
 
 
 def add_revert(call: Call, task: Task, name: str) -> None:
@@ -13693,16 +13671,15 @@ compdef _farm farm.py farm""",
     "",
     'eval "$(./farm.py completion bash)"',
 )
-def verb_completion(call: Call) -> int:
+def verb_completion(call: Call) -> None:
     if call.args[:1] == ["words"] and len(call.args) > 2 and call.args[1].isdecimal():
         for name in find_completions(call.args[2:], int(call.args[1])):
             print(name)
-        return 0
+        return
     if len(call.args) != 1 or call.args[0] not in COMPLETION:
         raise UsageError("completion of which shell?", "./farm.py completion bash")
     farm = f"FARM_PYTHON={shell_word(sys.executable)} {shell_word(os.path.join(SCRIPTS, 'farm'))}"
     print(COMPLETION[call.args[0]].replace("{farm}", farm))
-    return 0
 
 
 # No git and no tmux: it is run at each press of the tab key.
