@@ -183,6 +183,11 @@ class Clock:
 CLOCK = Clock()
 
 
+def given(variable: str) -> str:
+    """A variable of the environment: empty is as good as none."""
+    return os.environ.get(variable, "")
+
+
 CALLED_WITH = {"repo": ""}  # the --repo of this call; `main` knows
 
 
@@ -7414,7 +7419,7 @@ def begin_trial(tx: Transaction, key: str, now: float) -> None:
 def note_outcome(store: Store, fence: str, outcome: Outcome, *, is_idle: bool = False) -> Outcome:
     """Keep in limits.json what an outcome says of its CLI or command; the outcome, which is a
     release where the fault is theirs."""
-    key = limit_key(os.environ.get("FARM_PRESET", ""))
+    key = limit_key(given("FARM_PRESET"))
     with store.transaction() as tx:
         if outcome.move != "release":
             outcome = judge_streak(tx, key, fence.rpartition(".")[0], outcome, is_idle=is_idle)
@@ -7601,10 +7606,7 @@ def note_turn(store: Store, agent: str, fence: str, event: dict) -> dict | None:
     ends the CLI, and the farm decides from the branch; but one that waits for a command of its
     own in the background wakes by itself, and gets BACKGROUND_SECONDS. event: the hook's JSON.
     """
-    cli, before = (
-        cli_of(os.environ.get("FARM_PRESET", "")),
-        read_mail(store, agent, TURN_FILE, fence),
-    )
+    cli, before = (cli_of(given("FARM_PRESET")), read_mail(store, agent, TURN_FILE, fence))
     state, message = cli.read_event(event)
     if not state:
         return None
@@ -7730,9 +7732,9 @@ def claim_once(
     """Free what dead owners hold, then claim. Raises NotFound when there is nothing, or the farm
     takes no new work."""
     check_hand_out(call.store, settings)
-    preset = os.environ.get("FARM_PRESET", "")
+    preset = given("FARM_PRESET")
     # a claim by hand is nobody's preset
-    key = limit_key(preset) if preset or os.environ.get("FARM_AGENT") else ""
+    key = limit_key(preset) if preset or given("FARM_AGENT") else ""
     limit = find_limit(call.store, key, CLOCK.now())
     if limit:
         raise NotFound(f"no new work is handed out: {limit}", "./farm.py status")
@@ -7791,7 +7793,7 @@ def submit(store: Store, agent: str, fence: str, *, branch: str = "", commit: st
         pin = ("merge/pins.sh", "set", "-C", store.repo, f"refs/farm/ready/{task_id}", head)
         pinned = spawn_script(*pin).strip()
         # FARM_BASE is where the attempt began: a head that has not left it brings nothing
-        if pinned == os.environ.get("FARM_BASE"):
+        if pinned == given("FARM_BASE"):
             raise nothing_new(branch)
         with store.transaction() as tx:
             TaskQueue(tx).submit(agent, fence, branch, pinned)
@@ -7807,7 +7809,7 @@ def nothing_new(branch: str, said: str = "") -> Rejected:
 def verify_objects(repo: str, head: str) -> None:
     """What a sandboxed agent submits is what it seems: sandboxes write to the one folder of
     objects. Raises BrokenObjects."""
-    target = os.environ.get("FARM_TARGET", "")
+    target = given("FARM_TARGET")
     if not is_isolated(repo) or not target:
         return
     try:
@@ -7824,16 +7826,16 @@ def find_own_head(agent: str, branch: str) -> str:
 
     Raises Refused in the middle of a rebase, and Rejected where there is nothing new.
     """
-    env, worktree = os.environ, os.environ.get("FARM_WORKTREE")
-    is_own = env.get("FARM_AGENT_NAME") == agent and env.get("FARM_BRANCH") == branch
-    if not worktree or not is_own or not env.get("FARM_BASE"):
+    worktree = given("FARM_WORKTREE")
+    is_own = given("FARM_AGENT_NAME") == agent and given("FARM_BRANCH") == branch
+    if not worktree or not is_own or not given("FARM_BASE"):
         return ""
     folder = read_line(os.path.join(worktree, ".git")).removeprefix("gitdir: ")
     is_there = read_line(os.path.join(worktree, folder, "HEAD")) == f"ref: refs/heads/{branch}"
-    if is_there and not env.get("FARM_START"):  # one that goes on may be behind its base
+    if is_there and not given("FARM_START"):  # one that goes on may be behind its base
         return ""
     result = run_on_tree(
-        *(env["FARM_REPO"], worktree, "agent/commit-rest.sh", *describe_branch(), "-n", worktree),
+        *(given("FARM_REPO"), worktree, "agent/commit-rest.sh", *describe_branch(), "-n", worktree),
         allow=(0, 4),
     )
     said = one_line(result.stderr.replace("farm: ", ""), 400)
@@ -7847,8 +7849,7 @@ def find_own_head(agent: str, branch: str) -> str:
 
 def describe_branch() -> tuple[str, ...]:
     """What commit-rest.sh is told of the task's branch."""
-    env = os.environ
-    return "-b", env["FARM_BRANCH"], "-o", env["FARM_BASE"], "-t", env.get("FARM_TARGET", "")
+    return "-b", given("FARM_BRANCH"), "-o", given("FARM_BASE"), "-t", given("FARM_TARGET")
 
 
 def read_answers(text: str) -> dict[str, str]:
@@ -7862,9 +7863,9 @@ class Attempt:
 
     def __init__(self, call: Call, agent: str, fence: str):
         self.call, self.store, self.agent, self.fence = call, call.store, agent, fence
-        self.task_id, self.preset = fence.rpartition(".")[0], os.environ.get("FARM_PRESET", "")
-        self.branch = os.environ.get("FARM_BRANCH", "")
-        self.worktree = os.environ.get("FARM_WORKTREE", "")
+        self.task_id, self.preset = fence.rpartition(".")[0], given("FARM_PRESET")
+        self.branch = given("FARM_BRANCH")
+        self.worktree = given("FARM_WORKTREE")
 
     def finish(self, code: int, log: str) -> None:
         """Decide what becomes of it, and make that move. code: its command's exit code; log: what
@@ -7880,7 +7881,7 @@ class Attempt:
         """The outcome as far as the CLI, the exit code and the budgets say; what the attempt has
         used is written down."""
         mailbox = self.store.path("mailbox", self.agent, "output")
-        conversation = os.environ.get("FARM_CONVERSATION", "")
+        conversation = given("FARM_CONVERSATION")
         usage = cli_of(self.preset).read_attempt(mailbox, conversation)
         outcome = judge_end(
             code,
@@ -7907,10 +7908,10 @@ class Attempt:
             "agent": self.agent,
             "fence": self.fence,
             "preset": self.preset,
-            "attempt": int(os.environ.get("FARM_ATTEMPT") or 0),
+            "attempt": int(given("FARM_ATTEMPT") or 0),
         }
         if cli_of(self.preset).counts_conversation:
-            line["conversation"] = os.environ.get("FARM_CONVERSATION") or usage.conversation
+            line["conversation"] = given("FARM_CONVERSATION") or usage.conversation
         note_usage(self.store, line, usage)
 
     def judge_budgets(self) -> str:
@@ -7960,7 +7961,7 @@ class Attempt:
         """Commit what the CLI has left; the outcome, which is another one when that cannot be
         done, with what the script has found (NAME -> value)."""
         # git takes no empty message
-        words = (*describe_branch(), "-m", os.environ["FARM_TITLE"] or "work", self.worktree)
+        words = (*describe_branch(), "-m", given("FARM_TITLE") or "work", self.worktree)
         argv = (self.store.repo, self.worktree, "agent/commit-rest.sh", *words)
         try:
             # detach, so that the end of its time ends the hook or the pinentry as well
@@ -8020,7 +8021,7 @@ def has_commits(repo: str, branch: str) -> bool:
     result = run_script(
         "merge/pins.sh", "tip", "-C", repo, "refs/heads/" + branch, allow=range(256)
     )
-    return not result.code and read_tsv(result.stdout)[0][0] != os.environ.get("FARM_BASE")
+    return not result.code and read_tsv(result.stdout)[0][0] != given("FARM_BASE")
 
 
 # ----------------------------------------------------------------------------------------- sessions
@@ -8484,7 +8485,7 @@ def bring_environment(store: Store, socket: str) -> list[str]:
     as digests only.
     """
     # a loop in tmux has what the server has, and is nobody's shell
-    if os.environ.get("FARM_AS_TOLD"):
+    if given("FARM_AS_TOLD"):
         return []
     note, now = (
         os.path.join(find_git_dirs(store.repo)[1], "farm", "environment.json"),
@@ -8749,7 +8750,7 @@ class Sessions:
             "FARM_AGENT_HOME": os.path.expanduser(self.settings.agent_home),
             "FARM_PORTS": str(port_base(folder)),
             "FARM_AS_TOLD": "1",
-            "FARM_BASH_ENV": os.environ.get("FARM_BASH_ENV", ""),
+            "FARM_BASH_ENV": given("FARM_BASH_ENV"),
             "FARM_SANDBOXED": "1" if self.settings.sandboxed or is_boxed else "",
             "FARM_CLI_STATE": ":".join(cli_of(launch.preset).state),
             "FARM_CLI_PASS": " ".join(cli_of(launch.preset).passes),
@@ -9392,7 +9393,7 @@ class Farm:
             tx.store.write_json(FARM_FILE, data)
             if mode == "running":
                 tx.store.write_json(CLI_SETTINGS_FILE, hook_settings(self.settings))
-                if not os.environ.get("FARM_AS_TOLD"):
+                if not given("FARM_AS_TOLD"):
                     forget_limits(tx)
                 TaskQueue(tx).keep_for_agents(self.names)
 
@@ -9406,7 +9407,7 @@ class Farm:
         """What a person has said: the loop is carried what that came to, which must not count as
         said when the next `up` gives agents other permissions."""
         kept = {**self.settings._asdict(), "into": self.target}
-        if os.environ.get("FARM_AS_TOLD"):
+        if given("FARM_AS_TOLD"):
             kept["isolate"] = self.store.farm().get("settings", {}).get("isolate", "")
         return kept
 
@@ -9687,7 +9688,7 @@ def open_farm(call: Call) -> Farm:
     call.store.ensure_folders()
     farm = Farm(call.store, settings, launches, target)
     # a person has started it: what is so now is as it should be
-    if not os.environ.get("FARM_AS_TOLD"):
+    if not given("FARM_AS_TOLD"):
         farm.identity = call.repo_info["identity"]
         farm.shared.remember()
     return farm
@@ -11906,7 +11907,7 @@ class Call:
                 f"{name}: this is a host of {os.environ['FARM_HUB']}, which would not know of it",
                 "say it in your commit message",
             )
-        start = options.get("repo") or os.environ.get("FARM_REPO") or os.getcwd()
+        start = options.get("repo") or given("FARM_REPO") or os.getcwd()
         # a shell and a host start anywhere
         self.repo = start if name in ("completion", "spoke") else find_repo(start)
         self.store = Store(self.repo)
@@ -12004,7 +12005,7 @@ def ask_by_mailbox(mailbox: str, argv: list[str]) -> int:
     FarmError when nobody answers.
     """
     if argv == ["hook"]:  # the event is only here
-        argv = ["hook", os.environ.get("FARM_AGENT_NAME", ""), "--", sys.stdin.read()]
+        argv = ["hook", given("FARM_AGENT_NAME"), "--", sys.stdin.read()]
     name = os.path.join(mailbox, f"{os.getpid()}-{time.monotonic_ns()}")
     write_whole(name + ".request", json.dumps(argv))
     ring(os.path.join(mailbox, "bell"), b"request\n")
@@ -12216,7 +12217,7 @@ def follow_up(tx: Transaction, drafts: list[Task], settings: Settings, waits: bo
     in one attempt, and in too late a generation: agents that add tasks in every task would never
     be done.
     """
-    parent, fence = os.environ.get("FARM_TASK", ""), os.environ.get("FARM_FENCE", "")
+    parent, fence = given("FARM_TASK"), given("FARM_FENCE")
     claim = tx.state.find_holder(parent) if parent else None
     if claim is None or claim.fence != fence:
         return drafts
@@ -12419,7 +12420,7 @@ def verb_claim(call: Call) -> None:
     claim = wait_until_made(
         call, settings, NotFound, lambda watch: claim_once(call, agent, owner, watch, settings)
     )
-    cli = cli_of(os.environ.get("FARM_PRESET", ""))
+    cli = cli_of(given("FARM_PRESET"))
     resumes = cli.can_resume(claim)
     try:
         prompt = write_prompt(call.store, claim, settings, resumes=resumes)
@@ -12437,7 +12438,7 @@ def verb_claim(call: Call) -> None:
 
 
 def fence_of(call: Call) -> str:
-    fence = call.get("fence") or os.environ.get("FARM_FENCE", "")
+    fence = call.get("fence") or given("FARM_FENCE")
     if not fence:
         raise UsageError(
             f"{call.name} needs --fence",
@@ -12503,7 +12504,7 @@ def verb_submit(call: Call) -> None:
     "farm hook <event.json",
 )
 def verb_hook(call: Call) -> None:
-    agent, fence = os.environ.get("FARM_AGENT_NAME", ""), os.environ.get("FARM_FENCE", "")
+    agent, fence = given("FARM_AGENT_NAME"), given("FARM_FENCE")
     try:  # by way of the mailbox it comes behind the agent's name
         event = json.loads((call.args[1:] or [sys.stdin.buffer.read()])[0] or "{}")
     except (ValueError, RecursionError) as error:
@@ -12839,7 +12840,7 @@ def verb_run(call: Call) -> int:
     guard = hold_long(call.store.path("loop.lock"), "a loop")
     before = call.store.farm()
     # a loop that was killed goes on as it was told
-    if os.environ.get("FARM_AS_TOLD") and before.get("mode") == "paused":
+    if given("FARM_AS_TOLD") and before.get("mode") == "paused":
         farm.remember("paused", before.get("reason", ""))
     else:
         farm.remember("running")
@@ -13344,7 +13345,7 @@ def find_submitted(call: Call, text: str) -> Task:
             f"{task_id} is {task.state}" + f" at {task.commit[:10]}" * bool(commit),
             f"./farm.py show {task_id}",
         )
-    if os.environ.get("FARM_SESSION"):
+    if given("FARM_SESSION"):
         raise Refused("an agent's work is judged by others", f"./farm.py diff {task_id}")
     return task
 
@@ -13714,9 +13715,7 @@ def find_names(verb_name: str, args: list[str], before: str, repo: str) -> list[
     """Names for the next argument of a verb: agents, tasks, or the words of its synopsis."""
     synopsis = VERBS[verb_name].synopsis
     try:
-        store = Store(
-            find_repo(os.path.expanduser(repo) or os.environ.get("FARM_REPO") or os.getcwd())
-        )
+        store = Store(find_repo(os.path.expanduser(repo) or given("FARM_REPO") or os.getcwd()))
         if (
             before in ("--id", "--after")
             or not args
@@ -13772,7 +13771,7 @@ def main(argv: list[str]) -> int:
     forget_other_repos()
     try:
         # before a repo is looked for: in a sandbox coordination/ can neither be read nor written
-        mailbox = os.environ.get("FARM_MAILBOX")
+        mailbox = given("FARM_MAILBOX")
         if mailbox and argv and argv[0] in (*MAILBOX_VERBS, "hook"):
             return ask_by_mailbox(mailbox, argv)
         if (
