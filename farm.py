@@ -7486,7 +7486,7 @@ def describe_history(store: Store, task: Task) -> str:
 
 def read_return(store: Store, task: Task) -> str:
     """Why the work of the last attempt came back; empty when it did not."""
-    path = store.path("returns", f"{task.id}.{task.attempts}.txt")
+    path = store.path(f"returns/{task.id}.{task.attempts}.txt")
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read(20_000)
@@ -7533,7 +7533,7 @@ def write_prompt(store: Store, claim: Claim, settings: Settings, *, resumes: boo
         text = (RESUME_TEMPLATE if resumes else PROMPT_TEMPLATE).format(**values)
     # CLIs take a slash at the start for a command of their own
     text = "Task:\n" * text.startswith("/") + text
-    path = store.path("prompts", f"{task.id}.{task.attempt}{'.resumed' * resumes}.md")
+    path = store.path(f"prompts/{task.id}.{task.attempt}{'.resumed' * resumes}.md")
     with open(path, "w", encoding="utf-8", errors="replace") as file:
         file.write(text)
     return path
@@ -7577,7 +7577,7 @@ def read_mail(store: Store, agent: str, name: str, fence: str) -> dict:
     """What lies in an agent's mailbox under `name` about the claim `fence`; empty when there is
     nothing that can be read."""
     try:
-        path = store.path("mailbox", agent, name)
+        path = store.path(f"mailbox/{agent}/{name}")
         mail = json.loads(read_foreign(path, MAIL_BYTES, os.O_NOFOLLOW))
     except (OSError, ValueError, RecursionError):
         return {}
@@ -7589,14 +7589,14 @@ def read_mail(store: Store, agent: str, name: str, fence: str) -> dict:
 
 def write_mail(store: Store, agent: str, name: str, mail: dict) -> None:
     try:
-        write_whole(store.path("mailbox", agent, name), dump_line(mail) + "\n")
+        write_whole(store.path(f"mailbox/{agent}/{name}"), dump_line(mail) + "\n")
     except OSError as error:  # a folder of that name, say: the loop has others to look after
         say(f"{agent}: its mailbox cannot be written: {error}")
 
 
 def end_turn(store: Store, agent: str, fence: str, word: str = "over") -> None:
     """Have run-task.sh end the CLI that works on `fence`; with `kill` at once."""
-    ring(store.path("mailbox", agent, "bell"), f"{word} {fence}\n".encode())
+    ring(store.path(f"mailbox/{agent}/bell"), f"{word} {fence}\n".encode())
 
 
 def note_turn(store: Store, agent: str, fence: str, event: dict) -> dict | None:
@@ -7677,7 +7677,7 @@ def live_cost(store: Store, claim: Claim, spending: list[dict]) -> float:
     if not own_id:
         return 0.0
     earlier = sum_usage([line for line in spending if line.get("conversation") == own_id])
-    told = cli_of(preset).read_cost(store.path("mailbox", claim.agent, COST_FILE), own_id)
+    told = cli_of(preset).read_cost(store.path(f"mailbox/{claim.agent}/{COST_FILE}"), own_id)
     return max(0.0, told - earlier["cost_usd"])
 
 
@@ -7763,7 +7763,7 @@ def hold_pin(store: Store, task_id: str) -> int:
     """
     os.makedirs(store.path("merge_queue"), exist_ok=True)
     guard = os.open(
-        store.path("merge_queue", f".pin-{sum(task_id.encode()) % 16}.lock"),
+        store.path(f"merge_queue/.pin-{sum(task_id.encode()) % 16}.lock"),
         os.O_RDWR | os.O_CREAT,
         0o666,
     )
@@ -7880,7 +7880,7 @@ class Attempt:
     def judge(self, code: int, log: str) -> Outcome:
         """The outcome as far as the CLI, the exit code and the budgets say; what the attempt has
         used is written down."""
-        mailbox = self.store.path("mailbox", self.agent, "output")
+        mailbox = self.store.path(f"mailbox/{self.agent}/output")
         conversation = given("FARM_CONVERSATION")
         usage = cli_of(self.preset).read_attempt(mailbox, conversation)
         outcome = judge_end(
@@ -8207,7 +8207,7 @@ def agent_record(
     turn = read_turn(store, name, fence, preset, home) if task_id else {}
     limit = "" if task_id else find_limit(store, limit_key(preset), CLOCK.now())
     state, since, cause = judge_agent(session, claim, noted, footprint, turn, preset, limit)
-    log = store.path("logs", name + ".log")
+    log = store.path(f"logs/{name}.log")
     footprint = footprint or Footprint(0.0, 0, 0, False)
     return {
         "agent": name,
@@ -8268,7 +8268,7 @@ class WorkCount:
         argv = [
             *unfiltered(repo),
             "bash",
-            os.path.join(SCRIPTS, "merge/look.sh"),
+            f"{SCRIPTS}/merge/look.sh",
             "work",
             "-C",
             repo,
@@ -8503,9 +8503,9 @@ def bring_environment(store: Store, socket: str) -> list[str]:
     ]
     run_script("environ-tmux.sh", "-L", socket, stdin="\n".join(lines) + "\n", allow=(0, 3))
     for name in live:
-        if name != CONTROL and os.path.isdir(store.path("mailbox", name)):
-            write_whole(store.path("mailbox", name, "renew"), "")
-            ring(store.path("mailbox", name, "bell"))
+        if name != CONTROL and os.path.isdir(store.path(f"mailbox/{name}")):
+            write_whole(store.path(f"mailbox/{name}/renew"), "")
+            ring(store.path(f"mailbox/{name}/bell"))
     return changed
 
 
@@ -8634,7 +8634,7 @@ def place_missing(store: Store, settings: Settings, hosts: dict) -> float:
     missing = {
         host: share
         for host, share in hosts.items()
-        if changed_at(store.path("hosts", host + ".json")) < since
+        if changed_at(store.path(f"hosts/{host}.json")) < since
     }
     if store.mode() in ("running", "paused"):
         to = f"{settings.hub_address}:{store.repo}"
@@ -8892,7 +8892,7 @@ class Supervisor:
         counts as still while all its CPU time since the last look (a minute ago, or longer) is
         below one percent.
         """
-        log = self.store.path("logs", claim.agent + ".log")
+        log = self.store.path(f"logs/{claim.agent}.log")
         quiet_since = max(
             epoch(claim.claimed_at), os.path.getmtime(log) if os.path.exists(log) else 0.0
         )
@@ -9042,7 +9042,7 @@ class Ending:
         names = self.names = self.everyone()
         # an idle agent waits at its bell, and sees at once that the farm is stopping
         for name in names:
-            ring(self.store.path("mailbox", name, "bell"))
+            ring(self.store.path(f"mailbox/{name}/bell"))
         deadline = CLOCK.monotonic() + grace_seconds
         wait_for(
             lambda: hurry() or not any(claim.task for claim in self.own_claims()), deadline, 0.1
@@ -9217,7 +9217,7 @@ class Housekeeping:
         self.packing = self.packing if code is None else None
         if self.packing is None and CLOCK.monotonic() >= self.pack_at:
             self.packing = subprocess.Popen(
-                ["bash", os.path.join(SCRIPTS, "merge/pack-objects.sh"), "-C", self.store.repo],
+                ["bash", f"{SCRIPTS}/merge/pack-objects.sh", "-C", self.store.repo],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
@@ -9271,7 +9271,7 @@ class MergerProcess:
         """Let the one that runs be, whoever has started it; else start one, unless it keeps
         ending."""
         if self.process is not None and not self.is_ours():
-            log = self.store.path("logs", "merger.log")
+            log = self.store.path("logs/merger.log")
             say(f"the merger ended with exit code {self.process.returncode}; see {log}")
             self.ends.append(now)
             self.process = None
@@ -9288,9 +9288,9 @@ class MergerProcess:
         import subprocess
 
         os.makedirs(self.store.path("logs"), exist_ok=True)  # somebody may have tidied up
-        with open(self.store.path("logs", "merger.log"), "ab") as log:
+        with open(self.store.path("logs/merger.log"), "ab") as log:
             self.process = subprocess.Popen(
-                [os.path.join(SCRIPTS, "farm"), "--repo", self.store.repo, "merge", "--watch"],
+                [f"{SCRIPTS}/farm", "--repo", self.store.repo, "merge", "--watch"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -9539,7 +9539,7 @@ class Farm:
             fitting = (name for name in idle if task.preset in ("", *takes[name]))
             if name := next(fitting, ""):
                 idle.remove(name)
-                ring(self.store.path("mailbox", name, "bell"))
+                ring(self.store.path(f"mailbox/{name}/bell"))
 
     def presets_of(self, name: str, now: float) -> tuple:
         """Whose tasks an agent takes."""
@@ -9595,7 +9595,9 @@ class Farm:
 
     def signature(self) -> tuple:
         """What changes with each move, and with each event of a CLI's hooks."""
-        turns = (self.store.path("mailbox", claim.agent, TURN_FILE) for claim in self.find_busy())
+        turns = (
+            self.store.path(f"mailbox/{claim.agent}/{TURN_FILE}") for claim in self.find_busy()
+        )
         return (*self.store.signature(), *map(changed_at, turns))
 
     def next_look(self) -> float:
@@ -9658,7 +9660,7 @@ class Farm:
         text = f"{utc(CLOCK.now())}\n{traceback.format_exc()}"
         try:
             os.makedirs(self.store.path("logs"), exist_ok=True)
-            self.store.disk.append(self.store.path("logs", "loop.log"), text.encode())
+            self.store.disk.append(self.store.path("logs/loop.log"), text.encode())
         except OSError:
             pass  # a full disk, which was the failure itself: the loop outlives that, too
 
@@ -9916,7 +9918,7 @@ def run_notice(command: str, event: dict, store: Store) -> None:
     # so that `down` ends it too
     environment = {**os.environ, "FARM_REPO": store.repo, "FARM_AGENT_NAME": CONTROL}
     try:
-        with open(store.path("logs", "notify.log"), "ab") as log:
+        with open(store.path("logs/notify.log"), "ab") as log:
             process = subprocess.Popen(
                 shell(command),
                 stdin=subprocess.PIPE,
@@ -11137,7 +11139,7 @@ def call_farm(repo: str, *words: str, **options) -> int:
     import subprocess
 
     env = {**os.environ, "FARM_PYTHON": sys.executable}
-    argv = [os.path.join(SCRIPTS, "farm"), "--repo", repo, *words]
+    argv = [f"{SCRIPTS}/farm", "--repo", repo, *words]
     return subprocess.call(argv, env=env, **options)
 
 
@@ -12546,7 +12548,7 @@ MAILBOX_VERBS = ("submit", "fail", "release", "renew", "lock", "unlock", "add")
 )
 def verb_answer(call: Call) -> None:
     agent = call.agent()
-    mailbox = call.store.path("mailbox", agent)
+    mailbox = call.store.path(f"mailbox/{agent}")
     with os.scandir(mailbox) as entries:  # no more than a hundred at a time, whatever lies there
         found = itertools.islice(
             (entry.name for entry in entries if re.fullmatch(r"[\w-]{1,60}\.request", entry.name)),
@@ -12969,7 +12971,7 @@ def verb_attach(call: Call) -> int:
     name = agent or run_script("overview-tmux.sh", "-L", socket).stdout.strip()
     # what the script names where there is no such session
     os.environ["FARM_STATUS"] = as_typed("./farm.py status")
-    script = os.path.join(SCRIPTS, "attach-tmux.sh")
+    script = f"{SCRIPTS}/attach-tmux.sh"
     return os.execv(find_bash(), ["bash", script, "-L", socket, name])
 
 
@@ -12983,7 +12985,7 @@ def find_agent(call: Call) -> tuple[str, str]:
     """(agent, its host) of the first argument. A bare number that no agent here has had is that of
     the one host that has it. Raises Refused where several have."""
     agent = call.agent()
-    if call.args[0].isdigit() and not os.path.exists(call.store.path("logs", agent + ".log")):
+    if call.args[0].isdigit() and not os.path.exists(call.store.path(f"logs/{agent}.log")):
         found = [
             record["agent"]
             for told in read_hosts(call.store).values()
@@ -13066,7 +13068,7 @@ def verb_logs(call: Call) -> int:
     while True:
         for name in one or find_logs(call.store):
             if is_new := name not in readers:
-                readers[name] = LogReader(call.store.path("logs", name + ".log"))
+                readers[name] = LogReader(call.store.path(f"logs/{name}.log"))
             reader, head = readers[name], f"{name} | " if is_all else ""
             if is_new and lines is not None and not raw:
                 reader.show(reader.last_lines(lines), head)
@@ -13260,7 +13262,7 @@ def verb_diff(call: Call) -> int:
     forms = {"stat": "-s", "tool": "-t", "raw": "-r"}
     form = [flag for name, flag in forms.items() if call.get(name)]
     work = find_work(call, task, call.get("attempt", 0))
-    script = os.path.join(SCRIPTS, "merge/diff-work.sh")
+    script = f"{SCRIPTS}/merge/diff-work.sh"
     argv = [*unfiltered(call.repo), "bash", script, "-C", call.repo, *form, *work]
     os.execv(find_bash(), argv)
 
@@ -13294,7 +13296,7 @@ def edit_by_hand(task: Task) -> tuple[str, dict]:
         "w", prefix=f"{task.id}-", suffix=".md", encoding="utf-8", errors="replace", delete=False
     ) as file:
         file.write(text)
-    script = os.path.join(SCRIPTS, "merge/edit-text.sh")
+    script = f"{SCRIPTS}/merge/edit-text.sh"
     code = subprocess.call(["bash", script, file.name], env=CALLER_ENVIRONMENT)
     if code or read_text(file.name) == text:
         os.unlink(file.name)
