@@ -8191,6 +8191,11 @@ def judge_agent(
     return ("limited", since, limit) if limit and state == "idle" else (state, since, cause)
 
 
+def last_output_at(store: Store, agent: str) -> float:
+    """Epoch seconds; 0 without a log."""
+    return changed_at(store.path(f"logs/{agent}.log")) / 1e9
+
+
 def agent_record(
     name: str,
     session: Session | None,
@@ -8207,7 +8212,7 @@ def agent_record(
     turn = read_turn(store, name, fence, preset, home) if task_id else {}
     limit = "" if task_id else find_limit(store, limit_key(preset), CLOCK.now())
     state, since, cause = judge_agent(session, claim, noted, footprint, turn, preset, limit)
-    log = store.path(f"logs/{name}.log")
+    output_at = last_output_at(store, name)
     footprint = footprint or Footprint(0.0, 0, 0, False)
     return {
         "agent": name,
@@ -8219,7 +8224,7 @@ def agent_record(
         "since": since,
         "worktree": worktree_of(store.repo, settings, name),
         "branch": branch_of(name, task_id) if task_id else "",
-        "last_output_at": utc(os.path.getmtime(log)) if os.path.exists(log) else "",
+        "last_output_at": utc(output_at) if output_at else "",
         "cause": cause,
         "processes": footprint.processes,
         "preset": preset,
@@ -8345,11 +8350,16 @@ class Sight:
             return {}
 
 
+def living(sessions: dict[str, Session]) -> dict[str, Session]:
+    """Those whose process runs."""
+    return {name: session for name, session in sessions.items() if not session.dead}
+
+
 def measure_sessions(sessions: dict[str, Session]) -> dict[str, Footprint]:
     """name -> Footprint of each session that lives."""
-    live = {name: session.pid for name, session in sessions.items() if not session.dead}
+    live = living(sessions)
     children = process_children() if live else {}
-    return {name: measure(tree_of(pid, children)) for name, pid in live.items()}
+    return {name: measure(tree_of(one.pid, children)) for name, one in live.items()}
 
 
 # of a host, and of an agent on it, what its hub is told and shows
@@ -8495,7 +8505,7 @@ def bring_environment(store: Store, socket: str) -> list[str]:
     os.makedirs(os.path.dirname(note), exist_ok=True)
     write_whole(note, dump_line(now) + "\n")
     changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    live = [name for name, session in probe_sessions(socket).items() if not session.dead]
+    live = living(probe_sessions(socket))
     if not before or not changed or not live:
         return []
     lines = [
@@ -8690,9 +8700,9 @@ class Sessions:
     # once, 36 failed for the lock of .git/config.
     def prepare(self) -> None:
         """Worktrees for all agents: made, adopted or repaired."""
-        if not count_here(self.settings):
+        count, folder = count_here(self.settings), worktrees_folder(self.repo, self.settings)
+        if not count:
             return
-        folder = worktrees_folder(self.repo, self.settings)
         base = ["-b", self.target] if self.target else []
         # two `up`s at once: git's own locks give up, this one waits
         with hold(self.store.path("worktrees.lock")):
@@ -8701,7 +8711,7 @@ class Sessions:
                 "-C",
                 self.repo,
                 "-n",
-                str(count_here(self.settings)),
+                str(count),
                 "-d",
                 folder,
                 *base,
@@ -8712,8 +8722,8 @@ class Sessions:
         if not self.worktrees:
             raise script_error("mk-worktrees.sh", made)
         self.unable = made.stderr.strip()
-        if made.stderr.strip():  # some could not be made; the others work
-            say(made.stderr.strip())
+        if self.unable:  # some could not be made; the others work
+            say(self.unable)
 
     def spawn(self, names: list[str]) -> list[list[str]]:
         """A session for each name that has none, by one call of tmux for all that run the same;
@@ -8778,9 +8788,10 @@ class Sessions:
         """What sessions there are. tmux sees a pane close before it hears how: then it is asked
         again, five times. known: those whose end is news."""
         for _ in range(5):
-            self.found = self.list_all()
             ended = [
-                session for name, session in self.found.items() if session.dead and name in known
+                session
+                for name, session in self.list_all().items()
+                if session.dead and name in known
             ]
             if all(session.signal or session.exit_status is not None for session in ended):
                 break
@@ -8789,55 +8800,46 @@ class Sessions:
     def list_all(self) -> dict[str, Session]:
         """What the server tells. While it makes its socket anew it tells some nothing: then it
         is asked again, for two seconds."""
-        deadline = CLOCK.monotonic() + 2
-        while True:
+
+        def is_told() -> bool:
             self.socket = find_server(self.repo)
-            found = probe_sessions(self.socket)
-            is_mute = not found and find_living_server(self.repo) is not None
-            if not is_mute or CLOCK.monotonic() > deadline:
-                return found
-            time.sleep(0.05)
+            self.found = probe_sessions(self.socket)
+            return bool(self.found) or find_living_server(self.repo) is None
+
+        wait_for(is_told, CLOCK.monotonic() + 2, 0.05)
+        return self.found
+
+    def find_strays(self, names) -> list:
+        """What these agents have started, in whatever session it is: its environment names both
+        this repo and the agent."""
+        found = find_by_environment(FARM_REPO=self.repo)
+        return [process for process, name in found if name in names]
 
     def end_strays(self, names: list[str], has_run: bool) -> None:
         """End what outlived its session (a killed tmux server's children, say): two must not
         write in one worktree."""
         self.probe()
-        alive = {name for name, session in self.found.items() if not session.dead}
+        without = set(names) - living(self.found).keys()
         # the loop's notes may be younger than the agents: a worktree that is there tells, too
         has_run |= any(row[3] != "created" for row in self.worktrees.values())
-        if has_run and not alive.issuperset(names):
-            strays = find_by_environment(FARM_REPO=self.repo)
-            end_processes([process for process, name in strays if name in set(names) - alive])
+        if has_run and without:
+            end_processes(self.find_strays(without))
 
-    def end_agent(self, name: str, seconds: float) -> None:
-        """End what a session has left behind: its environment names both this repo and the
-        agent."""
-        end_processes(
-            [
-                process
-                for process, _ in find_by_environment(FARM_REPO=self.repo, FARM_AGENT_NAME=name)
-            ],
-            seconds,
-        )
+    def find_trees(self, *more: int) -> list:
+        """The processes of all sessions, and those at and below the pids `more`."""
+        self.probe()
+        pids, children = [one.pid for one in living(self.found).values()], process_children()
+        return [process for pid in (*pids, *more) for process in tree_of(pid, children)]
 
     # The trees first: once the server is gone its panes' children belong to init, and only those
     # that have kept their environment can still be told apart.
     def end_all(self, names: list[str]) -> None:
         """End the sessions' process trees by pid and start time, then the private tmux server."""
-        self.probe()
-        children = process_children()
-        doomed = [
-            process
-            for session in self.found.values()
-            if not session.dead
-            for process in tree_of(session.pid, children)
-        ]
-        end_processes(doomed, 2.0)
-        strays = find_by_environment(FARM_REPO=self.repo)
-        end_processes([process for process, name in strays if name in names], 1.0)
+        end_processes(self.find_trees(), 2.0)
+        end_processes(self.find_strays(names), 1.0)
         run_script("stop-tmux.sh", "-C", self.repo, "-L", self.socket, "-a", allow=(0, 3))
         if pid := find_living_server(self.repo):
-            end_processes([import_package("psutil").Process(pid)], 2.0)
+            end_processes(tree_of(pid, {}), 2.0)
 
 
 STILL_SECONDS = 900.0
@@ -8852,20 +8854,14 @@ class Supervisor:
         self.turns: dict[str, dict] = {}  # agent -> what its CLI's hooks said last
         # agent -> (epoch seconds, CPU seconds of its tree then)
         self.cpu_seen: dict[str, tuple[float, float]] = {}
-        # what usage.jsonl holds, and which file that was: most ticks find it unchanged
-        self.usage: list[dict] = []
-        self.usage_stamp = (0, 0)
         self.weighed_at: dict[str, float] = {}  # agent -> when its disk was looked at
 
     def watch(
         self, busy: list[Claim], agents: dict[str, dict], sessions: dict[str, Session], now: float
     ) -> None:
         """One look. agents: the loop's notes, where `still_since` is kept."""
-        path = self.store.path(USAGE_FILE)
-        stamp = changed_at(path), os.path.getsize(path) if os.path.exists(path) else 0
-        if stamp != self.usage_stamp:
-            self.usage_stamp, self.usage = stamp, read_usage(self.store)
-        spending = self.usage
+        # most ticks find it unchanged
+        spending = self.store.recall(USAGE_FILE, lambda _: read_usage(self.store))
         live = {claim.agent: live_cost(self.store, claim, spending) for claim in busy}
         for name in set(agents) - {claim.agent for claim in busy}:
             agents[name].pop("still_since", None)
@@ -8892,10 +8888,7 @@ class Supervisor:
         counts as still while all its CPU time since the last look (a minute ago, or longer) is
         below one percent.
         """
-        log = self.store.path(f"logs/{claim.agent}.log")
-        quiet_since = max(
-            epoch(claim.claimed_at), os.path.getmtime(log) if os.path.exists(log) else 0.0
-        )
+        quiet_since = max(epoch(claim.claimed_at), last_output_at(self.store, claim.agent))
         if (
             session is None
             or now - quiet_since < STILL_SECONDS
@@ -8983,20 +8976,10 @@ class Ending:
     """A farm's end: the loop and the merger, then the sessions; all work is kept, all claims are
     free."""
 
-    def __init__(
-        self,
-        store: Store,
-        settings: Settings,
-        sessions: Sessions,
-        names: list[str],
-        merger,
-        remember,
-    ):
-        """merger: the process that we have started ourselves, or None; remember(mode) writes
-        farm.json."""
-        self.store, self.settings, self.sessions = store, settings, sessions
-        self.names, self.merger, self.remember = names, merger, remember
-        self.repo = store.repo
+    def __init__(self, farm):
+        """farm: the Farm that ends, of the room after the next."""
+        self.farm, self.repo, self.names = farm, farm.repo, farm.names
+        self.store, self.settings, self.sessions = farm.store, farm.settings, farm.sessions
 
     @property
     def is_blind(self) -> bool:
@@ -9008,19 +8991,11 @@ class Ending:
         """Everything stops this second, by a signal that nobody can catch; then all work is kept
         and all claims are freed."""
         names = {*self.everyone(), CONTROL}
-        sessions = self.sessions.list_all().values()
-        roots = [session.pid for session in sessions if not session.dead]
-        roots += filter(
-            None, (find_recorded(self.store.path(name)) for name in ("loop.lock", "merger.lock"))
-        )
-        children = process_children()
         # all found before the first is killed, as parents lead to children only while they live
-        trees = [process for pid in roots for process in tree_of(pid, children)]
+        trees = self.sessions.find_trees(*self.find_loop_and_merger())
 
         def find() -> list:
-            strays = find_by_environment(FARM_REPO=self.repo)
-            own = [process for process, name in strays if name in names]
-            return [process for process in (*trees, *own) if is_alive(process)]
+            return list(filter(is_alive, [*trees, *self.sessions.find_strays(names)]))
 
         end_all(find, CLOCK.monotonic() + 5)
         end_all_gates(worktrees_folder(self.repo, self.settings))
@@ -9036,7 +9011,7 @@ class Ending:
             )
         else:
             # before the wait: who ends a task now must not claim the next
-            self.remember("stopping")
+            self.farm.remember("stopping")
         # first: the loop would start again what is ended here
         self.stop_loop_and_merger()
         names = self.names = self.everyone()
@@ -9044,47 +9019,55 @@ class Ending:
         for name in names:
             ring(self.store.path(f"mailbox/{name}/bell"))
         deadline = CLOCK.monotonic() + grace_seconds
-        wait_for(
-            lambda: hurry() or not any(claim.task for claim in self.own_claims()), deadline, 0.1
-        )
+        wait_for(lambda: hurry() or not self.find_busy(), deadline, 0.1)
         # before the work is kept: a rescue beside a writer would keep half a file
         self.sessions.end_all(names)
         end_placed(self.store, grace_seconds)
         kept = self.keep_work()
         if not self.is_blind:
-            self.remember("down")
+            self.farm.remember("down")
         return kept
 
     def stop_loop_and_merger(self) -> None:
         """The control session first, so that nothing starts the loop again."""
-        psutil = import_package("psutil")
         run_script(
             "stop-tmux.sh", "-C", self.repo, "-L", self.sessions.socket, CONTROL, allow=(0, 3)
         )
-        pids = [find_recorded(self.store.path(name)) for name in ("loop.lock", "merger.lock")]
-        own = [pid for pid in pids if pid and pid != os.getpid()]
-        if self.merger.is_ours():
-            own.append(self.merger.process.pid)
-        end_processes([psutil.Process(pid) for pid in set(own) if psutil.pid_exists(pid)], 5.0)
+        pids, merger = self.find_loop_and_merger(), self.farm.merger
+        if merger.is_ours():
+            pids.append(merger.process.pid)
+        # these two alone: a landing outlives its merger
+        own = [process for pid in {*pids} - {os.getpid()} for process in tree_of(pid, {})]
+        end_processes(own, 5.0)
         # a push outlives its merger
         end_processes([process for process, _ in find_by_environment(FARM_PUSH=self.repo)], 2.0)
-        self.sessions.end_agent(CONTROL, 5.0)  # a merger that has not yet locked its file
+        end_processes(
+            self.sessions.find_strays([CONTROL]), 5.0
+        )  # a merger that has not yet locked its file
         end_all_gates(worktrees_folder(self.repo, self.settings))
+
+    def find_loop_and_merger(self) -> list[int]:
+        """The pids of those that run."""
+        locks = map(self.store.path, ("loop.lock", "merger.lock"))
+        return list(filter(None, map(find_recorded, locks)))
 
     def everyone(self) -> list[str]:
         """Our agents, and those of a farm that was larger: by their sessions, or by a claim and
         a worktree of ours."""
-        claims = () if self.is_blind else self.store.snapshot().claims.values()
         holders = {
             claim.agent
-            for claim in claims
+            for claim in self.find_claims()
             if os.path.isdir(worktree_of(self.repo, self.settings, claim.agent))
         }
         return sorted({*self.names, *self.sessions.list_all(), *holders} - {CONTROL})
 
-    def own_claims(self) -> list[Claim]:
-        claims = () if self.is_blind else self.store.snapshot().claims.values()
-        return [claim for claim in claims if claim.agent in self.names]
+    def find_claims(self) -> list[Claim]:
+        return [] if self.is_blind else list(self.store.snapshot().claims.values())
+
+    def find_busy(self) -> list[str]:
+        """Those of our agents that are at work on a task."""
+        names = self.names
+        return [claim.agent for claim in self.find_claims() if claim.task and claim.agent in names]
 
     def keep_work(self) -> list[str]:
         """Rescue what agents were at work on, and give every claim back unharmed.
@@ -9094,23 +9077,14 @@ class Ending:
         """
         from concurrent.futures import ThreadPoolExecutor
 
-        busy = (
-            self.names
-            if self.is_blind
-            else [claim.agent for claim in self.own_claims() if claim.task]
-        )
-        places = {name: worktree_of(self.repo, self.settings, name) for name in busy}
-        places = {name: place for name, place in places.items() if os.path.isdir(place)}
+        def keep(name: str) -> tuple[str, str]:
+            place = worktree_of(self.repo, self.settings, name)
+            return name, rescue(self.repo, name, place) if os.path.isdir(place) else ""
+
         # a rescue is git over a whole worktree; fifty of them one by one would be a long goodbye
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            rescues = dict(
-                zip(
-                    places,
-                    pool.map(lambda name: rescue(self.repo, name, places[name]), places),
-                    strict=True,
-                )
-            )
-        kept = [ref for ref in rescues.values() if ref]
+            rescues = dict(pool.map(keep, self.names if self.is_blind else self.find_busy()))
+        kept = [*filter(None, rescues.values())]
         if self.is_blind:
             return kept
         with self.store.transaction() as tx:
@@ -9334,9 +9308,7 @@ class Farm:
         self.tell = lambda: None  # a hook: called in each tick, before what is known is saved
 
     def ending(self) -> Ending:
-        return Ending(
-            self.store, self.settings, self.sessions, self.names, self.merger, self.remember
-        )
+        return Ending(self)
 
     # -- start
 
@@ -9459,7 +9431,7 @@ class Farm:
             record.update(down=True, cause=end_cause(session), since=utc(now))
             if record["cause"] != "done":  # which is a session that was asked to start anew
                 record["ends"] = [*self.policy.recent(record["ends"], now), now]
-            self.sessions.end_agent(name, 3.0)
+            end_processes(self.sessions.find_strays([name]))
             worktree = self.sessions.worktrees.get(name, ("", "", ""))[2]
             if os.path.isdir(worktree):
                 record["rescue"] = rescue(self.repo, name, worktree)
@@ -12909,7 +12881,7 @@ def verb_down(call: Call) -> None:
 def verb_clean(call: Call) -> int:
     settings = call.settings()
     sessions = probe_sessions(find_server(call.repo))
-    if any(not session.dead for session in sessions.values()):
+    if living(sessions):
         raise Refused(
             f"{len(sessions)} sessions are running", "./farm.py down, then ./farm.py clean"
         )
@@ -13106,7 +13078,7 @@ def send_to_all(call: Call, text: str) -> int:
     from concurrent.futures import ThreadPoolExecutor
 
     socket = find_server(call.repo)
-    live = {name for name, session in probe_sessions(socket).items() if not session.dead}
+    live = living(probe_sessions(socket))
     names = sorted(
         claim.agent
         for claim in call.store.snapshot().claims.values()
