@@ -7581,9 +7581,8 @@ def read_mail(store: Store, agent: str, name: str, fence: str) -> dict:
         mail = json.loads(read_foreign(path, MAIL_BYTES, os.O_NOFOLLOW))
     except (OSError, ValueError, RecursionError):
         return {}
-    texts = isinstance(mail, dict) and all(
-        isinstance(mail.get(key, ""), str) for key in ("at", "event", "state", "message")
-    )
+    keys = ("at", "event", "state", "message")
+    texts = isinstance(mail, dict) and is_texts([mail.get(key, "") for key in keys])
     return mail if texts and mail.get("fence") == fence else {}
 
 
@@ -7753,22 +7752,17 @@ def claim_once(
 SIGNING_WORDS = r"sign(ed|ing)? (the data|failed)|failed to sign|signing key|gpg|ssh-keygen"
 
 
-def hold_pin(store: Store, task_id: str) -> int:
-    """A lock file's descriptor, under which a task's pin is moved: from the look at the fence to
-    the end of the move.
+def hold_pin(store: Store, task_id: str):
+    """A lock file, held, under which a task's pin is moved: from the look at the fence to the end
+    of the move.
 
     A late agent's pin could else come after that of the next claim's accepted submission. Not
     the mutex: git takes its time. The git that moves the pin inherits it, so it is held as long
     as that one lives. One file for many tasks, so that they stay few.
     """
     os.makedirs(store.path("merge_queue"), exist_ok=True)
-    guard = os.open(
-        store.path(f"merge_queue/.pin-{sum(task_id.encode()) % 16}.lock"),
-        os.O_RDWR | os.O_CREAT,
-        0o666,
-    )
-    os.set_inheritable(guard, True)
-    fcntl.flock(guard, fcntl.LOCK_EX)
+    guard = hold(store.path(f"merge_queue/.pin-{sum(task_id.encode()) % 16}.lock"))
+    os.set_inheritable(guard.fileno(), True)
     return guard
 
 
@@ -7781,8 +7775,7 @@ def submit(store: Store, agent: str, fence: str, *, branch: str = "", commit: st
     """
     task_id = fence.rpartition(".")[0]
     branch = branch or branch_of(agent, task_id)
-    guard = hold_pin(store, task_id)
-    try:
+    with hold_pin(store, task_id):
         claim = store.find_claim(agent)
         if claim is None or claim.fence != fence:
             with store.transaction() as tx:  # an old fence is refused, a repeated submit is fine
@@ -7797,8 +7790,6 @@ def submit(store: Store, agent: str, fence: str, *, branch: str = "", commit: st
             raise nothing_new(branch)
         with store.transaction() as tx:
             TaskQueue(tx).submit(agent, fence, branch, pinned)
-    finally:
-        os.close(guard)
 
 
 def nothing_new(branch: str, said: str = "") -> Rejected:
@@ -7834,27 +7825,22 @@ def find_own_head(agent: str, branch: str) -> str:
     is_there = read_line(os.path.join(worktree, folder, "HEAD")) == f"ref: refs/heads/{branch}"
     if is_there and not given("FARM_START"):  # one that goes on may be behind its base
         return ""
-    result = run_on_tree(
-        *(given("FARM_REPO"), worktree, "agent/commit-rest.sh", *describe_branch(), "-n", worktree),
-        allow=(0, 4),
-    )
-    said = one_line(result.stderr.replace("farm: ", ""), 400)
-    found = read_answers(result.stdout)
-    if result.code:
+    code, said, found = run_commit_rest(worktree, "-n", allow=(0, 4))
+    if code:
         raise Refused(said, "git status")
     if "NOTHING" in found:
         raise nothing_new(branch, said)
     return found.get("HEAD", "")
 
 
-def describe_branch() -> tuple[str, ...]:
-    """What commit-rest.sh is told of the task's branch."""
-    return "-b", given("FARM_BRANCH"), "-o", given("FARM_BASE"), "-t", given("FARM_TARGET")
-
-
-def read_answers(text: str) -> dict[str, str]:
-    """NAME=value lines of a script."""
-    return dict(line.split("=", 1) for line in text.splitlines())
+def run_commit_rest(worktree: str, *words: str, **options) -> tuple[int, str, dict[str, str]]:
+    """commit-rest.sh for the attempt's branch: its exit code, what it said in a line, and what it
+    has found (NAME -> value)."""
+    branch = ("-b", given("FARM_BRANCH"), "-o", given("FARM_BASE"), "-t", given("FARM_TARGET"))
+    argv = ("agent/commit-rest.sh", *branch, *words, worktree)
+    result = run_on_tree(given("FARM_REPO"), worktree, *argv, **options)
+    found = dict(line.split("=", 1) for line in result.stdout.splitlines() if "=" in line)
+    return result.code, one_line(result.stderr.replace("farm: ", ""), 400), found
 
 
 class Attempt:
@@ -7960,26 +7946,24 @@ class Attempt:
     def commit_rest(self, outcome: Outcome) -> tuple[Outcome, dict]:
         """Commit what the CLI has left; the outcome, which is another one when that cannot be
         done, with what the script has found (NAME -> value)."""
-        # git takes no empty message
-        words = (*describe_branch(), "-m", given("FARM_TITLE") or "work", self.worktree)
-        argv = (self.store.repo, self.worktree, "agent/commit-rest.sh", *words)
+        message = given("FARM_TITLE") or "work"  # git takes no empty one
+        # detach, so that the end of its time ends the hook or the pinentry as well
+        options = {"allow": (0, 1, 4), "timeout": COMMIT_SECONDS, "detach": True}
         try:
-            # detach, so that the end of its time ends the hook or the pinentry as well
-            result = run_on_tree(*argv, allow=(0, 1, 4), timeout=COMMIT_SECONDS, detach=True)
+            code, said, found = run_commit_rest(self.worktree, "-m", message, **options)
         except TookTooLong:
             why = f"the commit took longer than {COMMIT_SECONDS:.0f} s"
             return outcome._replace(move="fail", cause="cannot commit", why=why), {}
-        said = one_line(result.stderr.replace("farm: ", ""), 400)
-        if result.code == 4:
+        if code == 4:
             return outcome._replace(move="resume", cause="ended early", why=said), {}
-        if result.code:
+        if code:
             # told apart, as that is nobody's task: no commit of any agent will be signed
             cause = "cannot sign" if re.search(SIGNING_WORDS, said) else "cannot commit"
             why = f"what it left could not be committed: {said}"
             return outcome._replace(move="fail", cause=cause, why=why), {}
         if said:
             say(said)
-        return outcome, {**read_answers(result.stdout), "SAID": said}
+        return outcome, {**found, "SAID": said}
 
     def leave_off(self, outcome: Outcome) -> None:
         """Give the task back without a result, unsaved work kept first."""
@@ -8030,7 +8014,7 @@ def has_commits(repo: str, branch: str) -> bool:
 
 CONTROL = "control"
 
-Session = collections.namedtuple("Session", "name pane pid dead exit_status signal activity path")
+Session = collections.namedtuple("Session", "pid dead exit_status signal")
 Footprint = collections.namedtuple("Footprint", "cpu_percent rss_bytes processes is_zombie")
 
 
@@ -8038,20 +8022,9 @@ def probe_sessions(socket: str, timeout: float = 600.0) -> dict[str, Session]:
     """name -> Session of every session on the farm's server; empty when no server runs."""
     result = run_script("probe-tmux.sh", "-L", socket, allow=(0, 3), timeout=timeout)
     sessions = {}
-    for name, pane, pid, dead, status, signal, activity, path in (
-        row[:8] for row in read_tsv(result.stdout)
-    ):
+    for name, _, pid, dead, status, signal, *_ in read_tsv(result.stdout):
         exit_status = int(status) if status.isdigit() else None
-        sessions[name] = Session(
-            name,
-            pane,
-            int(pid),
-            dead == "1",
-            exit_status,
-            signal.strip("-"),
-            float(activity or 0),
-            path,
-        )
+        sessions[name] = Session(int(pid), dead == "1", exit_status, signal.strip("-"))
     return sessions
 
 
@@ -8252,12 +8225,11 @@ class WorkCount:
         elif CLOCK.monotonic() >= self.due_at:
             rows = [
                 [
-                    f"{claim.agent}/{claim.task['id']}",
-                    branch_of(claim.agent, claim.task["id"]),
-                    worktree_of(store.repo, settings, claim.agent),
+                    f"{task.agent}/{task.id}",
+                    branch_of(task.agent, task.id),
+                    worktree_of(store.repo, settings, task.agent),
                 ]
-                for claim in state.claims.values()
-                if claim.task
+                for task in state.claimed().values()
             ]
             if rows and settings.into:
                 self.begin(store.repo, settings.into, rows)
@@ -8270,16 +8242,7 @@ class WorkCount:
         import subprocess
         import tempfile
 
-        argv = [
-            *unfiltered(repo),
-            "bash",
-            f"{SCRIPTS}/merge/look.sh",
-            "work",
-            "-C",
-            repo,
-            "-b",
-            target,
-        ]
+        argv = ["bash", f"{SCRIPTS}/merge/look.sh", "work", "-C", repo, "-b", target]
         self.output, self.begun_at = tempfile.TemporaryFile(), CLOCK.monotonic()
         with tempfile.TemporaryFile() as lines:
             lines.write(
@@ -8287,7 +8250,7 @@ class WorkCount:
             )
             lines.seek(0)
             self.process = subprocess.Popen(
-                argv,
+                [*unfiltered(repo), *argv],
                 stdin=lines,
                 stdout=self.output,
                 stderr=subprocess.DEVNULL,
@@ -8366,14 +8329,9 @@ def measure_sessions(sessions: dict[str, Session]) -> dict[str, Footprint]:
 TOLD_OF_HOST = ("toolkit", "farm", "reach", "trouble")
 TOLD_OF_AGENT = {
     **dict.fromkeys(("agent", "state", "task", "fence", "since", "cause", "title", "preset"), ""),
-    **{
-        "last_output_at": "",
-        "worktree": "",
-        "rss_bytes": 0,
-        "processes": 0,
-        "cpu_percent": 0.0,
-        "cost_usd": 0.0,
-    },
+    **dict.fromkeys(("last_output_at", "worktree"), ""),
+    **dict.fromkeys(("rss_bytes", "processes"), 0),
+    **dict.fromkeys(("cpu_percent", "cost_usd"), 0.0),
 }
 
 
@@ -8416,11 +8374,11 @@ def agent_records(store: Store, state: State, settings: Settings, sight: Sight) 
     on_hosts = host_records(store, settings.host_lease_seconds)
     names = {*state.claims, *sessions, *agent_names(count_here(settings) * is_up)} - {CONTROL}
     names -= {record["agent"] for record in on_hosts}
-    presets = dict(zip(agent_names(settings.n), share_agents(settings), strict=False))
+    runs = dict(zip(agent_names(settings.n), share_agents(settings), strict=False))
     records = []
     spending = sight.measure("spending", lambda: read_usage(store))
     for name in sorted(names):
-        preset = presets.get(name, "") if presets.get(name, "") in CLIS else ""
+        preset = cli_of(runs.get(name, "")).name
         claim = state.claims.get(name)
         commits, lines = noted["work"].get(
             f"{name}/{claim.task.get('id')}" if claim else "", (None, None)
@@ -8497,10 +8455,8 @@ def bring_environment(store: Store, socket: str) -> list[str]:
     # a loop in tmux has what the server has, and is nobody's shell
     if given("FARM_AS_TOLD"):
         return []
-    note, now = (
-        os.path.join(find_git_dirs(store.repo)[1], "farm", "environment.json"),
-        digest_environment(),
-    )
+    note = os.path.join(find_git_dirs(store.repo)[1], "farm/environment.json")
+    now = digest_environment()
     before = next(read_json_lines(note), {})
     os.makedirs(os.path.dirname(note), exist_ok=True)
     write_whole(note, dump_line(now) + "\n")
@@ -8543,18 +8499,15 @@ def undo_of(repo: str, key: str, known: dict) -> str:
 
 
 # Its time and not a number in it: each `up` writes it anew, also where nothing has changed.
-def stamp_of(note: str) -> str:
-    """Which `up` has written this note; empty without one."""
-    try:
-        return str(os.stat(note).st_mtime_ns)
-    except FileNotFoundError:
-        return ""
+def stamp_of(repo: str) -> str:
+    """Which `up` has written the note of what is shared."""
+    return str(changed_at(os.path.join(find_git_dirs(repo)[1], SHARED_NOTE)))
 
 
 def read_changes(store: Store) -> list[tuple[str, str]]:
     """(what, the command that undoes it) of what all worktrees share and has changed since the
     last `up`; what the loop had seen before that is found good."""
-    stamp = stamp_of(os.path.join(find_git_dirs(store.repo)[1], SHARED_NOTE))
+    stamp = stamp_of(store.repo)
     found = store.read_loop()["changes"].values()
     return [(what, undo) for what, undo, seen in found if seen == stamp]
 
@@ -8582,7 +8535,7 @@ class SharedWatch:
 
     def compare(self, busy: list[str]) -> None:
         """Now and then: what differs. busy: the agents that are at work now."""
-        stamp = stamp_of(self.note)
+        stamp = stamp_of(self.repo)
         known = next(read_json_lines(self.note), None) if CLOCK.monotonic() >= self.due_at else None
         if known is None:
             return
@@ -10619,7 +10572,7 @@ def list_lonely(state: State, settings: Settings, mode: str) -> list[list[str]]:
     """[what, what to type] for each task whose preset no agent of a farm that is up has."""
     if mode not in ("running", "paused"):
         return []
-    keys = {limit_key(agent if agent in CLIS else "") for agent in share_agents(settings)}
+    keys = {limit_key(cli_of(agent).name) for agent in share_agents(settings)}
     lonely = find_lonely(state, keys)
     return [[what, f"./farm.py edit {task_id} --agent ''"] for task_id, what in lonely.items()]
 
@@ -13481,15 +13434,12 @@ def verb_revert(call: Call) -> None:
     name = f"revert-{task.id}"
     while state.is_done(name):  # it was taken back, and has landed again
         name += ".2"
-    guard = hold_pin(call.store, name)  # two at once: one makes it, the other finds it
-    try:
+    with hold_pin(call.store, name):  # two at once: one makes it, the other finds it
         there = call.store.snapshot().find_task(name)
         # before its pin is moved, which keeps its work; one that a kill has left is made whole
         if there and there.rev > 1:
             raise UsageError(f"there is a task {name} already", f"./farm.py show {name}")
         add_revert(call, task, name)
-    finally:
-        os.close(guard)
 
 
 def add_revert(call: Call, task: Task, name: str) -> None:
