@@ -9283,8 +9283,9 @@ class Farm:
         self.prepare()
         self.expire()
         has_loop = find_recorded(self.store.path("loop.lock")) is not None
-        rows = self.sessions.spawn([*self.names, *([] if has_loop else [CONTROL])])
-        return sum(row[3] != "running" for row in rows), sum(row[3] == "running" for row in rows)
+        rows = self.sessions.spawn(self.names if has_loop else [*self.names, CONTROL])
+        adopted = sum(row[3] == "running" for row in rows)
+        return len(rows) - adopted, adopted
 
     def prepare(self) -> None:
         """Worktrees and the tmux server are there, with the caller's environment, and nothing of
@@ -9427,10 +9428,7 @@ class Farm:
         self.sessions.prepare()
         self.sessions.spawn(due)
         for name in due:
-            self.agents[name] = {
-                "ends": self.agents[name]["ends"],
-                "cause": self.agents[name]["cause"],
-            }
+            self.agents[name] = {key: self.agents[name][key] for key in ("ends", "cause")}
 
     def has_room(self) -> bool:
         """Whether memory and disk allow a new start; says so when that changes."""
@@ -9550,31 +9548,28 @@ class Farm:
     def run(self, should_stop, *, until_drained: bool = False, on_tick=lambda farm: None) -> None:
         """The loop, in the foreground, until `should_stop` is set, everything is done, or
         nothing can move without a person."""
+        failures = 0
         self.prepare()
         self.sessions.spawn(self.names)
         try:
-            self.go_round(should_stop, until_drained, on_tick)
+            while not should_stop.is_set():
+                try:
+                    self.tick()
+                    failures = 0
+                except Exception as error:
+                    # the loop outlives what it did not expect: said, logged, tried again later
+                    failures += 1
+                    self.report_failure(error)
+                    should_stop.wait(min(2.0**failures, 60))
+                    continue
+                on_tick(self)
+                if until_drained and (self.is_drained() or self.stands_still()):
+                    self.housekeeping.tidy_at = 0.0
+                    self.housekeeping.go_on(self.state)
+                    return
+                self.wait(should_stop)
         finally:
             self.housekeeping.close()
-
-    def go_round(self, should_stop, until_drained: bool, on_tick) -> None:
-        failures = 0
-        while not should_stop.is_set():
-            try:
-                self.tick()
-                failures = 0
-            except Exception as error:
-                # the loop outlives what it did not expect: said, logged, tried again later
-                failures += 1
-                self.report_failure(error)
-                should_stop.wait(min(2.0**failures, 60))
-                continue
-            on_tick(self)
-            if until_drained and (self.is_drained() or self.stands_still()):
-                self.housekeeping.tidy_at = 0.0
-                self.housekeeping.go_on(self.state)
-                return
-            self.wait(should_stop)
 
     def report_failure(self, error: Exception) -> None:
         import traceback
@@ -9605,7 +9600,7 @@ def open_farm(call: Call) -> Farm:
     if settings.prompt_template:
         read_template(call.repo, settings)
     for row in read_tsv(run_script("merge/check-repo.sh", "-s", "-C", call.repo).stdout):
-        raise Refused(row[0], row[1])
+        raise Refused(*row)
     for what, hint in (obstacles := find_obstacles(call)):
         say(f"{what}\n  try: {hint}")
     blocked = {what.split()[2].lower() for what, _ in obstacles}
@@ -9674,24 +9669,22 @@ class Standstill:
 
     def find(self) -> tuple[int, str] | None:
         """(exit code, why) where nothing can move without a person; None while something can."""
-        farm = self.farm
-        if farm.state.claimed():
+        farm, store, state = self.farm, self.farm.store, self.farm.state
+        activity = find_activity(store)
+        if state.claimed() or activity.get("testing"):
             return None
-        activity = find_activity(farm.store)
-        if activity.get("testing"):
-            return None
-        if activity.get("trouble") and (farm.state.ready or not farm.sessions.worktrees):
+        if activity.get("trouble") and (state.ready or not farm.sessions.worktrees):
             return 5, activity["trouble"][0]
-        stranded = find_stranded(farm.state)
-        waiting = [task for task in farm.state.pending.values() if task.id not in stranded]
-        free = [task for task in waiting if all(map(farm.state.is_done, task.after))]
-        reviews = find_reviews(farm.store, farm.state)
-        if reviews and not free and reviews.keys() == farm.state.ready.keys():
+        stranded = find_stranded(state)
+        waiting = [task for task in state.pending.values() if task.id not in stranded]
+        free = [task for task in waiting if all(map(state.is_done, task.after))]
+        reviews = find_reviews(store, state)
+        if reviews and not free and reviews.keys() == state.ready.keys():
             return 5, f"{', '.join(reviews)} wait for a review"
-        if farm.state.ready or not waiting:
+        if state.ready or not waiting:
             return None
-        if farm.store.mode() == "paused":
-            return 5, f"the farm is paused: {farm.store.farm().get('reason', '')}"
+        if store.mode() == "paused":
+            return 5, f"the farm is paused: {store.farm().get('reason', '')}"
         if len(farm.names) < farm.settings.n:  # a host may be able
             return None
         able = [
@@ -9703,10 +9696,10 @@ class Standstill:
             why = farm.sessions.unable or "every agent is parked"
             return 1, f"nobody is left who could work: {why}"
         keys = {limit_key(farm.launches[name].preset) for name in able}
-        limits = [find_limit(farm.store, key, CLOCK.now()) for key in sorted(keys)]
+        limits = [find_limit(store, key, CLOCK.now()) for key in sorted(keys)]
         if all(limits):
             return 5, limits[0]
-        lonely = find_lonely(farm.state, keys)
+        lonely = find_lonely(state, keys)
         if lonely and all(task.id in lonely for task in waiting):
             return 5, next(iter(lonely.values()))
         return (5, f"no new work starts: {farm.blocked}") if farm.blocked else None
@@ -9837,7 +9830,6 @@ class News:
 def run_notice(command: str, event: dict, store: Store) -> None:
     """Run FARM_NOTIFY with `event` on its stdin; its output and how it ended go to
     logs/notify.log. Never raises."""
-    import signal
     import subprocess
 
     # so that `down` ends it too
@@ -9858,7 +9850,7 @@ def run_notice(command: str, event: dict, store: Store) -> None:
                     (dump_line(event) + "\n").encode("utf-8"), timeout=NOTICE_SECONDS
                 )
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                kill_group(process.pid)
                 process.wait()
                 # what it had started dies with it; the kernel takes its time to bury it
                 end_all(lambda: in_session(process.pid), CLOCK.monotonic() + 2)
@@ -10526,9 +10518,9 @@ def task_record(task: Task, state: State, now: float) -> dict:
 # (tests/rooms/test_status.py, tests/rooms/test_watch.py)
 
 
-def farm_status(store: Store, settings: Settings, sight: Sight | None = None) -> dict:
+def farm_status(store: Store, settings: Settings, sight: Sight) -> dict:
     """What `status --json` prints: what is damaged under `problems`, the rest as far as it goes."""
-    agents, activity, farm, sight = [], {}, {}, sight or Sight()
+    agents, activity, farm = [], {}, {}
     state, problems = load_anyway(store)
     try:
         farm = store.farm()
@@ -10679,11 +10671,11 @@ def status_lines(status: dict, room: int = 6) -> list[str]:
     if len(steps) > room > 0:
         steps[room - 1 :] = [f"next: ./farm.py status --json # {len(steps) - room + 1} more"]
     spent = [f"cost: {describe_usage(status['spent'])}"] if any(status["spent"].values()) else []
-    told = [agent for agent in status["agents"] if "host" in agent]
     heard = {
         agent["host"]: f" heard {ago(agent['heard_at'])} ago"
         + f" ({agent['trouble']})" * bool(agent["trouble"])
-        for agent in told
+        for agent in status["agents"]
+        if "host" in agent
     }
     says = {host: f" ({said})" for host, (*_, said) in status.get("placed", {}).items() if said}
     hosts = [f"{host}{heard.get(host, '')}{says.get(host, '')}" for host in sorted({*heard, *says})]
@@ -10950,8 +10942,8 @@ class Watch:
     LOOK_SECONDS, DRAW_SHARE, TYPE_SECONDS = 2.0, 0.008, 0.8
     KEYS = "1..9 attach \u00b7 l logs \u00b7 m merge \u00b7 p pause \u00b7 q leave"
 
-    def __init__(self, call: Call, read, should_stop):
-        self.call, self.read, self.should_stop = call, read, should_stop
+    def __init__(self, call: Call, should_stop: StopRequest):
+        self.call, self.should_stop = call, should_stop
         self.terminal, self.sight, self.status, self.trouble = Terminal(), Sight(0.004), {}, ""
         self.typed, self.typed_at, self.drawn, self.next_at = "", 0.0, (), 0.0
         self.seen = ""  # ID@COMMIT of the work that was looked at last
@@ -10980,7 +10972,7 @@ class Watch:
         used = sum(os.times()[:2])
         if seen[2:] != self.drawn[2:]:
             try:
-                self.status, self.trouble = self.read(self.sight), ""
+                self.status, self.trouble = read_status(self.call, self.sight), ""
             except (FarmError, OSError) as error:
                 self.trouble = f"{error}; trying again"
         self.terminal.draw(self.frame(*size))
@@ -11075,7 +11067,7 @@ def read_status(call: Call, sight: Sight | None = None) -> dict:
     except DamagedState:
         settings = load_settings(call.repo)
     placed = call.store.read_part(PLACED_FILE, "hosts")
-    return {"placed": placed, **farm_status(call.store, settings, sight)}
+    return {"placed": placed, **farm_status(call.store, settings, sight or Sight())}
 
 
 def find_logs(store: Store) -> list[str]:
@@ -11690,14 +11682,13 @@ def check_pins(call: Call) -> list[tuple]:
     """Submitted work that a pin keeps and no task knows."""
     state = call.store.snapshot()
     pins = read_tsv(run_script("merge/pins.sh", "list", "-C", call.repo, allow=(0, 2, 3)).stdout)
-    orphans = [(ref, sha, ref.rpartition("/")[2]) for ref, sha in pins]
     return [
         (
             f"{ref} keeps {sha[:10]}, and no task {task_id} is known",
             f"git log {sha[:10]}; git update-ref -d {ref}",
         )
-        for ref, sha, task_id in orphans
-        if not state.is_done(task_id) and not state.find_task(task_id)
+        for ref, sha in pins
+        if not state.is_done(task_id := os.path.basename(ref)) and not state.find_task(task_id)
     ]
 
 
@@ -11937,13 +11928,11 @@ def ask_by_mailbox(mailbox: str, argv: list[str]) -> int:
     write_whole(name + ".request", json.dumps(argv))
     ring(os.path.join(mailbox, "bell"), b"request\n")
     deadline = CLOCK.monotonic() + MAILBOX_SECONDS
-    while not os.path.exists(name + ".answer"):
-        if CLOCK.monotonic() > deadline:
-            raise FarmError(
-                f"nobody answered {argv[0]} within {MAILBOX_SECONDS:.0f} s",
-                "is run-task.sh still running?",
-            )
-        time.sleep(0.02)
+    if not wait_for(lambda: os.path.exists(name + ".answer"), deadline, 0.02):
+        raise FarmError(
+            f"nobody answered {argv[0]} within {MAILBOX_SECONDS:.0f} s",
+            "is run-task.sh still running?",
+        )
     with open(name + ".answer", encoding="utf-8") as file:
         answer = json.load(file)
     os.unlink(name + ".answer")
@@ -12105,15 +12094,11 @@ CHECKS = (
 )
 def verb_add(call: Call) -> None:
     settings = call.settings()
-    if call.get("file"):
-        drafts = parse_tasks(
-            read_text(call.options["file"]), os.path.basename(call.options["file"])
-        )
+    if file := call.get("file"):
+        drafts = parse_tasks(read_text(file), os.path.basename(file))
         if call.args or not drafts:
             raise UsageError(
-                "add -f takes no title"
-                if call.args
-                else f"there is no task in {call.options['file']}"
+                "add -f takes no title" if call.args else f"there is no task in {file}"
             )
     else:
         drafts = [draft_from(call)]
@@ -12870,7 +12855,7 @@ def watch_status(call: Call) -> int:
     has changed; JSON: one line each."""
     should_stop, as_json = StopRequest(), call.get("json")
     if sys.stdout.isatty() and not as_json:
-        return Watch(call, functools.partial(read_status, call), should_stop).run()
+        return Watch(call, should_stop).run()
     sight, last = Sight(0.004), ""
     while not should_stop.is_set():
         status = read_status(call, sight)
@@ -13099,8 +13084,7 @@ def verb_rescue(call: Call) -> None:
         raise UsageError("rescue list, rescue show REF, or rescue restore REF [--into DIR]")
     if action == "restore":
         refs.append(call.get("into") or os.getcwd())
-    result = run_script("rescue.sh", action, "-C", call.repo, *refs)
-    print(result.stdout, end="")
+    print(run_script("rescue.sh", action, "-C", call.repo, *refs).stdout, end="")
 
 
 @verb(
@@ -13612,14 +13596,9 @@ def find_completions(words: list[str], current: int) -> list[str]:
     """What the word at `current` of a command line may become. Reads files only; a farm that
     cannot be read has no names."""
     words = (words + [""] * current)[: current + 1]
-    repo = next(
-        (value for name, value in zip(words, words[1:], strict=False) if name == "--repo"), ""
-    )
-    plain = [
-        word
-        for before, word in zip(words, words[1:-1], strict=False)
-        if not word.startswith("-") and before != "--repo"
-    ]
+    pairs = list(zip(words, words[1:], strict=False))
+    repo = dict(pairs).get("--repo", "")
+    plain = [word for before, word in pairs[:-1] if not word.startswith("-") and before != "--repo"]
     begun, before = words[-1], words[-2] if current else ""
     if not plain or plain[0] not in VERBS:
         found = ["--repo", "--help"] if begun.startswith("-") else list(VERBS)
@@ -13657,9 +13636,8 @@ def find_names(verb_name: str, args: list[str], before: str, repo: str) -> list[
     # a word of an error would be typed into the reader's command line
     except (FarmError, OSError):
         return []
-    if not args and verb_name in ("completion", "rescue"):
-        return {"completion": list(COMPLETION), "rescue": ["list", "show", "restore"]}[verb_name]
-    return []
+    words = {"completion": [*COMPLETION], "rescue": ["list", "show", "restore"]}
+    return [] if args else words.get(verb_name, [])
 
 
 def parse_command_line(argv: list[str]) -> Call | str:
@@ -13696,16 +13674,12 @@ def main(argv: list[str]) -> int:
     try:
         # before a repo is looked for: in a sandbox coordination/ can neither be read nor written
         mailbox = given("FARM_MAILBOX")
-        if mailbox and argv and argv[0] in (*MAILBOX_VERBS, "hook"):
+        name = argv[0] if mailbox and argv else ""
+        if name in (*MAILBOX_VERBS, "hook"):
             return ask_by_mailbox(mailbox, argv)
-        if (
-            mailbox
-            and argv
-            and argv[0] in VERBS
-            and not os.path.isdir(os.path.join(mailbox, "..", "..", LOCK_FOLDER))
-        ):
+        if name in VERBS and not os.path.isdir(f"{mailbox}/../../{LOCK_FOLDER}"):
             raise Refused(
-                f"{argv[0]} cannot be called from a sandbox",
+                f"{name} cannot be called from a sandbox",
                 f"these can: farm {', '.join(MAILBOX_VERBS)}",
             )
         CALLED_WITH["repo"] = argv[1] if argv[:1] == ["--repo"] and len(argv) > 1 else ""
