@@ -320,6 +320,11 @@ def shell_word(text: str) -> str:
     )
 
 
+def write_tsv(rows) -> str:
+    """Rows of texts as lines that a script can read; the inverse of `read_tsv`."""
+    return "".join("\t".join(map(escape_field, row)) + "\n" for row in rows)
+
+
 def read_tsv(text: str) -> list[list[str]]:
     """Lines of unescaped fields, as every script prints them."""
     return [
@@ -5098,7 +5103,7 @@ def chain_line(task: Task) -> str:
         task.agent,
         one_line(task.title),
     )
-    return "\t".join(escape_field(field) for field in fields) + "\n"
+    return write_tsv([fields])
 
 
 def show_tip(repo: str, revision: str) -> Step:
@@ -7612,7 +7617,7 @@ def note_turn(store: Store, agent: str, fence: str, event: dict) -> dict | None:
     name, at = event["hook_event_name"], utc(CLOCK.now())
     turn = {**before, "at": at, "fence": fence, "event": name, "state": state, "message": message}
     claim = store.find_claim(agent)
-    is_early = name == "Stop" and claim is not None and claim.fence == fence
+    is_early = name == "Stop" and claim and claim.fence == fence
     goes_back = is_early and not before.get("sent_back")
     if goes_back or is_early and event.get("background_tasks"):
         turn.update(state="working", sent_back=True)
@@ -7821,7 +7826,7 @@ def find_own_head(agent: str, branch: str) -> str:
     is_own = given("FARM_AGENT_NAME") == agent and given("FARM_BRANCH") == branch
     if not worktree or not is_own or not given("FARM_BASE"):
         return ""
-    folder = read_line(os.path.join(worktree, ".git")).removeprefix("gitdir: ")
+    folder = read_line(f"{worktree}/.git").removeprefix("gitdir: ")
     is_there = read_line(os.path.join(worktree, folder, "HEAD")) == f"ref: refs/heads/{branch}"
     if is_there and not given("FARM_START"):  # one that goes on may be behind its base
         return ""
@@ -7923,7 +7928,7 @@ class Attempt:
         nothing = outcome._replace(move="fail", cause="no change", why=why)
         claim = self.store.find_claim(self.agent)
         # not what it has submitted itself, and landed since
-        if "NOTHING" in found and claim is not None and claim.fence == self.fence:
+        if "NOTHING" in found and claim and claim.fence == self.fence:
             return nothing
         head = found.get("HEAD") or f"refs/heads/{self.branch}"
         # what passes by itself (another git's lock, say) must not cost an attempt: the work is
@@ -8082,7 +8087,7 @@ def session_state(
         return "stopped" if session is None and not noted.get("cause") else "dead"
     if footprint and footprint.is_zombie:
         return "zombie"
-    if claim is None or not claim.task:
+    if not claim or not claim.task:
         return "idle"
     if turn.get("state") == "waiting":
         return "waiting"
@@ -8097,7 +8102,8 @@ def explain_state(
     state: str, session: Session | None, noted: dict, claim: Claim | None, turn: dict
 ) -> tuple[str, str]:
     """(since when, in UTC, and why) an agent is in its state."""
-    since, cause = claim.claimed_at if claim else noted.get("since", ""), noted.get("cause", "")
+    at_work = claim and claim.task
+    since, cause = claim.claimed_at if at_work else noted.get("since", ""), noted.get("cause", "")
     if state == "waiting":
         return turn.get("at", since), turn.get(
             "message", ""
@@ -8107,21 +8113,24 @@ def explain_state(
     return since, cause or (end_cause(session) if session and session.dead else "")
 
 
-class RestartPolicy:
-    """When a session that ended may start again: backoff 1 s, 2 s, ... 5 min; five ends in 15
-    min park it."""
+PARK_AFTER, WINDOW_SECONDS, DELAY_MAX = 5, 900.0, 300.0
 
-    PARK_AFTER, WINDOW_SECONDS, DELAY_MAX = 5, 900.0, 300.0
 
-    def recent(self, ends: list, now: float) -> list:
-        return [end for end in ends if now - end < self.WINDOW_SECONDS]
+def recent_ends(ends: list, now: float) -> list:
+    return [end for end in ends if now - end < WINDOW_SECONDS]
 
-    def start_at(self, ends: list, now: float) -> float | None:
-        """Epoch seconds of the next start; None: parked."""
-        recent = self.recent(ends, now)
-        if len(recent) >= self.PARK_AFTER:
-            return None
-        return recent[-1] + min(2.0 ** (len(recent) - 1), self.DELAY_MAX) if recent else now
+
+def next_start(ends: list, now: float) -> float | None:
+    """When a session that ended may start again, in epoch seconds: backoff 1 s, 2 s, ... 5 min;
+    None: parked, after five ends in 15 min."""
+    recent = recent_ends(ends, now)
+    if len(recent) >= PARK_AFTER:
+        return None
+    return recent[-1] + min(2.0 ** (len(recent) - 1), DELAY_MAX) if recent else now
+
+
+def failed_tasks(state: State) -> list[Task]:
+    return [task for task in state.pending.values() if task.state == "failed"]
 
 
 def describe_counts(state: State, waits: dict[str, bool]) -> str:
@@ -8136,7 +8145,7 @@ def describe_counts(state: State, waits: dict[str, bool]) -> str:
         f"{len(state.ready)} to merge",
         f"{state.count_landed()}/{state.count_states().total()} landed",
     ]
-    failed = sum(task.state == "failed" for task in state.pending.values())
+    failed = len(failed_tasks(state))
     return " \u00b7 ".join(parts + [f"{failed} failed"] * bool(failed))
 
 
@@ -8151,15 +8160,14 @@ def judge_agent(
 ) -> tuple[str, str, str]:
     """(state, since when, why) of an agent; the process tree speaks before anything else."""
     # before all else: a session of that name here is not where this claim's owner runs
-    if claim is not None and is_unseen(claim):
+    if claim and is_unseen(claim):
         lapses_at = noted.get("lapses_at")
         until = f"at {lapses_at}" if lapses_at else "when a loop has waited for its lease"
         who = f"pid {claim.owner.get('pid')} on {claim.owner.get('host')}"
         cause = f"its owner ({who}) cannot be seen from here; free {until}"
         return "unseen", claim.claimed_at, cause
     state = session_state(session, noted, footprint, claim, turn, preset)
-    at_work = claim if claim is not None and claim.task else None
-    since, cause = explain_state(state, session, noted, at_work, turn)
+    since, cause = explain_state(state, session, noted, claim, turn)
     # who is at work goes on; a limit holds up only who would begin
     return ("limited", since, limit) if limit and state == "idle" else (state, since, cause)
 
@@ -8220,7 +8228,7 @@ class WorkCount:
 
     def go_on(self, store: Store, state: State, settings: Settings) -> None:
         """Begin a count when it is time, or take what one has found; never waits."""
-        if self.process is not None:
+        if self.process:
             self.collect()
         elif CLOCK.monotonic() >= self.due_at:
             rows = [
@@ -8245,9 +8253,7 @@ class WorkCount:
         argv = ["bash", f"{SCRIPTS}/merge/look.sh", "work", "-C", repo, "-b", target]
         self.output, self.begun_at = tempfile.TemporaryFile(), CLOCK.monotonic()
         with tempfile.TemporaryFile() as lines:
-            lines.write(
-                os.fsencode("".join("\t".join(map(escape_field, row)) + "\n" for row in rows))
-            )
+            lines.write(os.fsencode(write_tsv(rows)))
             lines.seek(0)
             self.process = subprocess.Popen(
                 [*unfiltered(repo), *argv],
@@ -8339,8 +8345,7 @@ def read_hosts(store: Store) -> dict[str, dict]:
     """host -> what it has told last."""
     folder = store.path("hosts")
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else ()
-    hosts = {name.removesuffix(".json"): os.path.join("hosts", name) for name in names}
-    return {host: store.read_json(path) or {} for host, path in hosts.items()}
+    return {name.removesuffix(".json"): store.read_json(f"hosts/{name}") or {} for name in names}
 
 
 def host_records(store: Store, lease_seconds: float) -> list[dict]:
@@ -8430,17 +8435,11 @@ def digest_environment() -> dict[str, str]:
     """name -> a digest of its value, of the variables that sessions get from their caller."""
     import hashlib
 
-    names = [
-        name
-        for name in os.environ
-        if name not in SHELLS_OWN
-        and not name.startswith(("FARM_", "TMUX", "GIT_CONFIG_", "BASH_FUNC_"))
-    ]
+    others = ("FARM_", "TMUX", "GIT_CONFIG_", "BASH_FUNC_")
     return {
-        name: hashlib.sha256(
-            f"{name}={os.environ[name]}".encode("utf-8", "surrogateescape")
-        ).hexdigest()[:16]
-        for name in names
+        name: hashlib.sha256(os.fsencode(f"{name}={value}")).hexdigest()[:16]
+        for name, value in os.environ.items()
+        if name not in SHELLS_OWN and not name.startswith(others)
     }
 
 
@@ -8464,10 +8463,8 @@ def bring_environment(store: Store, socket: str) -> list[str]:
     live = living(probe_sessions(socket))
     if not before or not changed or not live:
         return []
-    lines = [
-        f"{name}\t{escape_field(os.environ[name])}" if name in now else name for name in changed
-    ]
-    run_script("environ-tmux.sh", "-L", socket, stdin="\n".join(lines) + "\n", allow=(0, 3))
+    rows = [(name, os.environ[name]) if name in now else (name,) for name in changed]
+    run_script("environ-tmux.sh", "-L", socket, stdin=write_tsv(rows), allow=(0, 3))
     for name in live:
         if name != CONTROL and os.path.isdir(store.path(f"mailbox/{name}")):
             write_whole(store.path(f"mailbox/{name}/renew"), "")
@@ -8475,7 +8472,7 @@ def bring_environment(store: Store, socket: str) -> list[str]:
     return changed
 
 
-SHARED_NOTE, SHARED_SECONDS = os.path.join("farm", "shared.json"), 20.0
+SHARED_NOTE, SHARED_SECONDS = "farm/shared.json", 20.0
 
 
 def describe_change(key: str, known: dict, now: dict, busy: list[str]) -> str:
@@ -8728,7 +8725,7 @@ class Sessions:
         where = ("-C", self.repo, "-L", self.socket, "-l", self.store.path("logs"))
         result = run_script(
             *("spawn-tmux.sh", *where, *pairs, "-c", SESSION_COMMAND),
-            stdin="".join("\t".join(map(escape_field, row)) + "\n" for row in rows),
+            stdin=write_tsv(rows),
             allow=(0, 1),
             # `up` may be typed in a tmux or by an agent: neither is the new sessions' business
             env={"TMUX": "", "FARM_AGENT_NAME": ""},
@@ -8908,10 +8905,9 @@ class Supervisor:
                 return "memory", f"it takes {mib} MiB of memory: {limits.agent_memory_mib} may be"
         if limits.agent_disk_mib and now - self.weighed_at.get(claim.agent, 0) > 10:
             self.weighed_at[claim.agent] = now
-            place = worktree_of(self.store.repo, limits, claim.agent)
-            above, agent = os.path.dirname(place), claim.agent
-            own = (os.path.join(above, name, agent) for name in ("tmp", "private"))
-            mib = sum(map(size_on_disk, (place, *own))) >> 20
+            above, place = os.path.split(worktree_of(self.store.repo, limits, claim.agent))
+            places = (place, f"tmp/{claim.agent}", f"private/{claim.agent}")
+            mib = sum(size_on_disk(f"{above}/{place}") for place in places) >> 20
             if mib > limits.agent_disk_mib:
                 return "disk", f"its files take {mib} MiB of disk: {limits.agent_disk_mib} may be"
         return None
@@ -9151,7 +9147,7 @@ class Housekeeping:
 
     def close(self) -> None:
         """End the packing; what is not in a pack yet stays as it is."""
-        if self.packing is not None and self.packing.poll() is None:
+        if self.packing and self.packing.poll() is None:
             kill_group(self.packing.pid)
             self.packing.wait()
 
@@ -9184,9 +9180,8 @@ class Housekeeping:
 class MergerProcess:
     """One merger a farm, in a session of its own."""
 
-    def __init__(self, store: Store, policy: RestartPolicy):
-        self.store, self.policy = store, policy
-        self.process, self.ends = None, []
+    def __init__(self, store: Store):
+        self.store, self.process, self.ends = store, None, []
 
     def is_ours(self) -> bool:
         """Whether one that we have started runs."""
@@ -9197,16 +9192,15 @@ class MergerProcess:
     def tend(self, now: float) -> None:
         """Let the one that runs be, whoever has started it; else start one, unless it keeps
         ending."""
-        if self.process is not None and not self.is_ours():
+        if self.process and not self.is_ours():
             log = self.store.path("logs/merger.log")
             say(f"the merger ended with exit code {self.process.returncode}; see {log}")
             self.ends.append(now)
             self.process = None
-        if self.process is not None or find_recorded(self.store.path("merger.lock")) is not None:
+        if self.process or find_recorded(self.store.path("merger.lock")):
             return
         # three of its ends are below PARK_AFTER: unlike an agent a merger is never given up
-        start_at = self.policy.start_at(self.ends[-3:], now)
-        if start_at is None or start_at <= now:
+        if next_start(self.ends[-3:], now) <= now:
             self.start()
 
     # A session of its own: a Ctrl-C in the terminal of a foreground `run` goes to all of its group,
@@ -9249,9 +9243,8 @@ class Farm:
         self.told, self.work = noted["told"], WorkCount()
         # agent -> when the lease of its unseen owner is over (UTC)
         self.lapses: dict[str, str] = {}
-        self.policy = RestartPolicy()
         self.leases = LeaseWatch(settings.lease_seconds, settings.host_lease_seconds)
-        self.merger = MergerProcess(store, self.policy)
+        self.merger = MergerProcess(store)
         self.blocked = self.saved = ""
         self.identity: list[str] = []  # user.name and user.email at the start by a person
         self.shared = SharedWatch(self.repo, noted["changes"])
@@ -9282,7 +9275,7 @@ class Farm:
             self.ending().stop_loop_and_merger()
         self.prepare()
         self.expire()
-        has_loop = find_recorded(self.store.path("loop.lock")) is not None
+        has_loop = find_recorded(self.store.path("loop.lock"))
         rows = self.sessions.spawn(self.names if has_loop else [*self.names, CONTROL])
         adopted = sum(row[3] == "running" for row in rows)
         return len(rows) - adopted, adopted
@@ -9384,7 +9377,7 @@ class Farm:
                 continue
             record.update(down=True, cause=end_cause(session), since=utc(now))
             if record["cause"] != "done":  # which is a session that was asked to start anew
-                record["ends"] = [*self.policy.recent(record["ends"], now), now]
+                record["ends"] = [*recent_ends(record["ends"], now), now]
             end_processes(self.sessions.find_strays([name]))
             worktree = self.sessions.worktrees.get(name, ("", "", ""))[2]
             if os.path.isdir(worktree):
@@ -9414,7 +9407,7 @@ class Farm:
             record = self.agents[name]
             if not record.get("down"):
                 continue
-            start_at = self.policy.start_at(record["ends"], now)
+            start_at = next_start(record["ends"], now)
             if start_at is None and not record.get("parked"):
                 record["parked"] = True
                 say(
@@ -9537,7 +9530,7 @@ class Farm:
             if limit["until"] > utc(now)
         ]
         dues += [
-            self.policy.start_at(record["ends"], now) or now + 5
+            next_start(record["ends"], now) or now + 5
             for record in self.agents.values()
             if record.get("down")
         ]
@@ -9763,8 +9756,7 @@ class News:
             f"failed {task.id}.{task.rev}": describe_event(
                 "failed", task.reason, f"./farm.py retry {task.id}", **names_of(task, task.agent)
             )
-            for task in self.farm.state.pending.values()
-            if task.state == "failed"
+            for task in failed_tasks(self.farm.state)
         }
 
     def find_waiting(self, claim: Claim) -> list[tuple[str, dict]]:
@@ -10636,8 +10628,7 @@ def next_steps(status: dict, problems: list[str], state: State) -> list[tuple[st
         )
     return steps + [
         (f"{task.id} failed: {task.reason}", f"./farm.py retry {task.id}")
-        for task in state.pending.values()
-        if task.state == "failed"
+        for task in failed_tasks(state)
     ]
 
 
@@ -11924,9 +11915,9 @@ def ask_by_mailbox(mailbox: str, argv: list[str]) -> int:
     """
     if argv == ["hook"]:  # the event is only here
         argv = ["hook", given("FARM_AGENT_NAME"), "--", sys.stdin.read()]
-    name = os.path.join(mailbox, f"{os.getpid()}-{time.monotonic_ns()}")
+    name = f"{mailbox}/{os.getpid()}-{time.monotonic_ns()}"
     write_whole(name + ".request", json.dumps(argv))
-    ring(os.path.join(mailbox, "bell"), b"request\n")
+    ring(f"{mailbox}/bell", b"request\n")
     deadline = CLOCK.monotonic() + MAILBOX_SECONDS
     if not wait_for(lambda: os.path.exists(name + ".answer"), deadline, 0.02):
         raise FarmError(
@@ -11960,7 +11951,7 @@ def print_error(error: FarmError | OSError) -> int:
 
 
 def overview_text() -> str:
-    width = max(len(name) for name in VERBS)
+    width = max(map(len, VERBS))
     lines = [f"  {name:<{width}}  {entry.summary}" for name, entry in VERBS.items()]
     return (
         "usage: farm.py [--repo DIR] VERB ...\n\n"
@@ -12297,7 +12288,7 @@ def verb_cancel(call: Call) -> int:
 )
 def verb_retry(call: Call) -> int:
     more = call.settings().max_attempts
-    ids = [task.id for task in call.store.snapshot().pending.values() if task.state == "failed"]
+    ids = [task.id for task in failed_tasks(call.store.snapshot())]
     return move_each(
         call,
         ids if call.get("failed") else [call.one("task id")],
@@ -12466,7 +12457,7 @@ def verb_answer(call: Call) -> None:
         )
         names = sorted(found)
     for name in names:
-        request = os.path.join(mailbox, name)
+        request = f"{mailbox}/{name}"
         answer = answer_request(agent, call.repo, request)
         try:
             os.unlink(request)
@@ -12832,7 +12823,7 @@ def verb_clean(call: Call) -> int:
     print_table(read_tsv(result.stdout), ["AGENT", "WHAT", "WHY"])
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         if name.startswith(("gate-", "plan-")) and not name.endswith(".tmp"):
-            run_script("merge/gate-slot.sh", "remove", os.path.join(folder, name))
+            run_script("merge/gate-slot.sh", "remove", f"{folder}/{name}")
     return result.code
 
 
@@ -12971,12 +12962,12 @@ def verb_logs(call: Call) -> int:
         return attach_on(call, agent, host)
     if host:
         return order_on(call, agent, host, "-n", str(call.get("lines", 200)))
-    one, raw = [agent] if agent else [], call.get("raw") and not is_all
-    if one and not os.path.exists(call.store.path("logs", one[0] + ".log")):
-        raise NotFound(f"{one[0]} has no log yet", "./farm.py status")
+    raw = call.get("raw") and not is_all
+    if agent and not os.path.exists(call.store.path(f"logs/{agent}.log")):
+        raise NotFound(f"{agent} has no log yet", "./farm.py status")
     lines = call.get("lines", 10 if is_all and follow else None)
     while True:
-        for name in one or find_logs(call.store):
+        for name in [agent] if agent else find_logs(call.store):
             if is_new := name not in readers:
                 readers[name] = LogReader(call.store.path(f"logs/{name}.log"))
             reader, head = readers[name], f"{name} | " if is_all else ""
@@ -13337,7 +13328,7 @@ def have_plan_made(call: Call, settings: Settings, goal: str) -> str:
     cli = cli_of(cli_of(agent).headless or agent)
     check_command(command_of(agent), call.repo)
     carry_isolation(settings)
-    folder = os.path.join(worktrees_folder(call.repo, settings), f"plan-{os.getpid()}")
+    folder = f"{worktrees_folder(call.repo, settings)}/plan-{os.getpid()}"
     told, output = call.store.path(CLI_SETTINGS_FILE), call.store.path("mailbox", "plan", "output")
     write_whole(told, dump_line(hook_settings(settings)))
     env = {
@@ -13542,10 +13533,7 @@ def describe_farm(leading: list[str]) -> str:
         return f"{error}\n\n{overview_text()}"
     status = read_status(call)
     states = collections.Counter(agent["state"] for agent in status["agents"])
-    agents = " \u00b7 ".join(
-        f"{name} {count}"
-        for name, count in sorted(states.items(), key=lambda item: state_rank_of(item[0]))
-    )
+    agents = count_words(states, sorted(states, key=state_rank_of))
     steps = [(step["try"], step["what"]) for step in status["next"]] + general_steps(status)
     width = max(len(command) for command, _ in steps[:3])
     lines = [f"  {command:<{width}}  # {one_line(what, 100)}" for command, what in steps[:3]]
