@@ -7421,13 +7421,13 @@ def begin_trial(tx: Transaction, key: str, now: float) -> None:
         write_limits(tx, presets=limits)
 
 
-def note_outcome(store: Store, fence: str, outcome: Outcome, *, is_idle: bool = False) -> Outcome:
+def note_outcome(store: Store, task_id: str, outcome: Outcome, *, is_idle: bool = False) -> Outcome:
     """Keep in limits.json what an outcome says of its CLI or command; the outcome, which is a
     release where the fault is theirs."""
     key = limit_key(given("FARM_PRESET"))
     with store.transaction() as tx:
         if outcome.move != "release":
-            outcome = judge_streak(tx, key, fence.rpartition(".")[0], outcome, is_idle=is_idle)
+            outcome = judge_streak(tx, key, task_id, outcome, is_idle=is_idle)
         until = note_limit(tx, key, outcome, CLOCK.now())
     if outcome.move == "release":
         say(
@@ -7491,8 +7491,8 @@ def describe_history(store: Store, task: Task) -> str:
 
 def read_return(store: Store, task: Task) -> str:
     """Why the work of the last attempt came back; empty when it did not."""
-    path = store.path(f"returns/{task.id}.{task.attempts}.txt")
     try:
+        path = store.path(f"returns/{task.id}.{task.attempts}.txt")
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read(20_000)
     except FileNotFoundError:
@@ -7871,9 +7871,8 @@ class Attempt:
     def judge(self, code: int, log: str) -> Outcome:
         """The outcome as far as the CLI, the exit code and the budgets say; what the attempt has
         used is written down."""
-        mailbox = self.store.path(f"mailbox/{self.agent}/output")
-        conversation = given("FARM_CONVERSATION")
-        usage = cli_of(self.preset).read_attempt(mailbox, conversation)
+        output = self.store.path(f"mailbox/{self.agent}/output")
+        usage = cli_of(self.preset).read_attempt(output, given("FARM_CONVERSATION"))
         outcome = judge_end(
             code,
             read_mail(self.store, self.agent, TURN_FILE, self.fence),
@@ -7936,7 +7935,7 @@ class Attempt:
         for tries_left in (2, 1, 0):
             try:
                 submit(self.store, self.agent, self.fence, commit=head)
-                return note_outcome(self.store, self.fence, outcome)
+                break
             except BrokenObjects as error:
                 return nothing._replace(cause="cannot commit", why=one_line(str(error), 400))
             except Rejected:
@@ -7946,7 +7945,7 @@ class Attempt:
             except FarmError:
                 if not tries_left:
                     raise
-        return outcome
+        return note_outcome(self.store, self.task_id, outcome)
 
     def commit_rest(self, outcome: Outcome) -> tuple[Outcome, dict]:
         """Commit what the CLI has left; the outcome, which is another one when that cannot be
@@ -7975,7 +7974,7 @@ class Attempt:
         # before the move: after it another agent may begin, and this worktree may be used again
         kept = rescue(self.store.repo, self.agent, self.worktree) if self.worktree else ""
         is_idle = self.was_idle(bool(kept) and outcome.cause not in NO_COMMIT)
-        outcome = note_outcome(self.store, self.fence, outcome, is_idle=is_idle)
+        outcome = note_outcome(self.store, self.task_id, outcome, is_idle=is_idle)
         with self.store.transaction() as tx:
             queue = TaskQueue(tx)
             if outcome.move == "release":
@@ -8025,8 +8024,7 @@ Footprint = collections.namedtuple("Footprint", "cpu_percent rss_bytes processes
 
 def probe_sessions(socket: str, timeout: float = 600.0) -> dict[str, Session]:
     """name -> Session of every session on the farm's server; empty when no server runs."""
-    result = run_script("probe-tmux.sh", "-L", socket, allow=(0, 3), timeout=timeout)
-    sessions = {}
+    result, sessions = run_script("probe-tmux.sh", "-L", socket, allow=(0, 3), timeout=timeout), {}
     for name, _, pid, dead, status, signal, *_ in read_tsv(result.stdout):
         exit_status = int(status) if status.isdigit() else None
         sessions[name] = Session(int(pid), dead == "1", exit_status, signal.strip("-"))
@@ -8226,7 +8224,7 @@ class WorkCount:
     def __init__(self):
         self.found, self.process, self.begun_at, self.due_at = {}, None, 0.0, 0.0
 
-    def go_on(self, store: Store, state: State, settings: Settings) -> None:
+    def go_on(self, store: Store, state: State, settings: Settings, target: str) -> None:
         """Begin a count when it is time, or take what one has found; never waits."""
         if self.process:
             self.collect()
@@ -8239,8 +8237,8 @@ class WorkCount:
                 ]
                 for task in state.claimed().values()
             ]
-            if rows and settings.into:
-                self.begin(store.repo, settings.into, rows)
+            if rows and target:
+                self.begin(store.repo, target, rows)
             else:
                 self.found = {}
 
@@ -8504,8 +8502,7 @@ def stamp_of(repo: str) -> str:
 def read_changes(store: Store) -> list[tuple[str, str]]:
     """(what, the command that undoes it) of what all worktrees share and has changed since the
     last `up`; what the loop had seen before that is found good."""
-    stamp = stamp_of(store.repo)
-    found = store.read_loop()["changes"].values()
+    found, stamp = store.read_loop()["changes"].values(), stamp_of(store.repo)
     return [(what, undo) for what, undo, seen in found if seen == stamp]
 
 
@@ -8521,8 +8518,9 @@ class SharedWatch:
         self.note = os.path.join(find_git_dirs(repo)[1], SHARED_NOTE)
 
     def read(self) -> dict[str, str]:
-        said = run_script("merge/shared-state.sh", "-C", self.repo, timeout=30)
-        return dict(read_tsv(said.stdout))
+        return dict(
+            read_tsv(run_script("merge/shared-state.sh", "-C", self.repo, timeout=30).stdout)
+        )
 
     def remember(self) -> None:
         """What is so now is as it should be."""
@@ -8720,8 +8718,8 @@ class Sessions:
         }
 
     def spawn_alike(self, launch: Launch, rows: list[list[str]]) -> list[list[str]]:
-        environment = self.environment_of(launch)
-        pairs = [word for key, value in environment.items() for word in ("-e", f"{key}={value}")]
+        told = self.environment_of(launch).items()
+        pairs = [word for key, value in told for word in ("-e", f"{key}={value}")]
         where = ("-C", self.repo, "-L", self.socket, "-l", self.store.path("logs"))
         result = run_script(
             *("spawn-tmux.sh", *where, *pairs, "-c", SESSION_COMMAND),
@@ -9249,9 +9247,8 @@ class Farm:
         self.identity: list[str] = []  # user.name and user.email at the start by a person
         self.shared = SharedWatch(self.repo, noted["changes"])
         self.housekeeping = Housekeeping(store, settings, target)
-        # a hook: asked in each tick of a run that ends when all is done
-        self.stands_still = lambda: False
         self.tell = lambda: None  # a hook: called in each tick, before what is known is saved
+        self.is_over = lambda: False  # a hook: asked after each tick, whether to end the run
 
     def ending(self) -> Ending:
         return Ending(self)
@@ -9300,8 +9297,7 @@ class Farm:
         for their agents from now on.
         """
         with self.store.transaction() as tx:
-            data = {
-                "schema": SCHEMA,
+            told = {
                 "mode": mode,
                 "reason": reason,
                 "settings": self.settings_to_keep(),
@@ -9309,7 +9305,7 @@ class Farm:
                 "isolation": os.environ.get("FARM_ISOLATE", "none"),
                 "identity": self.identity or tx.store.farm().get("identity", []),
             }
-            tx.store.write_json(FARM_FILE, data)
+            tx.store.write_json(FARM_FILE, {"schema": SCHEMA, **told})
             if mode == "running":
                 tx.store.write_json(CLI_SETTINGS_FILE, hook_settings(self.settings))
                 if not given("FARM_AS_TOLD"):
@@ -9356,7 +9352,7 @@ class Farm:
         self.shared.compare(
             sorted(claim.agent for claim in self.state.claims.values() if claim.task)
         )
-        self.work.go_on(self.store, self.state, self.settings._replace(into=self.target))
+        self.work.go_on(self.store, self.state, self.settings, self.target)
         self.housekeeping.go_on(self.state)
         self.tell()
         self.save()
@@ -9395,9 +9391,10 @@ class Farm:
             for claim in TaskQueue(tx).expire(self.leases.is_lapsed, rescues):
                 say(f"{claim.agent} is gone; {claim.task.get('id', 'its locks')} is free again")
             self.state = tx.state
-        unseen = [claim for claim in self.state.claims.values() if is_unseen(claim)]
         self.lapses = {
-            claim.agent: utc(CLOCK.now() + self.leases.seconds_left(claim)) for claim in unseen
+            claim.agent: utc(CLOCK.now() + self.leases.seconds_left(claim))
+            for claim in self.state.claims.values()
+            if is_unseen(claim)
         }
 
     def restart(self, now: float) -> None:
@@ -9538,9 +9535,8 @@ class Farm:
         longest = 0.5 if limits.agent_memory_mib or limits.agent_processes else 5.0
         return min([longest, *(max(0.2, due - now) for due in dues)])
 
-    def run(self, should_stop, *, until_drained: bool = False, on_tick=lambda farm: None) -> None:
-        """The loop, in the foreground, until `should_stop` is set, everything is done, or
-        nothing can move without a person."""
+    def run(self, should_stop) -> None:
+        """The loop, in the foreground, until `should_stop` is set or `is_over` says so."""
         failures = 0
         self.prepare()
         self.sessions.spawn(self.names)
@@ -9555,8 +9551,7 @@ class Farm:
                     self.report_failure(error)
                     should_stop.wait(min(2.0**failures, 60))
                     continue
-                on_tick(self)
-                if until_drained and (self.is_drained() or self.stands_still()):
+                if self.is_over():
                     self.housekeeping.tidy_at = 0.0
                     self.housekeeping.go_on(self.state)
                     return
@@ -9736,8 +9731,8 @@ class News:
         news.update(self.find_failed())
         for task_id, commit in find_reviews(self.store, state).items():
             title, hint = state.ready[task_id].title, f"./farm.py diff {task_id}"
-            event = describe_event("review", title, hint, task=task_id, commit=commit)
-            news[f"review {task_id} {commit}"] = event
+            key = f"review {task_id} {commit}"
+            news[key] = describe_event("review", title, hint, task=task_id, commit=commit)
         if trouble := find_activity(self.store).get("trouble"):
             news[f"blocked {trouble[0]}"] = describe_event("blocked", *trouble)
         for key in sorted({limit_key(launch.preset) for launch in self.farm.launches.values()}):
@@ -9747,8 +9742,8 @@ class News:
         counts = state.count_states()
         if counts and self.farm.is_drained():
             words = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-            event = describe_event("drained", words, "./farm.py report", tasks=dict(counts))
-            news["drained"] = event
+            more = {"tasks": dict(counts)}
+            news["drained"] = describe_event("drained", words, "./farm.py report", **more)
         return news
 
     def find_failed(self) -> dict[str, dict]:
@@ -9825,7 +9820,7 @@ def run_notice(command: str, event: dict, store: Store) -> None:
     import subprocess
 
     # so that `down` ends it too
-    environment = {**os.environ, "FARM_REPO": store.repo, "FARM_AGENT_NAME": CONTROL}
+    env = {**os.environ, "FARM_REPO": store.repo, "FARM_AGENT_NAME": CONTROL}
     try:
         with open(store.path("logs/notify.log"), "ab") as log:
             process = subprocess.Popen(
@@ -9834,7 +9829,7 @@ def run_notice(command: str, event: dict, store: Store) -> None:
                 stdout=log,
                 stderr=log,
                 cwd=store.repo,
-                env=environment,
+                env=env,
                 start_new_session=True,
             )
             try:
@@ -11004,7 +10999,7 @@ class Watch:
             if key in "\r\n" and number:
                 self.do("attach", number)
             elif key == "l":
-                self.do("logs", *([number] if number else ["--all"]), "-f", "-n", "200")
+                self.do("logs", number or "--all", "-f", "-n", "200")
             elif key == "m":
                 self.do("merge", pause=True)
             elif key == "p":
@@ -11047,8 +11042,7 @@ def call_farm(repo: str, *words: str, **options) -> int:
     import subprocess
 
     env = {**os.environ, "FARM_PYTHON": sys.executable}
-    argv = [f"{SCRIPTS}/farm", "--repo", repo, *words]
-    return subprocess.call(argv, env=env, **options)
+    return subprocess.call([f"{SCRIPTS}/farm", "--repo", repo, *words], env=env, **options)
 
 
 def read_status(call: Call, sight: Sight | None = None) -> dict:
@@ -11710,10 +11704,8 @@ def check_repo(call: Call) -> list[tuple]:
     state = call.store.snapshot() if is_whole else State()
     landed = "".join(f"{task.landed_commit}\n" for task in state.all_tasks() if task.landed_commit)
     target = ["-b", settings.into] if settings.into else []
-    said = run_script(
-        "merge/check-repo.sh", "-C", call.repo, *target, stdin=landed, allow=(0, 1)
-    ).stdout
-    rows = read_tsv(said)
+    said = run_script("merge/check-repo.sh", "-C", call.repo, *target, stdin=landed, allow=(0, 1))
+    rows = read_tsv(said.stdout)
     if is_whole and (trouble := find_activity(call.store).get("trouble")):
         rows.append(trouble)
     return [(*row, 1) for row in rows] + (read_changes(call.store) if is_whole else [])
@@ -12451,11 +12443,8 @@ def verb_answer(call: Call) -> None:
     agent = call.agent()
     mailbox = call.store.path(f"mailbox/{agent}")
     with os.scandir(mailbox) as entries:  # no more than a hundred at a time, whatever lies there
-        found = itertools.islice(
-            (entry.name for entry in entries if re.fullmatch(r"[\w-]{1,60}\.request", entry.name)),
-            100,
-        )
-        names = sorted(found)
+        asked = (one.name for one in entries if re.fullmatch(r"[\w-]{1,60}\.request", one.name))
+        names = sorted(itertools.islice(asked, 100))
     for name in names:
         request = f"{mailbox}/{name}"
         answer = answer_request(agent, call.repo, request)
@@ -12528,7 +12517,6 @@ def verb_unlock(call: Call) -> None:
 
 @verb("locks [--json]", "who holds what", "json", "./farm.py locks")
 def verb_locks(call: Call) -> None:
-    claims = call.store.snapshot().claims.values()
     records = [
         {
             "agent": claim.agent,
@@ -12539,7 +12527,7 @@ def verb_locks(call: Call) -> None:
             "alive": find_liveness(Owner.from_json(claim.owner)),
             "claimed_at": claim.claimed_at,
         }
-        for claim in claims
+        for claim in call.store.snapshot().claims.values()
     ]
     words = {True: "alive", False: "dead", None: "unseen"}
     print_records(
@@ -12641,8 +12629,7 @@ def verb_merge(call: Call) -> int:
         if call.get("watch"):
             raise
         return follow_merger(call)
-    slots_folder = worktrees_folder(call.repo, settings)
-    queue = MergeQueue(call.store, settings, target, slots_folder)
+    queue = MergeQueue(call.store, settings, target, worktrees_folder(call.repo, settings))
     queue.review.note_cost = functools.partial(note_review, call.store, settings.reviewer)
     should_stop = StopRequest()
     try:
@@ -12748,16 +12735,17 @@ def verb_run(call: Call) -> int:
     else:
         farm.remember("running")
     should_stop, progress, news = StopRequest(), Progress(sys.stdout), News(farm, report_apart)
-    standstill = Standstill(farm)
-    farm.tell, farm.stands_still = news.tell, standstill.is_reached
+    standstill, farm.tell = Standstill(farm), news.tell
+
+    def is_over() -> bool:
+        progress.show(farm.state)
+        return farm.is_drained() or standstill.is_reached()
+
+    if call.get("until_drained"):
+        farm.is_over = is_over
     start_placing(call.store, farm.settings)
-    until_drained = bool(call.get("until_drained"))
     try:
-        farm.run(
-            should_stop,
-            until_drained=until_drained,
-            on_tick=lambda farm: progress.show(farm.state) if until_drained else None,
-        )
+        farm.run(should_stop)
     finally:
         progress.close()
     news.finish(0 if should_stop.is_set() else NOTICE_SECONDS)
@@ -12872,8 +12860,8 @@ def verb_attach(call: Call) -> int:
     name = agent or run_script("overview-tmux.sh", "-L", socket).stdout.strip()
     # what the script names where there is no such session
     os.environ["FARM_STATUS"] = as_typed("./farm.py status")
-    script = f"{SCRIPTS}/attach-tmux.sh"
-    return os.execv(find_bash(), ["bash", script, "-L", socket, name])
+    argv = ["bash", f"{SCRIPTS}/attach-tmux.sh", "-L", socket, name]
+    return os.execv(find_bash(), argv)
 
 
 def host_of(store: Store, agent: str) -> str:
@@ -13087,8 +13075,9 @@ def verb_rescue(call: Call) -> None:
 def verb_doctor(call: Call) -> int:
     mended = mend(call.store) if call.get("fix") else []
     unable = NEED_STATE if find_damaged(call.store) else ()
-    checks = [check for check in CHECKS if check not in unable]
-    findings = [(*finding, 0)[:3] for check in checks for finding in check(call)]
+    findings = [
+        (*finding, 0)[:3] for check in CHECKS if check not in unable for finding in check(call)
+    ]
     codes = {code for _, _, code in findings}
     if call.get("json"):
         print_json(
@@ -13162,9 +13151,8 @@ def verb_diff(call: Call) -> int:
     forms = {"stat": "-s", "tool": "-t", "raw": "-r"}
     form = [flag for name, flag in forms.items() if call.get(name)]
     work = find_work(call, task, call.get("attempt", 0))
-    script = f"{SCRIPTS}/merge/diff-work.sh"
-    argv = [*unfiltered(call.repo), "bash", script, "-C", call.repo, *form, *work]
-    os.execv(find_bash(), argv)
+    argv = ["bash", f"{SCRIPTS}/merge/diff-work.sh", "-C", call.repo, *form, *work]
+    os.execv(find_bash(), [*unfiltered(call.repo), *argv])
 
 
 def check_free(state: State, task: Task) -> None:
@@ -13196,8 +13184,8 @@ def edit_by_hand(task: Task) -> tuple[str, dict]:
         "w", prefix=f"{task.id}-", suffix=".md", encoding="utf-8", errors="replace", delete=False
     ) as file:
         file.write(text)
-    script = f"{SCRIPTS}/merge/edit-text.sh"
-    code = subprocess.call(["bash", script, file.name], env=CALLER_ENVIRONMENT)
+    argv = ["bash", f"{SCRIPTS}/merge/edit-text.sh", file.name]
+    code = subprocess.call(argv, env=CALLER_ENVIRONMENT)
     if code or read_text(file.name) == text:
         os.unlink(file.name)
         raise NotFound(f"nothing was changed (the editor ended with {code})")
@@ -13421,8 +13409,7 @@ def add_revert(call: Call, task: Task, name: str) -> None:
     """Make the commit, pin it, and put it into the merge queue; prints the ids of its tasks."""
     title, at = one_line(f"Revert {task.id}: {task.title}", TITLE_LENGTH), task.landed_commit
     begin = task.landed_from or f"{at}^"
-    made = run_script("merge/revert-work.sh", "-C", call.repo, begin, at, title)
-    commit = made.stdout.strip()
+    commit = run_script("merge/revert-work.sh", "-C", call.repo, begin, at, title).stdout.strip()
     run_script("merge/pins.sh", "set", "-C", call.repo, f"refs/farm/ready/{name}", commit)
     drafts = draft_revert(call, task, name, title)
     with call.store.transaction() as tx:
