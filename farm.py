@@ -8022,9 +8022,9 @@ Session = collections.namedtuple("Session", "pid dead exit_status signal")
 Footprint = collections.namedtuple("Footprint", "cpu_percent rss_bytes processes is_zombie")
 
 
-def probe_sessions(socket: str, timeout: float = 600.0) -> dict[str, Session]:
+def probe_sessions(socket: str, **options) -> dict[str, Session]:
     """name -> Session of every session on the farm's server; empty when no server runs."""
-    result, sessions = run_script("probe-tmux.sh", "-L", socket, allow=(0, 3), timeout=timeout), {}
+    result, sessions = run_script("probe-tmux.sh", "-L", socket, allow=(0, 3), **options), {}
     for name, _, pid, dead, status, signal, *_ in read_tsv(result.stdout):
         exit_status = int(status) if status.isdigit() else None
         sessions[name] = Session(int(pid), dead == "1", exit_status, signal.strip("-"))
@@ -8310,7 +8310,7 @@ class Sight:
         try:
             self.error = None
             return self.measure(
-                "sessions", lambda: probe_sessions(find_server(repo), self.TMUX_SECONDS)
+                "sessions", lambda: probe_sessions(find_server(repo), timeout=self.TMUX_SECONDS)
             )
         except FarmError as error:
             self.error = error
@@ -8640,7 +8640,7 @@ class Sessions:
         self.store, self.settings, self.target = store, settings, target
         self.repo, self.launches = store.repo, launches
         self.socket = find_server(self.repo)
-        self.worktrees: dict[str, list] = {}  # agent -> mk-worktrees.sh's row
+        self.worktrees = {}  # agent -> mk-worktrees.sh's row
         self.found: dict[str, Session] = {}
         self.unable = ""  # why not all worktrees could be made
 
@@ -8799,10 +8799,9 @@ class Supervisor:
 
     def __init__(self, store: Store, settings: Settings, launches: dict[str, Launch]):
         self.store, self.settings, self.launches = store, settings, launches
-        self.turns: dict[str, dict] = {}  # agent -> what its CLI's hooks said last
-        # agent -> (epoch seconds, CPU seconds of its tree then)
-        self.cpu_seen: dict[str, tuple[float, float]] = {}
-        self.weighed_at: dict[str, float] = {}  # agent -> when its disk was looked at
+        self.turns = {}  # agent -> what its CLI's hooks said last
+        self.cpu_seen = {}  # agent -> (epoch seconds, CPU seconds of its tree then)
+        self.weighed_at = {}  # agent -> when its disk was looked at
 
     def watch(
         self, busy: list[Claim], agents: dict[str, dict], sessions: dict[str, Session], now: float
@@ -9240,11 +9239,11 @@ class Farm:
         # what `tell` has said, and what those at work have done
         self.told, self.work = noted["told"], WorkCount()
         # agent -> when the lease of its unseen owner is over (UTC)
-        self.lapses: dict[str, str] = {}
+        self.lapses = {}
         self.leases = LeaseWatch(settings.lease_seconds, settings.host_lease_seconds)
         self.merger = MergerProcess(store)
         self.blocked = self.saved = ""
-        self.identity: list[str] = []  # user.name and user.email at the start by a person
+        self.identity = []  # user.name and user.email at the start by a person
         self.shared = SharedWatch(self.repo, noted["changes"])
         self.housekeeping = Housekeeping(store, settings, target)
         self.tell = lambda: None  # a hook: called in each tick, before what is known is saved
@@ -9323,7 +9322,7 @@ class Farm:
         said when the next `up` gives agents other permissions."""
         kept = {**self.settings._asdict(), "into": self.target}
         if given("FARM_AS_TOLD"):
-            kept["isolate"] = self.store.farm().get("settings", {}).get("isolate", "")
+            kept["isolate"] = self.store.read_part(FARM_FILE, "settings").get("isolate", "")
         return kept
 
     # -- the loop
@@ -11547,7 +11546,7 @@ def task_document(call: Call, task_id: str) -> dict:
     """What `show --json` prints: a record of `tasks --json`, with "prompt", "attempts" (see
     `fold_attempts`), "tries", "gate", "commits" and "files" (path, added, removed) of its work,
     "follow_ups" (ids) and "next"."""
-    store, state = call.store, call.store.snapshot()
+    store, state = call.store, call.state
     task, events = state.get_task(task_id), read_task_events(store, task_id)
     record = task_record(task, state, CLOCK.now())
     queued = [one for one in queue_records(store, state) if one["id"] == task_id]
@@ -11665,7 +11664,7 @@ def check_state(call: Call) -> list[tuple]:
 
 def check_pins(call: Call) -> list[tuple]:
     """Submitted work that a pin keeps and no task knows."""
-    state = call.store.snapshot()
+    state = call.state
     pins = read_tsv(run_script("merge/pins.sh", "list", "-C", call.repo, allow=(0, 2, 3)).stdout)
     return [
         (
@@ -11679,8 +11678,8 @@ def check_pins(call: Call) -> list[tuple]:
 
 def check_refs(call: Call) -> list[tuple]:
     """Refs of landed work that hold commits which are nowhere else: nothing removes them."""
-    target = call.store.farm().get("settings", {}).get("into")
-    kept = find_leftovers(call.repo, target, call.store.snapshot())[1] if target else []
+    target = call.store.read_part(FARM_FILE, "settings").get("into")
+    kept = find_leftovers(call.repo, target, call.state)[1] if target else []
     what = (
         f"{number(len(kept), 'ref')} of landed tasks hold commits that {target} has not: "
         f"{', '.join(kept[:3])}{' ...' * (len(kept) > 3)}"
@@ -11699,9 +11698,9 @@ def check_machine(call: Call) -> list[tuple]:
 def check_repo(call: Call) -> list[tuple]:
     """What in the repo itself would stop a farm, and what the loop and the merger say now."""
     is_whole = not find_damaged(call.store)
-    told = call.store.farm().get("settings", {}) if is_whole else {}
+    told = call.store.read_part(FARM_FILE, "settings") if is_whole else {}
     settings = load_settings(call.repo, call.options, told)
-    state = call.store.snapshot() if is_whole else State()
+    state = call.state if is_whole else State()
     landed = "".join(f"{task.landed_commit}\n" for task in state.all_tasks() if task.landed_commit)
     target = ["-b", settings.into] if settings.into else []
     said = run_script("merge/check-repo.sh", "-C", call.repo, *target, stdin=landed, allow=(0, 1))
@@ -11817,6 +11816,11 @@ class Call:
     def repo_info(self) -> dict[str, list[str]]:
         """`read_repo`, once a verb."""
         return read_repo(self.repo)
+
+    @property
+    def state(self) -> State:
+        """What is on disk now."""
+        return self.store.snapshot()
 
     def settings(self) -> Settings:
         remembered = self.store.read_part(FARM_FILE, "settings")
@@ -12209,7 +12213,7 @@ def select_tasks(records: list[dict], options: dict) -> list[dict]:
     "./farm.py tasks --state failed --sort priority",
 )
 def verb_tasks(call: Call) -> None:
-    state, now = call.store.snapshot(), CLOCK.now()
+    state, now = call.state, CLOCK.now()
     spending = collections.defaultdict(list)
     for line in read_usage(call.store, is_whole=True):
         spending[line["task"]].append(line)
@@ -12266,7 +12270,7 @@ def verb_cancel(call: Call) -> int:
     text = call.get("match", "").lower()
     ids = [
         task.id
-        for task in call.store.snapshot().live_tasks()
+        for task in call.state.live_tasks()
         if task.state not in ("landed", "canceled") and text in task.title.lower()
     ]
     return move_each(call, ids if text else [call.one("task id")], TaskQueue.cancel)
@@ -12280,7 +12284,7 @@ def verb_cancel(call: Call) -> int:
 )
 def verb_retry(call: Call) -> int:
     more = call.settings().max_attempts
-    ids = [task.id for task in failed_tasks(call.store.snapshot())]
+    ids = [task.id for task in failed_tasks(call.state)]
     return move_each(
         call,
         ids if call.get("failed") else [call.one("task id")],
@@ -12527,7 +12531,7 @@ def verb_locks(call: Call) -> None:
             "alive": find_liveness(Owner.from_json(claim.owner)),
             "claimed_at": claim.claimed_at,
         }
-        for claim in call.store.snapshot().claims.values()
+        for claim in call.state.claims.values()
     ]
     words = {True: "alive", False: "dead", None: "unseen"}
     print_records(
@@ -12595,7 +12599,7 @@ def fork_waiting(command: list[str]) -> tuple[int, int]:
 
 @verb("queue [--json]", "the merge queue", "json", "./farm.py queue")
 def verb_queue(call: Call) -> None:
-    state = call.store.snapshot()
+    state = call.state
     records = queue_records(call.store, state)
     print_records(
         call,
@@ -12667,7 +12671,7 @@ def follow_merger(call: Call) -> int:
     """The farm's own merger is at work: wait until it has drained the queue or needs a person,
     and report what it did."""
     say("the farm's merger is at work; waiting until the queue is empty")
-    store, waiting = call.store, call.store.snapshot().ready
+    store, waiting = call.store, call.state.ready
     while (
         (activity := find_activity(store))
         and not activity["trouble"]
@@ -12758,7 +12762,7 @@ def verb_run(call: Call) -> int:
     if standstill.found:
         say(f"nothing can move without a person: {standstill.found[1]}\n  try: ./farm.py doctor")
         return standstill.found[0]
-    states = call.store.snapshot().count_states()
+    states = call.state.count_states()
     return 0 if set(states) <= {"landed", "canceled"} else 5
 
 
@@ -12998,7 +13002,7 @@ def send_to_all(call: Call, text: str) -> int:
     live = living(probe_sessions(socket))
     names = sorted(
         claim.agent
-        for claim in call.store.snapshot().claims.values()
+        for claim in call.state.claims.values()
         if claim.task and (claim.agent in live or host_of(call.store, claim.agent))
     )
     if not names:
@@ -13147,7 +13151,7 @@ def verb_show(call: Call) -> None:
 )
 def verb_diff(call: Call) -> int:
     task_id, _, commit = call.one("task id").partition("@")
-    task = find_submitted(call, call.args[0]) if commit else call.store.snapshot().get_task(task_id)
+    task = find_submitted(call, call.args[0]) if commit else call.state.get_task(task_id)
     forms = {"stat": "-s", "tool": "-t", "raw": "-r"}
     form = [flag for name, flag in forms.items() if call.get(name)]
     work = find_work(call, task, call.get("attempt", 0))
@@ -13202,7 +13206,7 @@ def edit_by_hand(task: Task) -> tuple[str, dict]:
     "./farm.py edit t-0007 --priority 5",
 )
 def verb_edit(call: Call) -> None:
-    state, file = call.store.snapshot(), ""
+    state, file = call.state, ""
     task = state.get_task(call.one("task id"))
     fields = fields_of(call)
     check_free(state, task)
@@ -13229,7 +13233,7 @@ def find_submitted(call: Call, text: str) -> Task:
     """The task of an argument ID or ID@COMMIT, which is in the merge queue at that commit. Raises
     Refused; agents do not judge work."""
     task_id, _, commit = text.partition("@")
-    task = call.store.snapshot().get_task(task_id)
+    task = call.state.get_task(task_id)
     if task.state != "ready" or not task.commit.startswith(commit):
         raise Refused(
             f"{task_id} is {task.state}" + f" at {task.commit[:10]}" * bool(commit),
@@ -13248,7 +13252,7 @@ def find_submitted(call: Call, text: str) -> Task:
 )
 def verb_approve(call: Call) -> int:
     target, code = target_of(call, call.settings()), 0
-    found = find_reviews(call.store, call.store.snapshot())
+    found = find_reviews(call.store, call.state)
     wanted = (
         [f"{task_id}@{commit}" for task_id, commit in found.items()]
         if call.get("all")
@@ -13290,7 +13294,7 @@ def verb_return(call: Call) -> None:
     Returns(call.store, target, Tally()).send_back(
         task, f"a person says: {one_line(why, 500)}", printable(why), counts=call.get("fail", False)
     )
-    if task.id in call.store.snapshot().ready:
+    if task.id in call.state.ready:
         raise Refused(f"{task.id} has moved meanwhile", f"./farm.py show {task.id}")
 
 
@@ -13390,7 +13394,7 @@ def draft_revert(call: Call, task: Task, name: str, title: str) -> list[Task]:
     "./farm.py revert t-0007",
 )
 def verb_revert(call: Call) -> None:
-    state = call.store.snapshot()
+    state = call.state
     task = state.get_task(call.one("task id"))
     if task.state != "landed":
         raise Refused(f"task {task.id} is {task.state}", f"./farm.py show {task.id}")
@@ -13398,7 +13402,7 @@ def verb_revert(call: Call) -> None:
     while state.is_done(name):  # it was taken back, and has landed again
         name += ".2"
     with hold_pin(call.store, name):  # two at once: one makes it, the other finds it
-        there = call.store.snapshot().find_task(name)
+        there = call.state.find_task(name)
         # before its pin is moved, which keeps its work; one that a kill has left is made whole
         if there and there.rev > 1:
             raise UsageError(f"there is a task {name} already", f"./farm.py show {name}")
