@@ -7723,8 +7723,7 @@ def check_hand_out(store: Store, settings: Settings) -> None:
             f"the farm is {mode}; nothing is handed out",
             "./farm.py resume" if mode == "paused" else "./farm.py up",
         )
-    short = find_shortage(store.repo, settings.min_free_mib) if mode == "running" else ""
-    if short:
+    if mode == "running" and (short := find_shortage(store.repo, settings.min_free_mib)):
         raise NotFound(
             f"no new work is handed out: {short}", "free some, or lower FARM_MIN_FREE_MIB"
         )
@@ -7739,8 +7738,7 @@ def claim_once(
     preset = given("FARM_PRESET")
     # a claim by hand is nobody's preset
     key = limit_key(preset) if preset or given("FARM_AGENT") else ""
-    limit = find_limit(call.store, key, CLOCK.now())
-    if limit:
+    if limit := find_limit(call.store, key, CLOCK.now()):
         raise NotFound(f"no new work is handed out: {limit}", "./farm.py status")
     task_id, conversation = call.options.get("id", ""), new_conversation(preset)
 
@@ -7798,8 +7796,9 @@ def submit(store: Store, agent: str, fence: str, *, branch: str = "", commit: st
 
 
 def nothing_new(branch: str, said: str = "") -> Rejected:
-    words = said or f"{branch} has no commit of its own"
-    return Rejected(words, "git add -A && git commit, then submit again")
+    return Rejected(
+        said or f"{branch} has no commit of its own", "git add -A && git commit, then submit again"
+    )
 
 
 def verify_objects(repo: str, head: str) -> None:
@@ -7882,8 +7881,8 @@ class Attempt:
             find_missing(code, log) if code in CANNOT_START else "",
         )
         # it goes into a command line later
-        told = usage.conversation if is_name(usage.conversation) else ""
-        outcome = outcome._replace(conversation=told)
+        if is_name(usage.conversation):
+            outcome = outcome._replace(conversation=usage.conversation)
         if not self.preset:
             return outcome
         self.note_usage(usage)
@@ -8183,7 +8182,7 @@ def agent_record(
     footprint: Footprint | None,
     store: Store,
     settings: Settings,
-    preset: str = "",
+    preset: str,
 ) -> dict:
     """One agent as `status --json` shows it."""
     task_id, fence = (claim.task.get("id", ""), claim.fence) if claim else ("", "")
@@ -8732,7 +8731,7 @@ class Sessions:
             say(result.stderr.strip())
         return read_tsv(result.stdout)
 
-    def probe(self, known: list[str] | tuple = ()) -> None:
+    def probe(self, known=()) -> None:
         """What sessions there are. tmux sees a pane close before it hears how: then it is asked
         again, five times. known: those whose end is news."""
         for _ in range(5):
@@ -11614,18 +11613,20 @@ def run_check(check, *args) -> list[tuple[str, str, int]]:
 
 def check_tools(call: Call) -> list[tuple]:
     """Programs and packages."""
-    checks = [(import_package, name) for name in ("psutil", "portalocker", "tabulate")]
-    checks.append((lambda: run_script("check-tools.sh", env={"FARM_PYTHON": sys.executable}),))
-    return [finding for check in checks for finding in run_check(*check)]
+    return [
+        finding
+        for name in ("psutil", "portalocker", "tabulate")
+        for finding in run_check(import_package, name)
+    ] + run_check(lambda: run_script("check-tools.sh", env={"FARM_PYTHON": sys.executable}))
 
 
 def check_settings(call: Call) -> list[tuple]:
     """What they name: the target, and the sandbox that they want for agents."""
     if found := run_check(call.settings):
         return found
-    found = run_check(lambda: target_of(call, call.settings()))
+    found = run_check(target_of, call, call.settings())
     found = found or [(what, hint, 1) for what, hint in find_obstacles(call)]
-    return found + run_check(lambda: resolve_isolation(call.settings()))
+    return found + run_check(resolve_isolation, call.settings())
 
 
 def check_state(call: Call) -> list[tuple]:
@@ -11872,7 +11873,7 @@ def parse_options(verb_name: str, argv: list[str]) -> tuple[list[str], dict]:
             f"{verb_name}: {error.msg}", f"./farm.py {verb_name} --{near or 'help'}"
         ) from None
     command = argv[cut + 1 :]
-    options: dict = {"command": command} if cut < len(argv) else {}
+    options = {"command": command} if cut < len(argv) else {}
     for flag, value in pairs:
         name, key = names[flag], names[flag].replace("-", "_")
         options[key] = read_option(verb_name, name, kinds[name], value, options.get(key, []))
@@ -11920,8 +11921,7 @@ def ask_by_mailbox(mailbox: str, argv: list[str]) -> int:
             f"nobody answered {argv[0]} within {MAILBOX_SECONDS:.0f} s",
             "is run-task.sh still running?",
         )
-    with open(name + ".answer", encoding="utf-8") as file:
-        answer = json.load(file)
+    answer = json.loads(read_bytes(name + ".answer"))
     os.unlink(name + ".answer")
     sys.stdout.write(answer["stdout"])
     sys.stderr.write(answer["stderr"])
@@ -12020,7 +12020,7 @@ def option_lines(words: str) -> list[str]:
 
 def help_text(name: str) -> str:
     entry = VERBS[name]
-    options = "\n".join(option_lines(f"{entry.options} repo=".strip()))
+    options = "\n".join(option_lines(f"{entry.options} repo="))
     return (
         f"usage: farm.py {entry.synopsis}\n\n{entry.summary}\n\noptions:\n{options}\n\n"
         f"example: {entry.example}"
@@ -12033,13 +12033,9 @@ def settings_text() -> str:
         f"{variable_of(name):<22} {str(entry.default) or '-':<8} {entry.meaning}"
         for name, entry in SETTINGS.items()
     ]
-    return "\n".join(
-        [
-            "A flag goes before FARM_* in the environment, that before farm.env (KEY=VALUE lines",
-            "at the repo's root), that before what the last `up` was told.",
-            "",
-            *lines,
-        ]
+    return (
+        "A flag goes before FARM_* in the environment, that before farm.env (KEY=VALUE lines\n"
+        "at the repo's root), that before what the last `up` was told.\n\n" + "\n".join(lines)
     )
 
 
@@ -12908,9 +12904,9 @@ def attach_on(call: Call, agent: str, host: str) -> int:
     return 0
 
 
-def order_on(call: Call, agent: str, host: str, *argv: str, stdin: str = "") -> int:
+def order_on(call: Call, agent: str, host: str, *argv: str) -> int:
     """What the host's own farm says to the verb."""
-    done = order(call.store, host, call.name, agent[-3:], *argv, stdin=stdin)
+    done = order(call.store, host, call.name, agent[-3:], *argv)
     sys.stdout.write(printable(done["out"]))
     if done["err"].strip():
         say(printable(done["err"]).strip().removeprefix("farm: "))
