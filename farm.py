@@ -7997,18 +7997,13 @@ class Attempt:
         """Whether it was over within seconds, and has left no work: several tasks in a row that
         end so are a fault of the set-up."""
         claim = self.store.find_claim(self.agent)
-        if claim is None or CLOCK.now() - epoch(claim.claimed_at) >= STREAK_SECONDS:
+        is_long = not claim or CLOCK.now() - epoch(claim.claimed_at) >= STREAK_SECONDS
+        if has_saved or is_long:
             return False
-        return not has_saved and not has_commits(self.store.repo, self.branch)
-
-
-# Any exit code will do: a branch that is gone, or that git cannot read, has brought nothing.
-def has_commits(repo: str, branch: str) -> bool:
-    """Whether the task's branch is elsewhere than where the attempt began."""
-    result = run_script(
-        "merge/pins.sh", "tip", "-C", repo, "refs/heads/" + branch, allow=range(256)
-    )
-    return not result.code and read_tsv(result.stdout)[0][0] != given("FARM_BASE")
+        # any exit code will do: a branch that is gone, or that git cannot read, has brought nothing
+        at = ("-C", self.store.repo, f"refs/heads/{self.branch}")
+        tip = run_script("merge/pins.sh", "tip", *at, allow=range(256))
+        return bool(tip.code) or read_tsv(tip.stdout)[0][0] == given("FARM_BASE")
 
 
 # ----------------------------------------------------------------------------------------- sessions
@@ -8805,24 +8800,28 @@ class Supervisor:
     def watch(
         self, busy: list[Claim], agents: dict[str, dict], sessions: dict[str, Session], now: float
     ) -> None:
-        """One look. agents: the loop's notes, where `still_since` is kept."""
+        """One look. agents: the loop's notes, where `still_since` is kept. Pauses the farm when all
+        of it, what is at work included, has cost as much as it may."""
         # most ticks find it unchanged
         spending = self.store.recall(USAGE_FILE, lambda _: read_usage(self.store))
         live = {claim.agent: live_cost(self.store, claim, spending) for claim in busy}
-        for name in set(agents) - {claim.agent for claim in busy}:
+        for name in agents.keys() - live.keys():
             agents[name].pop("still_since", None)
         for claim in busy:
+            name, session = claim.agent, sessions.get(claim.agent)
             self.note_turns(claim)
-            end_waiting_turn(self.store, claim.agent, self.turns[claim.agent], now)
-            self.note_stillness(claim, agents[claim.agent], sessions.get(claim.agent), now)
-            over = self.find_excess(
-                claim, cost_of_task(spending, claim.task["id"]) + live[claim.agent], now
-            ) or self.find_hog(claim, sessions.get(claim.agent), now)
+            end_waiting_turn(self.store, name, self.turns[name], now)
+            self.note_stillness(claim, agents[name], session, now)
+            cost = cost_of_task(spending, claim.task["id"]) + live[name]
+            over = self.find_excess(claim, cost, now) or self.find_hog(claim, session, now)
             # once: at each tick until it has ended it is still over its limit
-            if over and not read_mail(self.store, claim.agent, ENDING_FILE, claim.fence):
-                say(f"{claim.agent}: {over[1]}")
-                end_attempt(self.store, claim.agent, claim.fence, *over)
-        self.watch_budget(sum_usage(spending)["cost_usd"] + sum(live.values()))
+            if over and not read_mail(self.store, name, ENDING_FILE, claim.fence):
+                say(f"{name}: {over[1]}")
+                end_attempt(self.store, name, claim.fence, *over)
+        cost = sum_usage(spending)["cost_usd"] + sum(live.values())
+        if (why := describe_farm_overrun(self.settings, cost)) and self.store.mode() == "running":
+            say(f"the farm pauses: {why}")
+            set_mode(self.store, "paused", why)
 
     def note_stillness(
         self, claim: Claim, record: dict, session: Session | None, now: float
@@ -8907,14 +8906,6 @@ class Supervisor:
             if mib > limits.agent_disk_mib:
                 return "disk", f"its files take {mib} MiB of disk: {limits.agent_disk_mib} may be"
         return None
-
-    def watch_budget(self, cost: float) -> None:
-        """Pause the farm when all of it, what is at work included, has cost as much as it may
-        (dollars)."""
-        why = describe_farm_overrun(self.settings, cost)
-        if why and self.store.mode() == "running":
-            say(f"the farm pauses: {why}")
-            set_mode(self.store, "paused", why)
 
 
 class Ending:
@@ -9726,7 +9717,11 @@ class News:
         """key -> event of all that is so now and calls for a person."""
         state = self.farm.state
         news = dict(pair for claim in state.claims.values() for pair in self.find_waiting(claim))
-        news.update(self.find_failed())
+        for task in failed_tasks(state):
+            hint, names = f"./farm.py retry {task.id}", names_of(task, task.agent)
+            news[f"failed {task.id}.{task.rev}"] = describe_event(
+                "failed", task.reason, hint, **names
+            )
         for task_id, commit in find_reviews(self.store, state).items():
             title, hint = state.ready[task_id].title, f"./farm.py diff {task_id}"
             key = f"review {task_id} {commit}"
@@ -9743,14 +9738,6 @@ class News:
             more = {"tasks": dict(counts)}
             news["drained"] = describe_event("drained", words, "./farm.py report", **more)
         return news
-
-    def find_failed(self) -> dict[str, dict]:
-        return {
-            f"failed {task.id}.{task.rev}": describe_event(
-                "failed", task.reason, f"./farm.py retry {task.id}", **names_of(task, task.agent)
-            )
-            for task in failed_tasks(self.farm.state)
-        }
 
     def find_waiting(self, claim: Claim) -> list[tuple[str, dict]]:
         """The (key, event) of an agent that waits for a person; none for others."""
@@ -10784,13 +10771,6 @@ class LogReader:
             found.append(open(descriptor, "rb", buffering=0))
         self.files += found[::-1]
 
-    def skip_to_last(self, size: int) -> None:
-        """Begin `size` bytes before the end."""
-        for file in reversed(self.files):
-            here = os.fstat(file.fileno()).st_size
-            file.seek(max(0, here - max(0, size)))
-            size -= here
-
     def read(self) -> bytes:
         """The next piece; empty when nothing more is there yet."""
         while self.files:
@@ -10827,7 +10807,11 @@ class LogReader:
 
     def last_lines(self, count: int) -> str:
         """The last `count` lines of what is there."""
-        self.skip_to_last(4096 * count)
+        size = 4096 * count  # what is before that is not read
+        for file in reversed(self.files):
+            here = os.fstat(file.fileno()).st_size
+            file.seek(max(0, here - max(0, size)))
+            size -= here
         lines = collections.deque(
             "".join(map(self.clean, iter(self.read, b""))).splitlines(keepends=True), maxlen=count
         )
@@ -12688,15 +12672,6 @@ def follow_merger(call: Call) -> int:
 FARM_OPTIONS = "n|n=# agent= gate= into= slots=# style= strict remote= review= on= gate-on="
 
 
-def describe_target(repo: str, target: str) -> str:
-    """Where work lands, and where that is checked out, which need not be where one stands."""
-    found = run_script("merge/find-checkout.sh", "-C", repo, target, allow=(0, 1, 3))
-    places = [row[1] for row in read_tsv(found.stdout) if row[0] == "checkout"]
-    return f"work lands on {target}, " + (
-        f"checked out in {', '.join(places)}" if places else "which is checked out nowhere"
-    )
-
-
 @verb(
     "up [-n N] [--agent A] [--gate C] [--into B]",
     "worktrees, sessions and the loop, in tmux; again: adopts and repairs",
@@ -12707,7 +12682,11 @@ def verb_up(call: Call) -> None:
     farm = open_farm(call)
     if call.store.mode() == "running" and find_recorded(call.store.path("loop.lock")) is None:
         say("this farm was running and was not stopped; going on from what is on disk")
-    say(describe_target(call.repo, farm.target))
+    # which need not be where one stands
+    found = run_script("merge/find-checkout.sh", "-C", call.repo, farm.target, allow=(0, 1, 3))
+    places = [row[1] for row in read_tsv(found.stdout) if row[0] == "checkout"]
+    where = f"checked out in {', '.join(places)}" if places else "which is checked out nowhere"
+    say(f"work lands on {farm.target}, {where}")
     say(describe_isolation(farm.settings))
     started, adopted = farm.up()
     say(
