@@ -8063,46 +8063,36 @@ START_SECONDS = 120.0  # a CLI that has not taken its prompt by then asks someth
 
 
 # A CLI without hooks tells of no turn: as long as its process lives and it has a task, it works.
-def session_state(
+def judge_session(
     session: Session | None,
+    claim: Claim | None,
     noted: dict,
     footprint: Footprint | None,
-    claim: Claim | None,
     turn: dict,
     preset: str,
-) -> str:
-    """An agent's state, from the process tree, what its CLI's hooks have said, and the loop's
-    notes."""
-    if session is None or session.dead:
-        if noted.get("parked"):
-            return "parked"
-        return "stopped" if session is None and not noted.get("cause") else "dead"
-    if footprint and footprint.is_zombie:
-        return "zombie"
-    if not claim or not claim.task:
-        return "idle"
-    if turn.get("state") == "waiting":
-        return "waiting"
-    if noted.get("still_since"):
-        return "stuck"
-    if turn or not cli_of(preset).has_hooks:
-        return "working"
-    return "starting" if CLOCK.now() - epoch(claim.claimed_at) < START_SECONDS else "waiting"
-
-
-def explain_state(
-    state: str, session: Session | None, noted: dict, claim: Claim | None, turn: dict
-) -> tuple[str, str]:
-    """(since when, in UTC, and why) an agent is in its state."""
+) -> tuple[str, str, str]:
+    """(state, since when in UTC, why) of an agent, from the process tree, what its CLI's hooks have
+    said, and the loop's notes."""
     at_work = claim and claim.task
     since, cause = claim.claimed_at if at_work else noted.get("since", ""), noted.get("cause", "")
-    if state == "waiting":
-        return turn.get("at", since), turn.get(
-            "message", ""
-        ) or "it has not taken its prompt: look at its screen"
-    if state == "stuck":
-        return noted["still_since"], "no output, and nothing runs"
-    return since, cause or (end_cause(session) if session and session.dead else "")
+    if session is None or session.dead:
+        state = "stopped" if session is None and not cause else "dead"
+        why = cause or (end_cause(session) if session else "")
+        return "parked" if noted.get("parked") else state, since, why
+    if footprint and footprint.is_zombie:
+        return "zombie", since, cause
+    if not at_work:
+        return "idle", since, cause
+    is_waiting = turn.get("state") == "waiting"
+    if noted.get("still_since") and not is_waiting:
+        return "stuck", noted["still_since"], "no output, and nothing runs"
+    is_starting = not turn and cli_of(preset).has_hooks
+    if is_starting and CLOCK.now() - epoch(claim.claimed_at) < START_SECONDS:
+        return "starting", since, cause
+    if is_starting or is_waiting:
+        why = turn.get("message") or "it has not taken its prompt: look at its screen"
+        return "waiting", turn.get("at", since), why
+    return "working", since, cause
 
 
 PARK_AFTER, WINDOW_SECONDS, DELAY_MAX = 5, 900.0, 300.0
@@ -8158,8 +8148,7 @@ def judge_agent(
         who = f"pid {claim.owner.get('pid')} on {claim.owner.get('host')}"
         cause = f"its owner ({who}) cannot be seen from here; free {until}"
         return "unseen", claim.claimed_at, cause
-    state = session_state(session, noted, footprint, claim, turn, preset)
-    since, cause = explain_state(state, session, noted, claim, turn)
+    state, since, cause = judge_session(session, claim, noted, footprint, turn, preset)
     # who is at work goes on; a limit holds up only who would begin
     return ("limited", since, limit) if limit and state == "idle" else (state, since, cause)
 
@@ -9687,8 +9676,8 @@ def describe_event(event: str, message: str, hint: str, **more) -> dict:
     return {"event": event, "message": message, "try": hint, **more}
 
 
-def names_of(task: Task, agent: str) -> dict:
-    return {"agent": agent, "task": task.id, "title": task.title}
+def names_of(task: Task) -> dict:
+    return {"agent": task.agent, "task": task.id, "title": task.title}
 
 
 class News:
@@ -9716,9 +9705,9 @@ class News:
     def find_news(self) -> dict[str, dict]:
         """key -> event of all that is so now and calls for a person."""
         state = self.farm.state
-        news = dict(pair for claim in state.claims.values() for pair in self.find_waiting(claim))
+        news = self.find_waiting()
         for task in failed_tasks(state):
-            hint, names = f"./farm.py retry {task.id}", names_of(task, task.agent)
+            hint, names = f"./farm.py retry {task.id}", names_of(task)
             news[f"failed {task.id}.{task.rev}"] = describe_event(
                 "failed", task.reason, hint, **names
             )
@@ -9739,24 +9728,25 @@ class News:
             news["drained"] = describe_event("drained", words, "./farm.py report", **more)
         return news
 
-    def find_waiting(self, claim: Claim) -> list[tuple[str, dict]]:
-        """The (key, event) of an agent that waits for a person; none for others."""
-        name, task, launch = claim.agent, claim.get_task(), self.farm.launches.get(claim.agent)
-        told, turn, session = (
-            self.farm.agents.get(name, {}),
-            self.farm.supervisor.turns.get(name, {}),
-            self.farm.sessions.found.get(name),
-        )
-        if (
-            not task
-            or not launch
-            or session_state(session, told, None, claim, turn, launch.preset) != "waiting"
-        ):
-            return []
-        since, message = explain_state("waiting", None, told, claim, turn)
-        hint = f"./farm.py attach {agent_number(name)}"
-        event = describe_event("waiting", message, hint, **names_of(task, name))
-        return [(f"waiting {claim.fence} {since}", event)]
+    def find_waiting(self) -> dict[str, dict]:
+        """key -> event of each agent that waits for a person."""
+        farm, news = self.farm, {}
+        for claim in farm.find_busy():
+            name = claim.agent
+            state, since, message = judge_session(
+                farm.sessions.found.get(name),
+                claim,
+                farm.agents.get(name, {}),
+                None,
+                farm.supervisor.turns.get(name, {}),
+                farm.launches[name].preset,
+            )
+            if state == "waiting":
+                hint, names = f"./farm.py attach {agent_number(name)}", names_of(claim.get_task())
+                news[f"waiting {claim.fence} {since}"] = describe_event(
+                    "waiting", message, hint, **names
+                )
+        return news
 
     def notify(self, event: dict) -> None:
         """Say it, write the report when all is done, and run the user's command in the
