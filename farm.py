@@ -8073,6 +8073,13 @@ def judge_session(
 ) -> tuple[str, str, str]:
     """(state, since when in UTC, why) of an agent, from the process tree, what its CLI's hooks have
     said, and the loop's notes."""
+    # before all else: a session of that name here is not where this claim's owner runs
+    if claim and is_unseen(claim):
+        lapses_at = noted.get("lapses_at")
+        until = f"at {lapses_at}" if lapses_at else "when a loop has waited for its lease"
+        who = f"pid {claim.owner.get('pid')} on {claim.owner.get('host')}"
+        why = f"its owner ({who}) cannot be seen from here; free {until}"
+        return "unseen", claim.claimed_at, why
     at_work = claim and claim.task
     since, cause = claim.claimed_at if at_work else noted.get("since", ""), noted.get("cause", "")
     if session is None or session.dead:
@@ -8131,28 +8138,6 @@ def describe_counts(state: State, waits: dict[str, bool]) -> str:
     return " \u00b7 ".join(parts + [f"{failed} failed"] * bool(failed))
 
 
-def judge_agent(
-    session: Session | None,
-    claim: Claim | None,
-    noted: dict,
-    footprint: Footprint | None,
-    turn: dict,
-    preset: str,
-    limit: str,
-) -> tuple[str, str, str]:
-    """(state, since when, why) of an agent; the process tree speaks before anything else."""
-    # before all else: a session of that name here is not where this claim's owner runs
-    if claim and is_unseen(claim):
-        lapses_at = noted.get("lapses_at")
-        until = f"at {lapses_at}" if lapses_at else "when a loop has waited for its lease"
-        who = f"pid {claim.owner.get('pid')} on {claim.owner.get('host')}"
-        cause = f"its owner ({who}) cannot be seen from here; free {until}"
-        return "unseen", claim.claimed_at, cause
-    state, since, cause = judge_session(session, claim, noted, footprint, turn, preset)
-    # who is at work goes on; a limit holds up only who would begin
-    return ("limited", since, limit) if limit and state == "idle" else (state, since, cause)
-
-
 def last_output_at(store: Store, agent: str) -> float:
     """Epoch seconds; 0 without a log."""
     return changed_at(store.path(f"logs/{agent}.log")) / 1e9
@@ -8172,8 +8157,10 @@ def agent_record(
     task_id, fence = (claim.task.get("id", ""), claim.fence) if claim else ("", "")
     home = agent_home(store.repo, settings, name)
     turn = read_turn(store, name, fence, preset, home) if task_id else {}
-    limit = "" if task_id else find_limit(store, limit_key(preset), CLOCK.now())
-    state, since, cause = judge_agent(session, claim, noted, footprint, turn, preset, limit)
+    state, since, cause = judge_session(session, claim, noted, footprint, turn, preset)
+    # who is at work goes on; a limit holds up only who would begin
+    if state == "idle" and (limit := find_limit(store, limit_key(preset), CLOCK.now())):
+        state, cause = "limited", limit
     output_at = last_output_at(store, name)
     footprint = footprint or Footprint(0.0, 0, 0, False)
     return {
