@@ -8353,13 +8353,11 @@ def agent_records(store: Store, state: State, settings: Settings, sight: Sight) 
     for name in sorted(names):
         preset = cli_of(runs.get(name, "")).name
         claim = state.claims.get(name)
-        commits, lines = noted["work"].get(
-            f"{name}/{claim.task.get('id')}" if claim else "", (None, None)
-        )
         told = {**noted["agents"].get(name, {}), "lapses_at": noted["lapses"].get(name, "")}
         record = agent_record(
             name, sessions.get(name), claim, told, footprints.get(name), store, settings, preset
         )
+        commits, lines = noted["work"].get(f"{name}/{record['task']}", (None, None))
         record.update(
             title=claim.task.get("title", "") if claim else "",
             commits=commits,
@@ -8789,7 +8787,7 @@ class Supervisor:
             end_waiting_turn(self.store, name, self.turns[name], now)
             self.note_stillness(claim, agents[name], session, now)
             cost = cost_of_task(spending, claim.task["id"]) + live[name]
-            over = self.find_excess(claim, cost, now) or self.find_hog(claim, session, now)
+            over = self.find_excess(claim, session, cost, now)
             # once: at each tick until it has ended it is still over its limit
             if over and not read_mail(self.store, name, ENDING_FILE, claim.fence):
                 say(f"{name}: {over[1]}")
@@ -8852,19 +8850,18 @@ class Supervisor:
                 id=claim.task["id"],
             )
 
-    def find_excess(self, claim: Claim, cost_usd: float, now: float) -> tuple[str, str] | None:
-        """(cause, words) when a claim is over its time limit or its task over its budget."""
-        task = claim.get_task()
-        limit = task.time_limit_seconds or self.settings.task_seconds
+    def find_excess(
+        self, claim: Claim, session: Session | None, cost_usd: float, now: float
+    ) -> tuple[str, str] | None:
+        """(cause, words) when a claim is over its time limit or its task over its budget, or when
+        its processes are too many, or take too much memory (their resident sizes added up) or
+        disk, which is looked at every ten seconds."""
+        task, limits = claim.get_task(), self.settings
+        limit = task.time_limit_seconds or limits.task_seconds
         if limit and now - epoch(claim.claimed_at) > limit:
             return "time limit", f"its time limit of {duration(limit)} is over"
-        why = describe_overrun(task, self.settings, cost_usd)
-        return ("budget", why) if why else None
-
-    def find_hog(self, claim: Claim, session: Session | None, now: float) -> tuple | None:
-        """(cause, words) when a claim's processes are too many, or take too much memory (their
-        resident sizes added up) or disk, which is looked at every ten seconds."""
-        limits = self.settings
+        if why := describe_overrun(task, limits, cost_usd):
+            return "budget", why
         if session is None or session.dead:
             return None
         if limits.agent_processes or limits.agent_memory_mib:
@@ -12778,17 +12775,14 @@ def verb_clean(call: Call) -> int:
     "./farm.py status --watch",
 )
 def verb_status(call: Call) -> int:
-    if call.get("watch"):
-        return watch_status(call)
-    status = read_status(call)
-    print_json(status) if call.get("json") else print_status(status)
-    return status.get("exit_code", 0)
-
-
-def watch_status(call: Call) -> int:
-    """Until q or a signal; the farm goes on. In a pipe: the status every two seconds, when it
-    has changed; JSON: one line each."""
-    should_stop, as_json = StopRequest(), call.get("json")
+    """With --watch until q or a signal; the farm goes on. In a pipe: the status every two seconds,
+    when it has changed; JSON: one line each."""
+    as_json = call.get("json")
+    if not call.get("watch"):
+        status = read_status(call)
+        print_json(status) if as_json else print_status(status)
+        return status.get("exit_code", 0)
+    should_stop = StopRequest()
     if sys.stdout.isatty() and not as_json:
         return Watch(call, should_stop).run()
     sight, last = Sight(0.004), ""
