@@ -8122,22 +8122,6 @@ def failed_tasks(state: State) -> list[Task]:
     return [task for task in state.pending.values() if task.state == "failed"]
 
 
-def describe_counts(state: State, waits: dict[str, bool]) -> str:
-    """The farm in one short line. waits: agent -> whether it waits for a person."""
-    at_work = [
-        claim.agent for claim in state.claims.values() if claim.task and claim.agent in waits
-    ]
-    waiting = sum(waits[name] for name in at_work)
-    parts = [f"{waiting} wait for you"] * bool(waiting) + [
-        f"{len(at_work) - waiting} work",
-        f"{len(waits) - len(at_work)} idle",
-        f"{len(state.ready)} to merge",
-        f"{state.count_landed()}/{state.count_states().total()} landed",
-    ]
-    failed = len(failed_tasks(state))
-    return " \u00b7 ".join(parts + [f"{failed} failed"] * bool(failed))
-
-
 def last_output_at(store: Store, agent: str) -> float:
     """Epoch seconds; 0 without a log."""
     return changed_at(store.path(f"logs/{agent}.log")) / 1e9
@@ -9754,17 +9738,28 @@ class News:
         for notice in self.notices:
             notice.join(max(0.0, deadline - CLOCK.monotonic()))
 
+    def describe_counts(self) -> str:
+        """The farm in one short line."""
+        farm, state = self.farm, self.farm.state
+        busy, turns = farm.find_busy(), farm.supervisor.turns
+        waiting = sum(turns.get(claim.agent, {}).get("state") == "waiting" for claim in busy)
+        reviews, failed = len(find_reviews(self.store, state)), len(failed_tasks(state))
+        parts = (
+            "paused" * (self.store.mode() == "paused"),
+            f"{reviews} to review" * bool(reviews),
+            f"{waiting} wait for you" * bool(waiting),
+            f"{len(busy) - waiting} work",
+            f"{len(farm.names) - len(busy)} idle",
+            f"{len(state.ready)} to merge",
+            f"{state.count_landed()}/{state.count_states().total()} landed",
+            f"{failed} failed" * bool(failed),
+        )
+        return " \u00b7 ".join(filter(None, parts))
+
     def show_in_tmux(self) -> None:
         """The farm's counts on the status line of its own tmux server, when they have changed;
         every five seconds at the most."""
-        is_paused = self.store.mode() == "paused"
-        waits = {
-            name: self.farm.supervisor.turns.get(name, {}).get("state") == "waiting"
-            for name in self.farm.names
-        }
-        reviews = len(find_reviews(self.store, self.farm.state))
-        line = "paused \u00b7 " * is_paused + f"{reviews} to review \u00b7 " * bool(reviews)
-        line += describe_counts(self.farm.state, waits)
+        line = self.describe_counts()
         is_time = line != self.line and CLOCK.monotonic() - self.line_at >= 5
         if is_time and self.farm.sessions.found:
             self.line, self.line_at = line, CLOCK.monotonic()
@@ -10589,15 +10584,13 @@ def next_steps(status: dict, problems: list[str], state: State) -> list[tuple[st
 def agent_row(record: dict) -> list[str]:
     note = record["cause"] or record.get("title", "")
     cost = f"${record['cost_usd']:.2f}" if record.get("cost_usd") else "-"
-    counts = [
-        "-" if record.get(key) is None else record[key] for key in ("changed_lines", "commits")
-    ]
+    counts = ("changed_lines", "commits")
     return [
         record["agent"],
         record["state"],
         ago(record["since"]),
         record["task"] or "-",
-        *counts,
+        *("-" if record.get(key) is None else record[key] for key in counts),
         f"{record['cpu_percent']:.0f}%",
         f"{record['rss_bytes'] >> 20}M",
         ago(record["last_output_at"]),
