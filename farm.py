@@ -8846,7 +8846,7 @@ class Supervisor:
             return "time limit", f"its time limit of {duration(limit)} is over"
         if why := describe_overrun(task, limits, cost_usd):
             return "budget", why
-        if session is None or session.dead:
+        if not session or session.dead:
             return None
         if limits.agent_processes or limits.agent_memory_mib:
             tree = tree_of(session.pid, process_children())
@@ -9308,7 +9308,7 @@ class Farm:
         for name in self.names:
             session = self.sessions.found.get(name)
             record = self.agents.setdefault(name, {"ends": []})
-            if session is not None and not session.dead:
+            if session and not session.dead:
                 if record.get("down"):  # somebody's `up` started it: it gets all its chances again
                     record = self.agents[name] = {"ends": []}
                 if record.get("pid") != session.pid:
@@ -9321,7 +9321,7 @@ class Farm:
             if record["cause"] != "done":  # which is a session that was asked to start anew
                 record["ends"] = [*recent_ends(record["ends"], now), now]
             end_processes(self.sessions.find_strays([name]))
-            worktree = self.sessions.worktrees.get(name, ("", "", ""))[2]
+            worktree = worktree_of(self.repo, self.settings, name)
             if os.path.isdir(worktree):
                 record["rescue"] = rescue(self.repo, name, worktree)
             self.store.append_event("session-ended", None, agent=name, cause=record["cause"])
@@ -10681,8 +10681,8 @@ def count_over(counts: dict) -> tuple[int, int]:
 class Progress:
     """A bar on a terminal, a line in a pipe whenever the counts change."""
 
-    def __init__(self, stream):
-        self.stream, self.is_terminal, self.last = stream, stream.isatty(), ""
+    def __init__(self):
+        self.is_terminal, self.last = sys.stdout.isatty(), ""
 
     def show(self, state: State) -> None:
         counts = state.count_states()
@@ -10694,14 +10694,13 @@ class Progress:
         self.last = words
         if self.is_terminal:
             bar = "#" * (24 * over // max(total, 1))
-            self.stream.write(f"\r\x1b[K[{bar:<24}] {over}/{total} {words}")
+            print(f"\r\x1b[K[{bar:<24}] {over}/{total} {words}", end="", flush=True)
         else:
-            self.stream.write(f"{over}/{total} done: {words}\n")
-        self.stream.flush()
+            print(f"{over}/{total} done: {words}", flush=True)
 
     def close(self) -> None:
         if self.is_terminal and self.last:
-            self.stream.write("\n")
+            print()
 
 
 class LogReader:
@@ -12360,8 +12359,7 @@ def verb_hook(call: Call) -> None:
             "hook is for the CLI that the farm has started: FARM_AGENT_NAME and FARM_FENCE are "
             "not set"
         )
-    answer = note_turn(call.store, agent, fence, event)
-    if answer:
+    if answer := note_turn(call.store, agent, fence, event):
         print(dump_line(answer))
 
 
@@ -12680,7 +12678,7 @@ def verb_run(call: Call) -> int:
         farm.remember("paused", before.get("reason", ""))
     else:
         farm.remember("running")
-    should_stop, progress, news = StopRequest(), Progress(sys.stdout), News(farm, report_apart)
+    should_stop, progress, news = StopRequest(), Progress(), News(farm, report_apart)
     standstill, farm.tell = Standstill(farm), news.tell
 
     def is_over() -> bool:
