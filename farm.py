@@ -13535,11 +13535,7 @@ def find_names(verb_name: str, args: list[str], before: str, repo: str) -> list[
     synopsis = VERBS[verb_name].synopsis
     try:
         store = Store(find_repo(os.path.expanduser(repo) or given("FARM_REPO") or os.getcwd()))
-        if (
-            before in ("--id", "--after")
-            or not args
-            and synopsis.startswith((f"{verb_name} ID", f"{verb_name} [ID"))
-        ):
+        if before in ("--id", "--after") or not args and synopsis.startswith(f"{verb_name} ID"):
             over = () if verb_name in ("show", "diff", "revert") else ("landed",)
             return [task.id for task in store.snapshot().live_tasks() if task.state not in over]
         if not args and " AGENT" in synopsis:
@@ -13568,10 +13564,10 @@ def parse_command_line(argv: list[str]) -> Call | str:
     if not argv:
         return describe_farm(leading)
     if argv[0] == "help":
-        topics = {"settings": settings_text, "clis": clis_text}
-        if argv[1:] and argv[1] in topics:
-            return topics[argv[1]]()
-        return help_text(argv[1]) if argv[1:] and argv[1] in VERBS else overview_text()
+        topics, topic = {"settings": settings_text, "clis": clis_text}, "".join(argv[1:2])
+        if topic in topics:
+            return topics[topic]()
+        return help_text(topic) if topic in VERBS else overview_text()
     name = argv[0]
     if name not in VERBS:
         raise UsageError(
