@@ -7740,13 +7740,13 @@ def claim_once(
     key = limit_key(preset) if preset or given("FARM_AGENT") else ""
     if limit := find_limit(call.store, key, CLOCK.now()):
         raise NotFound(f"no new work is handed out: {limit}", "./farm.py status")
-    task_id, conversation = call.options.get("id", ""), new_conversation(preset)
 
     def move(tx: Transaction) -> Claim:
         # in the transaction of the claim: of ten agents that come at once, one is to be the trial
         begin_trial(tx, key, CLOCK.now())
         takes = find_presets(call.store, settings, key, CLOCK.now()) if key else None
-        return TaskQueue(tx).claim(agent, owner, task_id, conversation, takes)
+        asked = (agent, owner, call.get("id", ""), new_conversation(preset), takes)
+        return TaskQueue(tx).claim(*asked)
 
     return take_over(call.store, settings, watch, move)
 
@@ -8145,7 +8145,6 @@ def agent_record(
     # who is at work goes on; a limit holds up only who would begin
     if state == "idle" and (limit := find_limit(store, limit_key(preset), CLOCK.now())):
         state, cause = "limited", limit
-    output_at = last_output_at(store, name)
     footprint = footprint or Footprint(0.0, 0, 0, False)
     return {
         "agent": name,
@@ -8157,7 +8156,7 @@ def agent_record(
         "since": since,
         "worktree": worktree_of(store.repo, settings, name),
         "branch": branch_of(name, task_id) if task_id else "",
-        "last_output_at": utc(output_at) if output_at else "",
+        "last_output_at": utc(at) if (at := last_output_at(store, name)) else "",
         "cause": cause,
         "processes": footprint.processes,
         "preset": preset,
@@ -8712,8 +8711,9 @@ class Sessions:
     def find_strays(self, names) -> list:
         """What these agents have started, in whatever session it is: its environment names both
         this repo and the agent."""
-        found = find_by_environment(FARM_REPO=self.repo)
-        return [process for process, name in found if name in names]
+        return [
+            process for process, name in find_by_environment(FARM_REPO=self.repo) if name in names
+        ]
 
     def end_strays(self, names: list[str], has_run: bool) -> None:
         """End what outlived its session (a killed tmux server's children, say): two must not
@@ -9292,8 +9292,7 @@ class Farm:
         self.reap(now)
         self.expire()
         self.restart(now)
-        busy = self.find_busy()
-        self.supervisor.watch(busy, self.agents, self.sessions.found, now)
+        self.supervisor.watch(self.find_busy(), self.agents, self.sessions.found, now)
         self.admit(now)
         self.shared.compare(
             sorted(claim.agent for claim in self.state.claims.values() if claim.task)
@@ -10506,8 +10505,10 @@ def list_lonely(state: State, settings: Settings, mode: str) -> list[list[str]]:
     if mode not in ("running", "paused"):
         return []
     keys = {limit_key(cli_of(agent).name) for agent in share_agents(settings)}
-    lonely = find_lonely(state, keys)
-    return [[what, f"./farm.py edit {task_id} --agent ''"] for task_id, what in lonely.items()]
+    return [
+        [what, f"./farm.py edit {task_id} --agent ''"]
+        for task_id, what in find_lonely(state, keys).items()
+    ]
 
 
 # What a person can do about an agent in each state of trouble; the order is that of `status`.
@@ -10999,8 +11000,10 @@ def read_status(call: Call, sight: Sight | None = None) -> dict:
         settings = call.settings()
     except DamagedState:
         settings = load_settings(call.repo)
-    placed = call.store.read_part(PLACED_FILE, "hosts")
-    return {"placed": placed, **farm_status(call.store, settings, sight or Sight())}
+    return {
+        "placed": call.store.read_part(PLACED_FILE, "hosts"),
+        **farm_status(call.store, settings, sight or Sight()),
+    }
 
 
 def find_logs(store: Store) -> list[str]:
@@ -11498,8 +11501,9 @@ def task_document(call: Call, task_id: str) -> dict:
     store, state = call.store, call.state
     task, events = state.get_task(task_id), read_task_events(store, task_id)
     record = task_record(task, state, CLOCK.now())
-    queued = [one for one in queue_records(store, state) if one["id"] == task_id]
-    record.update((key, one[key]) for one in queued for key in ("state", "reason"))
+    for queued in queue_records(store, state):
+        if queued["id"] == task_id:
+            record.update(state=queued["state"], reason=queued["reason"])
     spending = [line for line in read_usage(store, is_whole=True) if line["task"] == task_id]
     try:
         work = read_tsv(
@@ -11715,8 +11719,7 @@ def check_agents(call: Call) -> list[tuple]:
         for agent in dict.fromkeys(shared)
         for finding in run_check(check_command, command_of(agent), call.repo)
     ]
-    if not findings:
-        findings += find_blockers(call.repo, settings, shared)
+    findings = findings or find_blockers(call.repo, settings, shared)
     return findings + [
         (limit, "./farm.py up")
         for preset in (*CLIS, COMMAND)
@@ -12338,8 +12341,8 @@ def verb_fail(call: Call) -> None:
     "farm submit agent-001 --fence t-0001.2",
 )
 def verb_submit(call: Call) -> None:
-    branch, commit = call.get("branch", ""), call.get("commit", "")
-    submit(call.store, call.agent(), fence_of(call), branch=branch, commit=commit)
+    source = {"branch": call.get("branch", ""), "commit": call.get("commit", "")}
+    submit(call.store, call.agent(), fence_of(call), **source)
 
 
 @verb(
@@ -12370,10 +12373,10 @@ def verb_hook(call: Call) -> None:
     "farm finish agent-001 --fence t-0001.2 --code 0 <log",
 )
 def verb_finish(call: Call) -> None:
-    agent, fence = call.agent(), fence_of(call)
+    attempt = Attempt(call, call.agent(), fence_of(call))
     log = sys.stdin.buffer.read().decode("utf-8", "replace")
     try:
-        Attempt(call, agent, fence).finish(call.get("code", 0), log)
+        attempt.finish(call.get("code", 0), log)
     except Refused as error:
         # somebody else has the task now, or the agent has made its move itself
         say(str(error))
