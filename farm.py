@@ -7491,8 +7491,8 @@ def describe_history(store: Store, task: Task) -> str:
 
 def read_return(store: Store, task: Task) -> str:
     """Why the work of the last attempt came back; empty when it did not."""
+    path = store.path(f"returns/{task.id}.{task.attempts}.txt")
     try:
-        path = store.path(f"returns/{task.id}.{task.attempts}.txt")
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read(20_000)
     except FileNotFoundError:
@@ -7610,7 +7610,7 @@ def note_turn(store: Store, agent: str, fence: str, event: dict) -> dict | None:
     ends the CLI, and the farm decides from the branch; but one that waits for a command of its
     own in the background wakes by itself, and gets BACKGROUND_SECONDS. event: the hook's JSON.
     """
-    cli, before = (cli_of(given("FARM_PRESET")), read_mail(store, agent, TURN_FILE, fence))
+    cli, before = cli_of(given("FARM_PRESET")), read_mail(store, agent, TURN_FILE, fence)
     state, message = cli.read_event(event)
     if not state:
         return None
@@ -8592,7 +8592,7 @@ class Sessions:
         self.repo, self.launches = store.repo, launches
         self.socket = find_server(self.repo)
         self.worktrees = {}  # agent -> mk-worktrees.sh's row
-        self.found: dict[str, Session] = {}
+        self.found = {}  # name -> Session
         self.unable = ""  # why not all worktrees could be made
 
     # One after the other, by one script: of 60 `git worktree add`s that track a branch, 20 at
@@ -8934,9 +8934,8 @@ class Ending:
         end_processes(own, 5.0)
         # a push outlives its merger
         end_processes([process for process, _ in find_by_environment(FARM_PUSH=self.repo)], 2.0)
-        end_processes(
-            self.sessions.find_strays([CONTROL]), 5.0
-        )  # a merger that has not yet locked its file
+        # a merger that has not yet locked its file
+        end_processes(self.sessions.find_strays([CONTROL]), 5.0)
         end_all_gates(worktrees_folder(self.repo, self.settings))
 
     def find_loop_and_merger(self) -> list[int]:
@@ -9182,7 +9181,7 @@ class Farm:
         self.sessions = Sessions(store, settings, self.launches, target)
         self.supervisor = Supervisor(store, settings, self.launches)
         noted = store.read_loop()
-        self.agents: dict[str, dict] = noted["agents"]
+        self.agents = noted["agents"]
         # what `tell` has said, and what those at work have done
         self.told, self.work = noted["told"], WorkCount()
         # agent -> when the lease of its unseen owner is over (UTC)
