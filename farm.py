@@ -8179,35 +8179,33 @@ class WorkCount:
 
     def go_on(self, store: Store, state: State, settings: Settings, target: str) -> None:
         """Begin a count when it is time, or take what one has found; never waits."""
-        if self.process:
-            self.collect()
-        elif CLOCK.monotonic() >= self.due_at:
-            rows = [
-                [
-                    f"{task.agent}/{task.id}",
-                    branch_of(task.agent, task.id),
-                    worktree_of(store.repo, settings, task.agent),
-                ]
-                for task in state.claimed().values()
-            ]
-            if rows and target:
-                self.begin(store.repo, target, rows)
-            else:
-                self.found = {}
-
-    # Files, not pipes: nobody reads while the loop goes on, and a full pipe would hold git up. A
-    # session of its own, so that one blow ends git and all that it has started.
-    def begin(self, repo: str, target: str, rows: list[list[str]]) -> None:
         import subprocess
         import tempfile
 
-        argv = ["bash", f"{SCRIPTS}/merge/look.sh", "work", "-C", repo, "-b", target]
+        if self.process:
+            self.collect()
+        if self.process or CLOCK.monotonic() < self.due_at:
+            return
+        rows = [
+            [
+                f"{task.agent}/{task.id}",
+                branch_of(task.agent, task.id),
+                worktree_of(store.repo, settings, task.agent),
+            ]
+            for task in state.claimed().values()
+        ]
+        if not rows or not target:
+            self.found = {}
+            return
+        argv = ["bash", f"{SCRIPTS}/merge/look.sh", "work", "-C", store.repo, "-b", target]
+        # Files, not pipes: nobody reads while the loop goes on, and a full pipe would hold git up.
+        # A session of its own, so that one blow ends git and all that it has started.
         self.output, self.begun_at = tempfile.TemporaryFile(), CLOCK.monotonic()
         with tempfile.TemporaryFile() as lines:
             lines.write(os.fsencode(write_tsv(rows)))
             lines.seek(0)
             self.process = subprocess.Popen(
-                [*unfiltered(repo), *argv],
+                [*unfiltered(store.repo), *argv],
                 stdin=lines,
                 stdout=self.output,
                 stderr=subprocess.DEVNULL,
@@ -8379,19 +8377,6 @@ SHELLS_OWN = (
 )
 
 
-# Digests, as the note lies on disk and the values are keys and tokens.
-def digest_environment() -> dict[str, str]:
-    """name -> a digest of its value, of the variables that sessions get from their caller."""
-    import hashlib
-
-    others = ("FARM_", "TMUX", "GIT_CONFIG_", "BASH_FUNC_")
-    return {
-        name: hashlib.sha256(os.fsencode(f"{name}={value}")).hexdigest()[:16]
-        for name, value in os.environ.items()
-        if name not in SHELLS_OWN and not name.startswith(others)
-    }
-
-
 # Values go to the script by stdin: each user of the machine can read arguments.
 def bring_environment(store: Store, socket: str) -> list[str]:
     """Give the tmux server what the caller's shell has (a new key, PATH, venv); the names that
@@ -8400,11 +8385,19 @@ def bring_environment(store: Store, socket: str) -> list[str]:
     Idle agents are asked to start anew at once, those at work after their task. Values are kept
     as digests only.
     """
+    import hashlib
+
     # a loop in tmux has what the server has, and is nobody's shell
     if given("FARM_AS_TOLD"):
         return []
     note = os.path.join(find_git_dirs(store.repo)[1], "farm/environment.json")
-    now = digest_environment()
+    others = ("FARM_", "TMUX", "GIT_CONFIG_", "BASH_FUNC_")
+    # digests, as the note lies on disk and the values are keys and tokens
+    now = {
+        name: hashlib.sha256(os.fsencode(f"{name}={value}")).hexdigest()[:16]
+        for name, value in os.environ.items()
+        if name not in SHELLS_OWN and not name.startswith(others)
+    }
     before = next(read_json_lines(note), {})
     os.makedirs(os.path.dirname(note), exist_ok=True)
     write_whole(note, dump_line(now) + "\n")
