@@ -7769,6 +7769,9 @@ def hold_pin(store: Store, task_id: str):
     return guard
 
 
+COMMIT_FIRST = "git add -A && git commit, then submit again"
+
+
 def submit(store: Store, agent: str, fence: str, *, branch: str = "", commit: str = "") -> None:
     """Pin a commit, then hand it to the merge queue: git first, so that the queue never names a
     commit that could be lost.
@@ -7790,15 +7793,9 @@ def submit(store: Store, agent: str, fence: str, *, branch: str = "", commit: st
         pinned = spawn_script(*pin).strip()
         # FARM_BASE is where the attempt began: a head that has not left it brings nothing
         if pinned == given("FARM_BASE"):
-            raise nothing_new(branch)
+            raise Rejected(f"{branch} has no commit of its own", COMMIT_FIRST)
         with store.transaction() as tx:
             TaskQueue(tx).submit(agent, fence, branch, pinned)
-
-
-def nothing_new(branch: str, said: str = "") -> Rejected:
-    return Rejected(
-        said or f"{branch} has no commit of its own", "git add -A && git commit, then submit again"
-    )
 
 
 def verify_objects(repo: str, head: str) -> None:
@@ -7833,7 +7830,7 @@ def find_own_head(agent: str, branch: str) -> str:
     if code:
         raise Refused(said, "git status")
     if "NOTHING" in found:
-        raise nothing_new(branch, said)
+        raise Rejected(said or f"{branch} has no commit of its own", COMMIT_FIRST)
     return found.get("HEAD", "")
 
 
@@ -8880,10 +8877,8 @@ class Ending:
         # all found before the first is killed, as parents lead to children only while they live
         trees = self.sessions.find_trees(*self.find_loop_and_merger())
 
-        def find() -> list:
-            return list(filter(is_alive, [*trees, *self.sessions.find_strays(names)]))
-
-        end_all(find, CLOCK.monotonic() + 5)
+        strays = self.sessions.find_strays
+        end_all(lambda: list(filter(is_alive, [*trees, *strays(names)])), CLOCK.monotonic() + 5)
         end_all_gates(worktrees_folder(self.repo, self.settings))
         return self.down(0)
 
