@@ -8079,8 +8079,8 @@ def judge_session(
         return "unseen", claim.claimed_at, why
     at_work = claim and claim.task
     since, cause = claim.claimed_at if at_work else noted.get("since", ""), noted.get("cause", "")
-    if session is None or session.dead:
-        state = "stopped" if session is None and not cause else "dead"
+    if not session or session.dead:
+        state = "dead" if session or cause else "stopped"
         why = cause or (end_cause(session) if session else "")
         return "parked" if noted.get("parked") else state, since, why
     if footprint and footprint.is_zombie:
@@ -8280,8 +8280,21 @@ def measure_sessions(sessions: dict[str, Session]) -> dict[str, Footprint]:
 # of a host, and of an agent on it, what its hub is told and shows
 TOLD_OF_HOST = ("toolkit", "farm", "reach", "trouble")
 TOLD_OF_AGENT = {
-    **dict.fromkeys(("agent", "state", "task", "fence", "since", "cause", "title", "preset"), ""),
-    **dict.fromkeys(("last_output_at", "worktree"), ""),
+    **dict.fromkeys(
+        (
+            "agent",
+            "state",
+            "task",
+            "fence",
+            "since",
+            "cause",
+            "title",
+            "preset",
+            "last_output_at",
+            "worktree",
+        ),
+        "",
+    ),
     **dict.fromkeys(("rss_bytes", "processes"), 0),
     **dict.fromkeys(("cpu_percent", "cost_usd"), 0.0),
 }
@@ -8946,8 +8959,9 @@ class Ending:
 
     def find_busy(self) -> list[str]:
         """Those of our agents that are at work on a task."""
-        names = self.names
-        return [claim.agent for claim in self.find_claims() if claim.task and claim.agent in names]
+        return [
+            claim.agent for claim in self.find_claims() if claim.task and claim.agent in self.names
+        ]
 
     def keep_work(self) -> list[str]:
         """Rescue what agents were at work on, and give every claim back unharmed.
@@ -9420,15 +9434,16 @@ class Farm:
         have passed."""
         before, deadline = self.signature(), CLOCK.monotonic() + self.next_look()
         pids = [record["pid"] for record in self.agents.values() if "pid" in record]
-
-        def is_due() -> bool:
-            return (
+        wait_for(
+            lambda: (
                 self.signature() != before
                 or should_stop.is_set()
                 or not all(map(process_exists, pids))
-            )
-
-        wait_for(is_due, deadline, 0.2, should_stop.wait)
+            ),
+            deadline,
+            0.2,
+            should_stop.wait,
+        )
 
     def find_busy(self) -> list[Claim]:
         """The claims of our agents that are at work on a task."""
@@ -12591,9 +12606,9 @@ def report_merge(call: Call, moved: list[tuple], trouble: tuple, gates: int) -> 
     if call.get("json"):
         print_json(
             {
-                "landed": [move[0] for move in moved if move[1] == "landed"],
+                "landed": [name for name, what, _ in moved if what == "landed"],
                 "gates": gates,
-                "returned": [{"id": move[0], "reason": move[2]} for move in came_back],
+                "returned": [{"id": name, "reason": why} for name, _, why in came_back],
                 "trouble": list(trouble),
             }
         )
