@@ -8312,15 +8312,16 @@ def host_records(store: Store, lease_seconds: float) -> list[dict]:
     records = []
     for host, told in read_hosts(store).items():
         heard_at = told.get("heard_at", "")
-        lost = {"state": "lost", "cause": f"{host} was heard {ago(heard_at)} ago"}
-        is_lost = CLOCK.now() - epoch(heard_at) > lease_seconds
+        lost = {}
+        if CLOCK.now() - epoch(heard_at) > lease_seconds:
+            lost = {"state": "lost", "cause": f"{host} was heard {ago(heard_at)} ago"}
         records += [
             {
                 **record,
                 "host": host,
                 "heard_at": heard_at,
                 "trouble": told.get("trouble", ""),
-                **(lost if is_lost else {}),
+                **lost,
             }
             for record in told.get("agents", ())
         ]
