@@ -184,6 +184,11 @@ class Clock:
 CLOCK = Clock()
 
 
+def given(variable: str) -> str:
+    """A variable of the environment: empty is as good as none."""
+    return os.environ.get(variable, "")
+
+
 CALLED_WITH = {"repo": ""}  # the --repo of this call; `main` knows
 
 
@@ -322,6 +327,11 @@ def shell_word(text: str) -> str:
         )
         + "'"
     )
+
+
+def write_tsv(rows) -> str:
+    """Rows of texts as lines that a script can read; the inverse of `read_tsv`."""
+    return "".join("\t".join(map(escape_field, row)) + "\n" for row in rows)
 
 
 def read_tsv(text: str) -> list[list[str]]:
@@ -4908,7 +4918,7 @@ def chain_line(task: Task) -> str:
         task.agent,
         one_line(task.title),
     )
-    return "\t".join(escape_field(field) for field in fields) + "\n"
+    return write_tsv([fields])
 
 
 def show_tip(repo: str, revision: str) -> Step:
@@ -7151,13 +7161,13 @@ def begin_trial(tx: Transaction, key: str, now: float) -> None:
         write_limits(tx, presets=limits)
 
 
-def note_outcome(store: Store, fence: str, outcome: Outcome, *, is_idle: bool = False) -> Outcome:
+def note_outcome(store: Store, task_id: str, outcome: Outcome, *, is_idle: bool = False) -> Outcome:
     """Keep in limits.json what an outcome says of its CLI or command; the outcome, which is a
     release where the fault is theirs."""
-    key = limit_key(os.environ.get("FARM_PRESET", ""))
+    key = limit_key(given("FARM_PRESET"))
     with store.transaction() as tx:
         if outcome.move != "release":
-            outcome = judge_streak(tx, key, fence.rpartition(".")[0], outcome, is_idle=is_idle)
+            outcome = judge_streak(tx, key, task_id, outcome, is_idle=is_idle)
         until = note_limit(tx, key, outcome, CLOCK.now())
     if outcome.move == "release":
         say(
@@ -7221,7 +7231,7 @@ def describe_history(store: Store, task: Task) -> str:
 
 def read_return(store: Store, task: Task) -> str:
     """Why the work of the last attempt came back; empty when it did not."""
-    path = store.path("returns", f"{task.id}.{task.attempts}.txt")
+    path = store.path(f"returns/{task.id}.{task.attempts}.txt")
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read(20_000)
@@ -7268,7 +7278,7 @@ def write_prompt(store: Store, claim: Claim, settings: Settings, *, resumes: boo
         text = (RESUME_TEMPLATE if resumes else PROMPT_TEMPLATE).format(**values)
     # CLIs take a slash at the start for a command of their own
     text = "Task:\n" * text.startswith("/") + text
-    path = store.path("prompts", f"{task.id}.{task.attempt}{'.resumed' * resumes}.md")
+    path = store.path(f"prompts/{task.id}.{task.attempt}{'.resumed' * resumes}.md")
     with open(path, "w", encoding="utf-8", errors="replace") as file:
         file.write(text)
     return path
@@ -7312,26 +7322,25 @@ def read_mail(store: Store, agent: str, name: str, fence: str) -> dict:
     """What lies in an agent's mailbox under `name` about the claim `fence`; empty when there is
     nothing that can be read."""
     try:
-        path = store.path("mailbox", agent, name)
+        path = store.path(f"mailbox/{agent}/{name}")
         mail = json.loads(read_foreign(path, MAIL_BYTES, os.O_NOFOLLOW))
     except (OSError, ValueError, RecursionError):
         return {}
-    texts = isinstance(mail, dict) and all(
-        isinstance(mail.get(key, ""), str) for key in ("at", "event", "state", "message")
-    )
+    keys = ("at", "event", "state", "message")
+    texts = isinstance(mail, dict) and is_texts([mail.get(key, "") for key in keys])
     return mail if texts and mail.get("fence") == fence else {}
 
 
 def write_mail(store: Store, agent: str, name: str, mail: dict) -> None:
     try:
-        write_whole(store.path("mailbox", agent, name), dump_line(mail) + "\n")
+        write_whole(store.path(f"mailbox/{agent}/{name}"), dump_line(mail) + "\n")
     except OSError as error:  # a folder of that name, say: the loop has others to look after
         say(f"{agent}: its mailbox cannot be written: {error}")
 
 
 def end_turn(store: Store, agent: str, fence: str, word: str = "over") -> None:
     """Have run-task.sh end the CLI that works on `fence`; with `kill` at once."""
-    ring(store.path("mailbox", agent, "bell"), f"{word} {fence}\n".encode())
+    ring(store.path(f"mailbox/{agent}/bell"), f"{word} {fence}\n".encode())
 
 
 def note_turn(store: Store, agent: str, fence: str, event: dict) -> dict | None:
@@ -7341,17 +7350,14 @@ def note_turn(store: Store, agent: str, fence: str, event: dict) -> dict | None:
     ends the CLI, and the farm decides from the branch; but one that waits for a command of its
     own in the background wakes by itself, and gets BACKGROUND_SECONDS. event: the hook's JSON.
     """
-    cli, before = (
-        cli_of(os.environ.get("FARM_PRESET", "")),
-        read_mail(store, agent, TURN_FILE, fence),
-    )
+    cli, before = cli_of(given("FARM_PRESET")), read_mail(store, agent, TURN_FILE, fence)
     state, message = cli.read_event(event)
     if not state:
         return None
     name, at = event["hook_event_name"], utc(CLOCK.now())
     turn = {**before, "at": at, "fence": fence, "event": name, "state": state, "message": message}
     claim = store.find_claim(agent)
-    is_early = name == "Stop" and claim is not None and claim.fence == fence
+    is_early = name == "Stop" and claim and claim.fence == fence
     goes_back = is_early and not before.get("sent_back")
     if goes_back or is_early and event.get("background_tasks"):
         turn.update(state="working", sent_back=True)
@@ -7415,7 +7421,7 @@ def live_cost(store: Store, claim: Claim, spending: list[dict]) -> float:
     if not own_id:
         return 0.0
     earlier = sum_usage([line for line in spending if line.get("conversation") == own_id])
-    told = cli_of(preset).read_cost(store.path("mailbox", claim.agent, COST_FILE), own_id)
+    told = cli_of(preset).read_cost(store.path(f"mailbox/{claim.agent}/{COST_FILE}"), own_id)
     return max(0.0, told - earlier["cost_usd"])
 
 
@@ -7457,8 +7463,7 @@ def check_hand_out(store: Store, settings: Settings) -> None:
             f"the farm is {mode}; nothing is handed out",
             "./farm.py resume" if mode == "paused" else "./farm.py up",
         )
-    short = find_shortage(store.repo, settings.min_free_mib) if mode == "running" else ""
-    if short:
+    if mode == "running" and (short := find_shortage(store.repo, settings.min_free_mib)):
         raise NotFound(
             f"no new work is handed out: {short}", "free some, or lower FARM_MIN_FREE_MIB"
         )
@@ -7470,19 +7475,18 @@ def claim_once(
     """Free what dead owners hold, then claim. Raises NotFound when there is nothing, or the farm
     takes no new work."""
     check_hand_out(call.store, settings)
-    preset = os.environ.get("FARM_PRESET", "")
+    preset = given("FARM_PRESET")
     # a claim by hand is nobody's preset
-    key = limit_key(preset) if preset or os.environ.get("FARM_AGENT") else ""
-    limit = find_limit(call.store, key, CLOCK.now())
-    if limit:
+    key = limit_key(preset) if preset or given("FARM_AGENT") else ""
+    if limit := find_limit(call.store, key, CLOCK.now()):
         raise NotFound(f"no new work is handed out: {limit}", "./farm.py status")
-    task_id, conversation = call.options.get("id", ""), new_conversation(preset)
 
     def move(tx: Transaction) -> Claim:
         # in the transaction of the claim: of ten agents that come at once, one is to be the trial
         begin_trial(tx, key, CLOCK.now())
         takes = find_presets(call.store, settings, key, CLOCK.now()) if key else None
-        return TaskQueue(tx).claim(agent, owner, task_id, conversation, takes)
+        asked = (agent, owner, call.get("id", ""), new_conversation(preset), takes)
+        return TaskQueue(tx).claim(*asked)
 
     return take_over(call.store, settings, watch, move)
 
@@ -7491,23 +7495,21 @@ def claim_once(
 SIGNING_WORDS = r"sign(ed|ing)? (the data|failed)|failed to sign|signing key|gpg|ssh-keygen"
 
 
-def hold_pin(store: Store, task_id: str) -> int:
-    """A lock file's descriptor, under which a task's pin is moved: from the look at the fence to
-    the end of the move.
+def hold_pin(store: Store, task_id: str):
+    """A lock file, held, under which a task's pin is moved: from the look at the fence to the end
+    of the move.
 
     A late agent's pin could else come after that of the next claim's accepted submission. Not
     the mutex: git takes its time. The git that moves the pin inherits it, so it is held as long
     as that one lives. One file for many tasks, so that they stay few.
     """
     os.makedirs(store.path("merge_queue"), exist_ok=True)
-    guard = os.open(
-        store.path("merge_queue", f".pin-{sum(task_id.encode()) % 16}.lock"),
-        os.O_RDWR | os.O_CREAT,
-        0o666,
-    )
-    os.set_inheritable(guard, True)
-    fcntl.flock(guard, fcntl.LOCK_EX)
+    guard = hold(store.path(f"merge_queue/.pin-{sum(task_id.encode()) % 16}.lock"))
+    os.set_inheritable(guard.fileno(), True)
     return guard
+
+
+COMMIT_FIRST = "git add -A && git commit, then submit again"
 
 
 def submit(store: Store, agent: str, fence: str, *, branch: str = "", commit: str = "") -> None:
@@ -7519,8 +7521,7 @@ def submit(store: Store, agent: str, fence: str, *, branch: str = "", commit: st
     """
     task_id = fence.rpartition(".")[0]
     branch = branch or branch_of(agent, task_id)
-    guard = hold_pin(store, task_id)
-    try:
+    with hold_pin(store, task_id):
         claim = store.find_claim(agent)
         if claim is None or claim.fence != fence:
             with store.transaction() as tx:  # an old fence is refused, a repeated submit is fine
@@ -7531,23 +7532,16 @@ def submit(store: Store, agent: str, fence: str, *, branch: str = "", commit: st
         pin = ("merge/pins.sh", "set", "-C", store.repo, f"refs/farm/ready/{task_id}", head)
         pinned = spawn_script(*pin).strip()
         # FARM_BASE is where the attempt began: a head that has not left it brings nothing
-        if pinned == os.environ.get("FARM_BASE"):
-            raise nothing_new(branch)
+        if pinned == given("FARM_BASE"):
+            raise Rejected(f"{branch} has no commit of its own", COMMIT_FIRST)
         with store.transaction() as tx:
             TaskQueue(tx).submit(agent, fence, branch, pinned)
-    finally:
-        os.close(guard)
-
-
-def nothing_new(branch: str, said: str = "") -> Rejected:
-    words = said or f"{branch} has no commit of its own"
-    return Rejected(words, "git add -A && git commit, then submit again")
 
 
 def verify_objects(repo: str, head: str) -> None:
     """What a sandboxed agent submits is what it seems: sandboxes write to the one folder of
     objects. Raises BrokenObjects."""
-    target = os.environ.get("FARM_TARGET", "")
+    target = given("FARM_TARGET")
     if not is_isolated(repo) or not target:
         return
     try:
@@ -7564,36 +7558,30 @@ def find_own_head(agent: str, branch: str) -> str:
 
     Raises Refused in the middle of a rebase, and Rejected where there is nothing new.
     """
-    env, worktree = os.environ, os.environ.get("FARM_WORKTREE")
-    is_own = env.get("FARM_AGENT_NAME") == agent and env.get("FARM_BRANCH") == branch
-    if not worktree or not is_own or not env.get("FARM_BASE"):
+    worktree = given("FARM_WORKTREE")
+    is_own = given("FARM_AGENT_NAME") == agent and given("FARM_BRANCH") == branch
+    if not worktree or not is_own or not given("FARM_BASE"):
         return ""
-    folder = read_line(os.path.join(worktree, ".git")).removeprefix("gitdir: ")
+    folder = read_line(f"{worktree}/.git").removeprefix("gitdir: ")
     is_there = read_line(os.path.join(worktree, folder, "HEAD")) == f"ref: refs/heads/{branch}"
-    if is_there and not env.get("FARM_START"):  # one that goes on may be behind its base
+    if is_there and not given("FARM_START"):  # one that goes on may be behind its base
         return ""
-    result = run_on_tree(
-        *(env["FARM_REPO"], worktree, "agent/commit-rest.sh", *describe_branch(), "-n", worktree),
-        allow=(0, 4),
-    )
-    said = one_line(result.stderr.replace("farm: ", ""), 400)
-    found = read_answers(result.stdout)
-    if result.code:
+    code, said, found = run_commit_rest(worktree, "-n", allow=(0, 4))
+    if code:
         raise Refused(said, "git status")
     if "NOTHING" in found:
-        raise nothing_new(branch, said)
+        raise Rejected(said or f"{branch} has no commit of its own", COMMIT_FIRST)
     return found.get("HEAD", "")
 
 
-def describe_branch() -> tuple[str, ...]:
-    """What commit-rest.sh is told of the task's branch."""
-    env = os.environ
-    return "-b", env["FARM_BRANCH"], "-o", env["FARM_BASE"], "-t", env.get("FARM_TARGET", "")
-
-
-def read_answers(text: str) -> dict[str, str]:
-    """NAME=value lines of a script."""
-    return dict(line.split("=", 1) for line in text.splitlines())
+def run_commit_rest(worktree: str, *words: str, **options) -> tuple[int, str, dict[str, str]]:
+    """commit-rest.sh for the attempt's branch: its exit code, what it said in a line, and what it
+    has found (NAME -> value)."""
+    branch = ("-b", given("FARM_BRANCH"), "-o", given("FARM_BASE"), "-t", given("FARM_TARGET"))
+    argv = ("agent/commit-rest.sh", *branch, *words, worktree)
+    result = run_on_tree(given("FARM_REPO"), worktree, *argv, **options)
+    found = dict(line.split("=", 1) for line in result.stdout.splitlines() if "=" in line)
+    return result.code, one_line(result.stderr.replace("farm: ", ""), 400), found
 
 
 class Attempt:
@@ -7602,9 +7590,9 @@ class Attempt:
 
     def __init__(self, call: Call, agent: str, fence: str):
         self.call, self.store, self.agent, self.fence = call, call.store, agent, fence
-        self.task_id, self.preset = fence.rpartition(".")[0], os.environ.get("FARM_PRESET", "")
-        self.branch = os.environ.get("FARM_BRANCH", "")
-        self.worktree = os.environ.get("FARM_WORKTREE", "")
+        self.task_id, self.preset = fence.rpartition(".")[0], given("FARM_PRESET")
+        self.branch = given("FARM_BRANCH")
+        self.worktree = given("FARM_WORKTREE")
 
     def finish(self, code: int, log: str) -> None:
         """Decide what becomes of it, and make that move. code: its command's exit code; log: what
@@ -7619,9 +7607,8 @@ class Attempt:
     def judge(self, code: int, log: str) -> Outcome:
         """The outcome as far as the CLI, the exit code and the budgets say; what the attempt has
         used is written down."""
-        mailbox = self.store.path("mailbox", self.agent, "output")
-        conversation = os.environ.get("FARM_CONVERSATION", "")
-        usage = cli_of(self.preset).read_attempt(mailbox, conversation)
+        output = self.store.path(f"mailbox/{self.agent}/output")
+        usage = cli_of(self.preset).read_attempt(output, given("FARM_CONVERSATION"))
         outcome = judge_end(
             code,
             read_mail(self.store, self.agent, TURN_FILE, self.fence),
@@ -7631,8 +7618,8 @@ class Attempt:
             find_missing(code, log) if code in CANNOT_START else "",
         )
         # it goes into a command line later
-        told = usage.conversation if is_name(usage.conversation) else ""
-        outcome = outcome._replace(conversation=told)
+        if is_name(usage.conversation):
+            outcome = outcome._replace(conversation=usage.conversation)
         if not self.preset:
             return outcome
         self.note_usage(usage)
@@ -7647,10 +7634,10 @@ class Attempt:
             "agent": self.agent,
             "fence": self.fence,
             "preset": self.preset,
-            "attempt": int(os.environ.get("FARM_ATTEMPT") or 0),
+            "attempt": int(given("FARM_ATTEMPT") or 0),
         }
         if cli_of(self.preset).counts_conversation:
-            line["conversation"] = os.environ.get("FARM_CONVERSATION") or usage.conversation
+            line["conversation"] = given("FARM_CONVERSATION") or usage.conversation
         note_usage(self.store, line, usage)
 
     def judge_budgets(self) -> str:
@@ -7676,7 +7663,7 @@ class Attempt:
         nothing = outcome._replace(move="fail", cause="no change", why=why)
         claim = self.store.find_claim(self.agent)
         # not what it has submitted itself, and landed since
-        if "NOTHING" in found and claim is not None and claim.fence == self.fence:
+        if "NOTHING" in found and claim and claim.fence == self.fence:
             return nothing
         head = found.get("HEAD") or f"refs/heads/{self.branch}"
         # what passes by itself (another git's lock, say) must not cost an attempt: the work is
@@ -7684,7 +7671,7 @@ class Attempt:
         for tries_left in (2, 1, 0):
             try:
                 submit(self.store, self.agent, self.fence, commit=head)
-                return note_outcome(self.store, self.fence, outcome)
+                break
             except BrokenObjects as error:
                 return nothing._replace(cause="cannot commit", why=one_line(str(error), 400))
             except Rejected:
@@ -7694,38 +7681,36 @@ class Attempt:
             except FarmError:
                 if not tries_left:
                     raise
-        return outcome
+        return note_outcome(self.store, self.task_id, outcome)
 
     def commit_rest(self, outcome: Outcome) -> tuple[Outcome, dict]:
         """Commit what the CLI has left; the outcome, which is another one when that cannot be
         done, with what the script has found (NAME -> value)."""
-        # git takes no empty message
-        words = (*describe_branch(), "-m", os.environ["FARM_TITLE"] or "work", self.worktree)
-        argv = (self.store.repo, self.worktree, "agent/commit-rest.sh", *words)
+        message = given("FARM_TITLE") or "work"  # git takes no empty one
+        # detach, so that the end of its time ends the hook or the pinentry as well
+        options = {"allow": (0, 1, 4), "timeout": COMMIT_SECONDS, "detach": True}
         try:
-            # detach, so that the end of its time ends the hook or the pinentry as well
-            result = run_on_tree(*argv, allow=(0, 1, 4), timeout=COMMIT_SECONDS, detach=True)
+            code, said, found = run_commit_rest(self.worktree, "-m", message, **options)
         except TookTooLong:
             why = f"the commit took longer than {COMMIT_SECONDS:.0f} s"
             return outcome._replace(move="fail", cause="cannot commit", why=why), {}
-        said = one_line(result.stderr.replace("farm: ", ""), 400)
-        if result.code == 4:
+        if code == 4:
             return outcome._replace(move="resume", cause="ended early", why=said), {}
-        if result.code:
+        if code:
             # told apart, as that is nobody's task: no commit of any agent will be signed
             cause = "cannot sign" if re.search(SIGNING_WORDS, said) else "cannot commit"
             why = f"what it left could not be committed: {said}"
             return outcome._replace(move="fail", cause=cause, why=why), {}
         if said:
             say(said)
-        return outcome, {**read_answers(result.stdout), "SAID": said}
+        return outcome, {**found, "SAID": said}
 
     def leave_off(self, outcome: Outcome) -> None:
         """Give the task back without a result, unsaved work kept first."""
         # before the move: after it another agent may begin, and this worktree may be used again
         kept = rescue(self.store.repo, self.agent, self.worktree) if self.worktree else ""
         is_idle = self.was_idle(bool(kept) and outcome.cause not in NO_COMMIT)
-        outcome = note_outcome(self.store, self.fence, outcome, is_idle=is_idle)
+        outcome = note_outcome(self.store, self.task_id, outcome, is_idle=is_idle)
         with self.store.transaction() as tx:
             queue = TaskQueue(tx)
             if outcome.move == "release":
@@ -7750,18 +7735,13 @@ class Attempt:
         """Whether it was over within seconds, and has left no work: several tasks in a row that
         end so are a fault of the set-up."""
         claim = self.store.find_claim(self.agent)
-        if claim is None or CLOCK.now() - epoch(claim.claimed_at) >= STREAK_SECONDS:
+        is_long = not claim or CLOCK.now() - epoch(claim.claimed_at) >= STREAK_SECONDS
+        if has_saved or is_long:
             return False
-        return not has_saved and not has_commits(self.store.repo, self.branch)
-
-
-# Any exit code will do: a branch that is gone, or that git cannot read, has brought nothing.
-def has_commits(repo: str, branch: str) -> bool:
-    """Whether the task's branch is elsewhere than where the attempt began."""
-    result = run_script(
-        "merge/pins.sh", "tip", "-C", repo, "refs/heads/" + branch, allow=range(256)
-    )
-    return not result.code and read_tsv(result.stdout)[0][0] != os.environ.get("FARM_BASE")
+        # any exit code will do: a branch that is gone, or that git cannot read, has brought nothing
+        at = ("-C", self.store.repo, f"refs/heads/{self.branch}")
+        tip = run_script("merge/pins.sh", "tip", *at, allow=range(256))
+        return bool(tip.code) or read_tsv(tip.stdout)[0][0] == given("FARM_BASE")
 
 
 # ----------------------------------------------------------------------------------------- sessions
@@ -7770,28 +7750,16 @@ def has_commits(repo: str, branch: str) -> bool:
 
 CONTROL = "control"
 
-Session = namedtuple("Session", "name pane pid dead exit_status signal activity path")
+Session = namedtuple("Session", "pid dead exit_status signal")
 Footprint = namedtuple("Footprint", "cpu_percent rss_bytes processes is_zombie")
 
 
-def probe_sessions(socket: str, timeout: float = 600.0) -> dict[str, Session]:
+def probe_sessions(socket: str, **options) -> dict[str, Session]:
     """name -> Session of every session on the farm's server; empty when no server runs."""
-    result = run_script("probe-tmux.sh", "-L", socket, allow=(0, 3), timeout=timeout)
-    sessions = {}
-    for name, pane, pid, dead, status, signal, activity, path in (
-        row[:8] for row in read_tsv(result.stdout)
-    ):
+    result, sessions = run_script("probe-tmux.sh", "-L", socket, allow=(0, 3), **options), {}
+    for name, _, pid, dead, status, signal, *_ in read_tsv(result.stdout):
         exit_status = int(status) if status.isdigit() else None
-        sessions[name] = Session(
-            name,
-            pane,
-            int(pid),
-            dead == "1",
-            exit_status,
-            signal.strip("-"),
-            float(activity or 0),
-            path,
-        )
+        sessions[name] = Session(int(pid), dead == "1", exit_status, signal.strip("-"))
     return sessions
 
 
@@ -7833,102 +7801,68 @@ START_SECONDS = 120.0  # a CLI that has not taken its prompt by then asks someth
 
 
 # A CLI without hooks tells of no turn: as long as its process lives and it has a task, it works.
-def session_state(
-    session: Session | None,
-    noted: dict,
-    footprint: Footprint | None,
-    claim: Claim | None,
-    turn: dict,
-    preset: str,
-) -> str:
-    """An agent's state, from the process tree, what its CLI's hooks have said, and the loop's
-    notes."""
-    if session is None or session.dead:
-        if noted.get("parked"):
-            return "parked"
-        return "stopped" if session is None and not noted.get("cause") else "dead"
-    if footprint and footprint.is_zombie:
-        return "zombie"
-    if claim is None or not claim.task:
-        return "idle"
-    if turn.get("state") == "waiting":
-        return "waiting"
-    if noted.get("still_since"):
-        return "stuck"
-    if turn or not cli_of(preset).has_hooks:
-        return "working"
-    return "starting" if CLOCK.now() - epoch(claim.claimed_at) < START_SECONDS else "waiting"
-
-
-def explain_state(
-    state: str, session: Session | None, noted: dict, claim: Claim | None, turn: dict
-) -> tuple[str, str]:
-    """(since when, in UTC, and why) an agent is in its state."""
-    since, cause = claim.claimed_at if claim else noted.get("since", ""), noted.get("cause", "")
-    if state == "waiting":
-        return turn.get("at", since), turn.get(
-            "message", ""
-        ) or "it has not taken its prompt: look at its screen"
-    if state == "stuck":
-        return noted["still_since"], "no output, and nothing runs"
-    return since, cause or (end_cause(session) if session and session.dead else "")
-
-
-class RestartPolicy:
-    """When a session that ended may start again: backoff 1 s, 2 s, ... 5 min; five ends in 15
-    min park it."""
-
-    PARK_AFTER, WINDOW_SECONDS, DELAY_MAX = 5, 900.0, 300.0
-
-    def recent(self, ends: list, now: float) -> list:
-        return [end for end in ends if now - end < self.WINDOW_SECONDS]
-
-    def start_at(self, ends: list, now: float) -> float | None:
-        """Epoch seconds of the next start; None: parked."""
-        recent = self.recent(ends, now)
-        if len(recent) >= self.PARK_AFTER:
-            return None
-        return recent[-1] + min(2.0 ** (len(recent) - 1), self.DELAY_MAX) if recent else now
-
-
-def describe_counts(state: State, waits: dict[str, bool]) -> str:
-    """The farm in one short line. waits: agent -> whether it waits for a person."""
-    at_work = [
-        claim.agent for claim in state.claims.values() if claim.task and claim.agent in waits
-    ]
-    waiting = sum(waits[name] for name in at_work)
-    parts = [f"{waiting} wait for you"] * bool(waiting) + [
-        f"{len(at_work) - waiting} work",
-        f"{len(waits) - len(at_work)} idle",
-        f"{len(state.ready)} to merge",
-        f"{state.count_landed()}/{state.count_states().total()} landed",
-    ]
-    failed = sum(task.state == "failed" for task in state.pending.values())
-    return " \u00b7 ".join(parts + [f"{failed} failed"] * bool(failed))
-
-
-def judge_agent(
+def judge_session(
     session: Session | None,
     claim: Claim | None,
     noted: dict,
     footprint: Footprint | None,
     turn: dict,
     preset: str,
-    limit: str,
 ) -> tuple[str, str, str]:
-    """(state, since when, why) of an agent; the process tree speaks before anything else."""
+    """(state, since when in UTC, why) of an agent, from the process tree, what its CLI's hooks have
+    said, and the loop's notes."""
     # before all else: a session of that name here is not where this claim's owner runs
-    if claim is not None and is_unseen(claim):
+    if claim and is_unseen(claim):
         lapses_at = noted.get("lapses_at")
         until = f"at {lapses_at}" if lapses_at else "when a loop has waited for its lease"
         who = f"pid {claim.owner.get('pid')} on {claim.owner.get('host')}"
-        cause = f"its owner ({who}) cannot be seen from here; free {until}"
-        return "unseen", claim.claimed_at, cause
-    state = session_state(session, noted, footprint, claim, turn, preset)
-    at_work = claim if claim is not None and claim.task else None
-    since, cause = explain_state(state, session, noted, at_work, turn)
-    # who is at work goes on; a limit holds up only who would begin
-    return ("limited", since, limit) if limit and state == "idle" else (state, since, cause)
+        why = f"its owner ({who}) cannot be seen from here; free {until}"
+        return "unseen", claim.claimed_at, why
+    at_work = claim and claim.task
+    since, cause = claim.claimed_at if at_work else noted.get("since", ""), noted.get("cause", "")
+    if not session or session.dead:
+        state = "dead" if session or cause else "stopped"
+        why = cause or (end_cause(session) if session else "")
+        return "parked" if noted.get("parked") else state, since, why
+    if footprint and footprint.is_zombie:
+        return "zombie", since, cause
+    if not at_work:
+        return "idle", since, cause
+    is_waiting = turn.get("state") == "waiting"
+    if noted.get("still_since") and not is_waiting:
+        return "stuck", noted["still_since"], "no output, and nothing runs"
+    is_starting = not turn and cli_of(preset).has_hooks
+    if is_starting and CLOCK.now() - epoch(claim.claimed_at) < START_SECONDS:
+        return "starting", since, cause
+    if is_starting or is_waiting:
+        why = turn.get("message") or "it has not taken its prompt: look at its screen"
+        return "waiting", turn.get("at", since), why
+    return "working", since, cause
+
+
+PARK_AFTER, WINDOW_SECONDS, DELAY_MAX = 5, 900.0, 300.0
+
+
+def recent_ends(ends: list, now: float) -> list:
+    return [end for end in ends if now - end < WINDOW_SECONDS]
+
+
+def next_start(ends: list, now: float) -> float | None:
+    """When a session that ended may start again, in epoch seconds: backoff 1 s, 2 s, ... 5 min;
+    None: parked, after five ends in 15 min."""
+    recent = recent_ends(ends, now)
+    if len(recent) >= PARK_AFTER:
+        return None
+    return recent[-1] + min(2.0 ** (len(recent) - 1), DELAY_MAX) if recent else now
+
+
+def failed_tasks(state: State) -> list[Task]:
+    return [task for task in state.pending.values() if task.state == "failed"]
+
+
+def last_output_at(store: Store, agent: str) -> float:
+    """Epoch seconds; 0 without a log."""
+    return changed_at(store.path(f"logs/{agent}.log")) / 1e9
 
 
 def agent_record(
@@ -7939,15 +7873,16 @@ def agent_record(
     footprint: Footprint | None,
     store: Store,
     settings: Settings,
-    preset: str = "",
+    preset: str,
 ) -> dict:
     """One agent as `status --json` shows it."""
     task_id, fence = (claim.task.get("id", ""), claim.fence) if claim else ("", "")
     home = agent_home(store.repo, settings, name)
     turn = read_turn(store, name, fence, preset, home) if task_id else {}
-    limit = "" if task_id else find_limit(store, limit_key(preset), CLOCK.now())
-    state, since, cause = judge_agent(session, claim, noted, footprint, turn, preset, limit)
-    log = store.path("logs", name + ".log")
+    state, since, cause = judge_session(session, claim, noted, footprint, turn, preset)
+    # who is at work goes on; a limit holds up only who would begin
+    if state == "idle" and (limit := find_limit(store, limit_key(preset), CLOCK.now())):
+        state, cause = "limited", limit
     footprint = footprint or Footprint(0.0, 0, 0, False)
     return {
         "agent": name,
@@ -7959,7 +7894,7 @@ def agent_record(
         "since": since,
         "worktree": worktree_of(store.repo, settings, name),
         "branch": branch_of(name, task_id) if task_id else "",
-        "last_output_at": utc(os.path.getmtime(log)) if os.path.exists(log) else "",
+        "last_output_at": utc(at) if (at := last_output_at(store, name)) else "",
         "cause": cause,
         "processes": footprint.processes,
         "preset": preset,
@@ -7980,49 +7915,35 @@ class WorkCount:
     def __init__(self):
         self.found, self.process, self.begun_at, self.due_at = {}, None, 0.0, 0.0
 
-    def go_on(self, store: Store, state: State, settings: Settings) -> None:
+    def go_on(self, store: Store, state: State, settings: Settings, target: str) -> None:
         """Begin a count when it is time, or take what one has found; never waits."""
-        if self.process is not None:
-            self.collect()
-        elif CLOCK.monotonic() >= self.due_at:
-            rows = [
-                [
-                    f"{claim.agent}/{claim.task['id']}",
-                    branch_of(claim.agent, claim.task["id"]),
-                    worktree_of(store.repo, settings, claim.agent),
-                ]
-                for claim in state.claims.values()
-                if claim.task
-            ]
-            if rows and settings.into:
-                self.begin(store.repo, settings.into, rows)
-            else:
-                self.found = {}
-
-    # Files, not pipes: nobody reads while the loop goes on, and a full pipe would hold git up. A
-    # session of its own, so that one blow ends git and all that it has started.
-    def begin(self, repo: str, target: str, rows: list[list[str]]) -> None:
         import subprocess
         import tempfile
 
-        argv = [
-            *unfiltered(repo),
-            "bash",
-            os.path.join(SCRIPTS, "merge/look.sh"),
-            "work",
-            "-C",
-            repo,
-            "-b",
-            target,
+        if self.process:
+            self.collect()
+        if self.process or CLOCK.monotonic() < self.due_at:
+            return
+        rows = [
+            [
+                f"{task.agent}/{task.id}",
+                branch_of(task.agent, task.id),
+                worktree_of(store.repo, settings, task.agent),
+            ]
+            for task in state.claimed().values()
         ]
+        if not rows or not target:
+            self.found = {}
+            return
+        argv = ["bash", f"{SCRIPTS}/merge/look.sh", "work", "-C", store.repo, "-b", target]
+        # Files, not pipes: nobody reads while the loop goes on, and a full pipe would hold git up.
+        # A session of its own, so that one blow ends git and all that it has started.
         self.output, self.begun_at = tempfile.TemporaryFile(), CLOCK.monotonic()
         with tempfile.TemporaryFile() as lines:
-            lines.write(
-                os.fsencode("".join("\t".join(map(escape_field, row)) + "\n" for row in rows))
-            )
+            lines.write(os.fsencode(write_tsv(rows)))
             lines.seek(0)
             self.process = subprocess.Popen(
-                argv,
+                [*unfiltered(store.repo), *argv],
                 stdin=lines,
                 stdout=self.output,
                 stderr=subprocess.DEVNULL,
@@ -8078,32 +7999,45 @@ class Sight:
         try:
             self.error = None
             return self.measure(
-                "sessions", lambda: probe_sessions(find_server(repo), self.TMUX_SECONDS)
+                "sessions", lambda: probe_sessions(find_server(repo), timeout=self.TMUX_SECONDS)
             )
         except FarmError as error:
             self.error = error
             return {}
 
 
+def living(sessions: dict[str, Session]) -> dict[str, Session]:
+    """Those whose process runs."""
+    return {name: session for name, session in sessions.items() if not session.dead}
+
+
 def measure_sessions(sessions: dict[str, Session]) -> dict[str, Footprint]:
     """name -> Footprint of each session that lives."""
-    live = {name: session.pid for name, session in sessions.items() if not session.dead}
+    live = living(sessions)
     children = process_children() if live else {}
-    return {name: measure(tree_of(pid, children)) for name, pid in live.items()}
+    return {name: measure(tree_of(one.pid, children)) for name, one in live.items()}
 
 
 # of a host, and of an agent on it, what its hub is told and shows
 TOLD_OF_HOST = ("toolkit", "farm", "reach", "trouble")
 TOLD_OF_AGENT = {
-    **dict.fromkeys(("agent", "state", "task", "fence", "since", "cause", "title", "preset"), ""),
-    **{
-        "last_output_at": "",
-        "worktree": "",
-        "rss_bytes": 0,
-        "processes": 0,
-        "cpu_percent": 0.0,
-        "cost_usd": 0.0,
-    },
+    **dict.fromkeys(
+        (
+            "agent",
+            "state",
+            "task",
+            "fence",
+            "since",
+            "cause",
+            "title",
+            "preset",
+            "last_output_at",
+            "worktree",
+        ),
+        "",
+    ),
+    **dict.fromkeys(("rss_bytes", "processes"), 0),
+    **dict.fromkeys(("cpu_percent", "cost_usd"), 0.0),
 }
 
 
@@ -8111,8 +8045,7 @@ def read_hosts(store: Store) -> dict[str, dict]:
     """host -> what it has told last."""
     folder = store.path("hosts")
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else ()
-    hosts = {name.removesuffix(".json"): os.path.join("hosts", name) for name in names}
-    return {host: store.read_json(path) or {} for host, path in hosts.items()}
+    return {name.removesuffix(".json"): store.read_json(f"hosts/{name}") or {} for name in names}
 
 
 def host_records(store: Store, lease_seconds: float) -> list[dict]:
@@ -8120,15 +8053,16 @@ def host_records(store: Store, lease_seconds: float) -> list[dict]:
     records = []
     for host, told in read_hosts(store).items():
         heard_at = told.get("heard_at", "")
-        lost = {"state": "lost", "cause": f"{host} was heard {ago(heard_at)} ago"}
-        is_lost = CLOCK.now() - epoch(heard_at) > lease_seconds
+        lost = {}
+        if CLOCK.now() - epoch(heard_at) > lease_seconds:
+            lost = {"state": "lost", "cause": f"{host} was heard {ago(heard_at)} ago"}
         records += [
             {
                 **record,
                 "host": host,
                 "heard_at": heard_at,
                 "trouble": told.get("trouble", ""),
-                **(lost if is_lost else {}),
+                **lost,
             }
             for record in told.get("agents", ())
         ]
@@ -8146,19 +8080,17 @@ def agent_records(store: Store, state: State, settings: Settings, sight: Sight) 
     on_hosts = host_records(store, settings.host_lease_seconds)
     names = {*state.claims, *sessions, *agent_names(count_here(settings) * is_up)} - {CONTROL}
     names -= {record["agent"] for record in on_hosts}
-    presets = dict(zip(agent_names(settings.n), share_agents(settings), strict=False))
+    runs = dict(zip(agent_names(settings.n), share_agents(settings), strict=False))
     records = []
     spending = sight.measure("spending", lambda: read_usage(store))
     for name in sorted(names):
-        preset = presets.get(name, "") if presets.get(name, "") in CLIS else ""
+        preset = cli_of(runs.get(name, "")).name
         claim = state.claims.get(name)
-        commits, lines = noted["work"].get(
-            f"{name}/{claim.task.get('id')}" if claim else "", (None, None)
-        )
         told = {**noted["agents"].get(name, {}), "lapses_at": noted["lapses"].get(name, "")}
         record = agent_record(
             name, sessions.get(name), claim, told, footprints.get(name), store, settings, preset
         )
+        commits, lines = noted["work"].get(f"{name}/{record['task']}", (None, None))
         record.update(
             title=claim.task.get("title", "") if claim else "",
             commits=commits,
@@ -8197,25 +8129,6 @@ SHELLS_OWN = (
 )
 
 
-# Digests, as the note lies on disk and the values are keys and tokens.
-def digest_environment() -> dict[str, str]:
-    """name -> a digest of its value, of the variables that sessions get from their caller."""
-    import hashlib
-
-    names = [
-        name
-        for name in os.environ
-        if name not in SHELLS_OWN
-        and not name.startswith(("FARM_", "TMUX", "GIT_CONFIG_", "BASH_FUNC_"))
-    ]
-    return {
-        name: hashlib.sha256(
-            f"{name}={os.environ[name]}".encode("utf-8", "surrogateescape")
-        ).hexdigest()[:16]
-        for name in names
-    }
-
-
 # Values go to the script by stdin: each user of the machine can read arguments.
 def bring_environment(store: Store, socket: str) -> list[str]:
     """Give the tmux server what the caller's shell has (a new key, PATH, venv); the names that
@@ -8224,32 +8137,36 @@ def bring_environment(store: Store, socket: str) -> list[str]:
     Idle agents are asked to start anew at once, those at work after their task. Values are kept
     as digests only.
     """
+    import hashlib
+
     # a loop in tmux has what the server has, and is nobody's shell
-    if os.environ.get("FARM_AS_TOLD"):
+    if given("FARM_AS_TOLD"):
         return []
-    note, now = (
-        os.path.join(find_git_dirs(store.repo)[1], "farm", "environment.json"),
-        digest_environment(),
-    )
+    note = os.path.join(find_git_dirs(store.repo)[1], "farm/environment.json")
+    others = ("FARM_", "TMUX", "GIT_CONFIG_", "BASH_FUNC_")
+    # digests, as the note lies on disk and the values are keys and tokens
+    now = {
+        name: hashlib.sha256(os.fsencode(f"{name}={value}")).hexdigest()[:16]
+        for name, value in os.environ.items()
+        if name not in SHELLS_OWN and not name.startswith(others)
+    }
     before = next(read_json_lines(note), {})
     os.makedirs(os.path.dirname(note), exist_ok=True)
     write_whole(note, dump_line(now) + "\n")
     changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    live = [name for name, session in probe_sessions(socket).items() if not session.dead]
+    live = living(probe_sessions(socket))
     if not before or not changed or not live:
         return []
-    lines = [
-        f"{name}\t{escape_field(os.environ[name])}" if name in now else name for name in changed
-    ]
-    run_script("environ-tmux.sh", "-L", socket, stdin="\n".join(lines) + "\n", allow=(0, 3))
+    rows = [(name, os.environ[name]) if name in now else (name,) for name in changed]
+    run_script("environ-tmux.sh", "-L", socket, stdin=write_tsv(rows), allow=(0, 3))
     for name in live:
-        if name != CONTROL and os.path.isdir(store.path("mailbox", name)):
-            write_whole(store.path("mailbox", name, "renew"), "")
-            ring(store.path("mailbox", name, "bell"))
+        if name != CONTROL and os.path.isdir(store.path(f"mailbox/{name}")):
+            write_whole(store.path(f"mailbox/{name}/renew"), "")
+            ring(store.path(f"mailbox/{name}/bell"))
     return changed
 
 
-SHARED_NOTE, SHARED_SECONDS = os.path.join("farm", "shared.json"), 20.0
+SHARED_NOTE, SHARED_SECONDS = "farm/shared.json", 20.0
 
 
 def describe_change(key: str, known: dict, now: dict, busy: list[str]) -> str:
@@ -8273,19 +8190,15 @@ def undo_of(repo: str, key: str, known: dict) -> str:
 
 
 # Its time and not a number in it: each `up` writes it anew, also where nothing has changed.
-def stamp_of(note: str) -> str:
-    """Which `up` has written this note; empty without one."""
-    try:
-        return str(os.stat(note).st_mtime_ns)
-    except FileNotFoundError:
-        return ""
+def stamp_of(repo: str) -> str:
+    """Which `up` has written the note of what is shared."""
+    return str(changed_at(os.path.join(find_git_dirs(repo)[1], SHARED_NOTE)))
 
 
 def read_changes(store: Store) -> list[tuple[str, str]]:
     """(what, the command that undoes it) of what all worktrees share and has changed since the
     last `up`; what the loop had seen before that is found good."""
-    stamp = stamp_of(os.path.join(find_git_dirs(store.repo)[1], SHARED_NOTE))
-    found = store.read_loop()["changes"].values()
+    found, stamp = store.read_loop()["changes"].values(), stamp_of(store.repo)
     return [(what, undo) for what, undo, seen in found if seen == stamp]
 
 
@@ -8301,8 +8214,9 @@ class SharedWatch:
         self.note = os.path.join(find_git_dirs(repo)[1], SHARED_NOTE)
 
     def read(self) -> dict[str, str]:
-        said = run_script("merge/shared-state.sh", "-C", self.repo, timeout=30)
-        return dict(read_tsv(said.stdout))
+        return dict(
+            read_tsv(run_script("merge/shared-state.sh", "-C", self.repo, timeout=30).stdout)
+        )
 
     def remember(self) -> None:
         """What is so now is as it should be."""
@@ -8312,7 +8226,7 @@ class SharedWatch:
 
     def compare(self, busy: list[str]) -> None:
         """Now and then: what differs. busy: the agents that are at work now."""
-        stamp = stamp_of(self.note)
+        stamp = stamp_of(self.repo)
         known = next(read_json_lines(self.note), None) if CLOCK.monotonic() >= self.due_at else None
         if known is None:
             return
@@ -8374,7 +8288,7 @@ def place_missing(store: Store, settings: Settings, hosts: dict) -> float:
     missing = {
         host: share
         for host, share in hosts.items()
-        if changed_at(store.path("hosts", host + ".json")) < since
+        if changed_at(store.path(f"hosts/{host}.json")) < since
     }
     if store.mode() in ("running", "paused"):
         to = f"{settings.hub_address}:{store.repo}"
@@ -8422,17 +8336,17 @@ class Sessions:
         self.store, self.settings, self.target = store, settings, target
         self.repo, self.launches = store.repo, launches
         self.socket = find_server(self.repo)
-        self.worktrees: dict[str, list] = {}  # agent -> mk-worktrees.sh's row
-        self.found: dict[str, Session] = {}
+        self.worktrees = {}  # agent -> mk-worktrees.sh's row
+        self.found = {}  # name -> Session
         self.unable = ""  # why not all worktrees could be made
 
     # One after the other, by one script: of 60 `git worktree add`s that track a branch, 20 at
     # once, 36 failed for the lock of .git/config.
     def prepare(self) -> None:
         """Worktrees for all agents: made, adopted or repaired."""
-        if not count_here(self.settings):
+        count, folder = count_here(self.settings), worktrees_folder(self.repo, self.settings)
+        if not count:
             return
-        folder = worktrees_folder(self.repo, self.settings)
         base = ["-b", self.target] if self.target else []
         # two `up`s at once: git's own locks give up, this one waits
         with hold(self.store.path("worktrees.lock")):
@@ -8441,7 +8355,7 @@ class Sessions:
                 "-C",
                 self.repo,
                 "-n",
-                str(count_here(self.settings)),
+                str(count),
                 "-d",
                 folder,
                 *base,
@@ -8452,8 +8366,8 @@ class Sessions:
         if not self.worktrees:
             raise script_error("mk-worktrees.sh", made)
         self.unable = made.stderr.strip()
-        if made.stderr.strip():  # some could not be made; the others work
-            say(made.stderr.strip())
+        if self.unable:  # some could not be made; the others work
+            say(self.unable)
 
     def spawn(self, names: list[str]) -> list[list[str]]:
         """A session for each name that has none, by one call of tmux for all that run the same;
@@ -8490,7 +8404,7 @@ class Sessions:
             "FARM_AGENT_HOME": os.path.expanduser(self.settings.agent_home),
             "FARM_PORTS": str(port_base(folder)),
             "FARM_AS_TOLD": "1",
-            "FARM_BASH_ENV": os.environ.get("FARM_BASH_ENV", ""),
+            "FARM_BASH_ENV": given("FARM_BASH_ENV"),
             "FARM_SANDBOXED": "1" if self.settings.sandboxed or is_boxed else "",
             "FARM_CLI_STATE": ":".join(cli_of(launch.preset).state),
             "FARM_CLI_PASS": " ".join(cli_of(launch.preset).passes),
@@ -8500,12 +8414,12 @@ class Sessions:
         }
 
     def spawn_alike(self, launch: Launch, rows: list[list[str]]) -> list[list[str]]:
-        environment = self.environment_of(launch)
-        pairs = [word for key, value in environment.items() for word in ("-e", f"{key}={value}")]
+        told = self.environment_of(launch).items()
+        pairs = [word for key, value in told for word in ("-e", f"{key}={value}")]
         where = ("-C", self.repo, "-L", self.socket, "-l", self.store.path("logs"))
         result = run_script(
             *("spawn-tmux.sh", *where, *pairs, "-c", SESSION_COMMAND),
-            stdin="".join("\t".join(map(escape_field, row)) + "\n" for row in rows),
+            stdin=write_tsv(rows),
             allow=(0, 1),
             # `up` may be typed in a tmux or by an agent: neither is the new sessions' business
             env={"TMUX": "", "FARM_AGENT_NAME": ""},
@@ -8514,13 +8428,14 @@ class Sessions:
             say(result.stderr.strip())
         return read_tsv(result.stdout)
 
-    def probe(self, known: list[str] | tuple = ()) -> None:
+    def probe(self, known=()) -> None:
         """What sessions there are. tmux sees a pane close before it hears how: then it is asked
         again, five times. known: those whose end is news."""
         for _ in range(5):
-            self.found = self.list_all()
             ended = [
-                session for name, session in self.found.items() if session.dead and name in known
+                session
+                for name, session in self.list_all().items()
+                if session.dead and name in known
             ]
             if all(session.signal or session.exit_status is not None for session in ended):
                 break
@@ -8529,55 +8444,47 @@ class Sessions:
     def list_all(self) -> dict[str, Session]:
         """What the server tells. While it makes its socket anew it tells some nothing: then it
         is asked again, for two seconds."""
-        deadline = CLOCK.monotonic() + 2
-        while True:
+
+        def is_told() -> bool:
             self.socket = find_server(self.repo)
-            found = probe_sessions(self.socket)
-            is_mute = not found and find_living_server(self.repo) is not None
-            if not is_mute or CLOCK.monotonic() > deadline:
-                return found
-            time.sleep(0.05)
+            self.found = probe_sessions(self.socket)
+            return bool(self.found) or find_living_server(self.repo) is None
+
+        wait_for(is_told, 2, 0.05)
+        return self.found
+
+    def find_strays(self, names) -> list:
+        """What these agents have started, in whatever session it is: its environment names both
+        this repo and the agent."""
+        return [
+            process for process, name in find_by_environment(FARM_REPO=self.repo) if name in names
+        ]
 
     def end_strays(self, names: list[str], has_run: bool) -> None:
         """End what outlived its session (a killed tmux server's children, say): two must not
         write in one worktree."""
         self.probe()
-        alive = {name for name, session in self.found.items() if not session.dead}
+        without = set(names) - living(self.found).keys()
         # the loop's notes may be younger than the agents: a worktree that is there tells, too
         has_run |= any(row[3] != "created" for row in self.worktrees.values())
-        if has_run and not alive.issuperset(names):
-            strays = find_by_environment(FARM_REPO=self.repo)
-            end_processes([process for process, name in strays if name in set(names) - alive])
+        if has_run and without:
+            end_processes(self.find_strays(without))
 
-    def end_agent(self, name: str, seconds: float) -> None:
-        """End what a session has left behind: its environment names both this repo and the
-        agent."""
-        end_processes(
-            [
-                process
-                for process, _ in find_by_environment(FARM_REPO=self.repo, FARM_AGENT_NAME=name)
-            ],
-            seconds,
-        )
+    def find_trees(self, *more: int) -> list:
+        """The processes of all sessions, and those at and below the pids `more`."""
+        self.probe()
+        pids, children = [one.pid for one in living(self.found).values()], process_children()
+        return [process for pid in (*pids, *more) for process in tree_of(pid, children)]
 
     # The trees first: once the server is gone its panes' children belong to init, and only those
     # that have kept their environment can still be told apart.
     def end_all(self, names: list[str]) -> None:
         """End the sessions' process trees by pid and start time, then the private tmux server."""
-        self.probe()
-        children = process_children()
-        doomed = [
-            process
-            for session in self.found.values()
-            if not session.dead
-            for process in tree_of(session.pid, children)
-        ]
-        end_processes(doomed, 2.0)
-        strays = find_by_environment(FARM_REPO=self.repo)
-        end_processes([process for process, name in strays if name in names], 1.0)
+        end_processes(self.find_trees(), 2.0)
+        end_processes(self.find_strays(names), 1.0)
         run_script("stop-tmux.sh", "-C", self.repo, "-L", self.socket, "-a", allow=(0, 3))
         if pid := find_living_server(self.repo):
-            end_processes([import_package("psutil").Process(pid)], 2.0)
+            end_processes(tree_of(pid, {}), 2.0)
 
 
 STILL_SECONDS = 900.0
@@ -8589,38 +8496,35 @@ class Supervisor:
 
     def __init__(self, store: Store, settings: Settings, launches: dict[str, Launch]):
         self.store, self.settings, self.launches = store, settings, launches
-        self.turns: dict[str, dict] = {}  # agent -> what its CLI's hooks said last
-        # agent -> (epoch seconds, CPU seconds of its tree then)
-        self.cpu_seen: dict[str, tuple[float, float]] = {}
-        # what usage.jsonl holds, and which file that was: most ticks find it unchanged
-        self.usage: list[dict] = []
-        self.usage_stamp = (0, 0)
-        self.weighed_at: dict[str, float] = {}  # agent -> when its disk was looked at
+        self.turns = {}  # agent -> what its CLI's hooks said last
+        self.cpu_seen = {}  # agent -> (epoch seconds, CPU seconds of its tree then)
+        self.weighed_at = {}  # agent -> when its disk was looked at
 
     def watch(
         self, busy: list[Claim], agents: dict[str, dict], sessions: dict[str, Session], now: float
     ) -> None:
-        """One look. agents: the loop's notes, where `still_since` is kept."""
-        path = self.store.path(USAGE_FILE)
-        stamp = changed_at(path), os.path.getsize(path) if os.path.exists(path) else 0
-        if stamp != self.usage_stamp:
-            self.usage_stamp, self.usage = stamp, read_usage(self.store)
-        spending = self.usage
+        """One look. agents: the loop's notes, where `still_since` is kept. Pauses the farm when all
+        of it, what is at work included, has cost as much as it may."""
+        # most ticks find it unchanged
+        spending = self.store.recall(USAGE_FILE, lambda _: read_usage(self.store))
         live = {claim.agent: live_cost(self.store, claim, spending) for claim in busy}
-        for name in set(agents) - {claim.agent for claim in busy}:
+        for name in agents.keys() - live.keys():
             agents[name].pop("still_since", None)
         for claim in busy:
+            name, session = claim.agent, sessions.get(claim.agent)
             self.note_turns(claim)
-            end_waiting_turn(self.store, claim.agent, self.turns[claim.agent], now)
-            self.note_stillness(claim, agents[claim.agent], sessions.get(claim.agent), now)
-            over = self.find_excess(
-                claim, cost_of_task(spending, claim.task["id"]) + live[claim.agent], now
-            ) or self.find_hog(claim, sessions.get(claim.agent), now)
+            end_waiting_turn(self.store, name, self.turns[name], now)
+            self.note_stillness(claim, agents[name], session, now)
+            cost = cost_of_task(spending, claim.task["id"]) + live[name]
+            over = self.find_excess(claim, session, cost, now)
             # once: at each tick until it has ended it is still over its limit
-            if over and not read_mail(self.store, claim.agent, ENDING_FILE, claim.fence):
-                say(f"{claim.agent}: {over[1]}")
-                end_attempt(self.store, claim.agent, claim.fence, *over)
-        self.watch_budget(sum_usage(spending)["cost_usd"] + sum(live.values()))
+            if over and not read_mail(self.store, name, ENDING_FILE, claim.fence):
+                say(f"{name}: {over[1]}")
+                end_attempt(self.store, name, claim.fence, *over)
+        cost = sum_usage(spending)["cost_usd"] + sum(live.values())
+        if (why := describe_farm_overrun(self.settings, cost)) and self.store.mode() == "running":
+            say(f"the farm pauses: {why}")
+            set_mode(self.store, "paused", why)
 
     def note_stillness(
         self, claim: Claim, record: dict, session: Session | None, now: float
@@ -8632,10 +8536,7 @@ class Supervisor:
         counts as still while all its CPU time since the last look (a minute ago, or longer) is
         below one percent.
         """
-        log = self.store.path("logs", claim.agent + ".log")
-        quiet_since = max(
-            epoch(claim.claimed_at), os.path.getmtime(log) if os.path.exists(log) else 0.0
-        )
+        quiet_since = max(epoch(claim.claimed_at), last_output_at(self.store, claim.agent))
         if (
             session is None
             or now - quiet_since < STILL_SECONDS
@@ -8678,20 +8579,19 @@ class Supervisor:
                 id=claim.task["id"],
             )
 
-    def find_excess(self, claim: Claim, cost_usd: float, now: float) -> tuple[str, str] | None:
-        """(cause, words) when a claim is over its time limit or its task over its budget."""
-        task = claim.get_task()
-        limit = task.time_limit_seconds or self.settings.task_seconds
+    def find_excess(
+        self, claim: Claim, session: Session | None, cost_usd: float, now: float
+    ) -> tuple[str, str] | None:
+        """(cause, words) when a claim is over its time limit or its task over its budget, or when
+        its processes are too many, or take too much memory (their resident sizes added up) or
+        disk, which is looked at every ten seconds."""
+        task, limits = claim.get_task(), self.settings
+        limit = task.time_limit_seconds or limits.task_seconds
         if limit and now - epoch(claim.claimed_at) > limit:
             return "time limit", f"its time limit of {duration(limit)} is over"
-        why = describe_overrun(task, self.settings, cost_usd)
-        return ("budget", why) if why else None
-
-    def find_hog(self, claim: Claim, session: Session | None, now: float) -> tuple | None:
-        """(cause, words) when a claim's processes are too many, or take too much memory (their
-        resident sizes added up) or disk, which is looked at every ten seconds."""
-        limits = self.settings
-        if session is None or session.dead:
+        if why := describe_overrun(task, limits, cost_usd):
+            return "budget", why
+        if not session or session.dead:
             return None
         if limits.agent_processes or limits.agent_memory_mib:
             tree = tree_of(session.pid, process_children())
@@ -8702,41 +8602,22 @@ class Supervisor:
                 return "memory", f"it takes {mib} MiB of memory: {limits.agent_memory_mib} may be"
         if limits.agent_disk_mib and now - self.weighed_at.get(claim.agent, 0) > 10:
             self.weighed_at[claim.agent] = now
-            place = worktree_of(self.store.repo, limits, claim.agent)
-            above, agent = os.path.dirname(place), claim.agent
-            own = (os.path.join(above, name, agent) for name in ("tmp", "private"))
-            mib = sum(map(size_on_disk, (place, *own))) >> 20
+            above, place = os.path.split(worktree_of(self.store.repo, limits, claim.agent))
+            places = (place, f"tmp/{claim.agent}", f"private/{claim.agent}")
+            mib = sum(size_on_disk(f"{above}/{place}") for place in places) >> 20
             if mib > limits.agent_disk_mib:
                 return "disk", f"its files take {mib} MiB of disk: {limits.agent_disk_mib} may be"
         return None
-
-    def watch_budget(self, cost: float) -> None:
-        """Pause the farm when all of it, what is at work included, has cost as much as it may
-        (dollars)."""
-        why = describe_farm_overrun(self.settings, cost)
-        if why and self.store.mode() == "running":
-            say(f"the farm pauses: {why}")
-            set_mode(self.store, "paused", why)
 
 
 class Ending:
     """A farm's end: the loop and the merger, then the sessions; all work is kept, all claims are
     free."""
 
-    def __init__(
-        self,
-        store: Store,
-        settings: Settings,
-        sessions: Sessions,
-        names: list[str],
-        merger,
-        remember,
-    ):
-        """merger: the process that we have started ourselves, or None; remember(mode) writes
-        farm.json."""
-        self.store, self.settings, self.sessions = store, settings, sessions
-        self.names, self.merger, self.remember = names, merger, remember
-        self.repo = store.repo
+    def __init__(self, farm):
+        """farm: the Farm that ends, of the room after the next."""
+        self.farm, self.repo, self.names = farm, farm.repo, farm.names
+        self.store, self.settings, self.sessions = farm.store, farm.settings, farm.sessions
 
     @property
     def is_blind(self) -> bool:
@@ -8748,21 +8629,11 @@ class Ending:
         """Everything stops this second, by a signal that nobody can catch; then all work is kept
         and all claims are freed."""
         names = {*self.everyone(), CONTROL}
-        sessions = self.sessions.list_all().values()
-        roots = [session.pid for session in sessions if not session.dead]
-        roots += filter(
-            None, (find_recorded(self.store.path(name)) for name in ("loop.lock", "merger.lock"))
-        )
-        children = process_children()
         # all found before the first is killed, as parents lead to children only while they live
-        trees = [process for pid in roots for process in tree_of(pid, children)]
+        trees = self.sessions.find_trees(*self.find_loop_and_merger())
 
-        def find() -> list:
-            strays = find_by_environment(FARM_REPO=self.repo)
-            own = [process for process, name in strays if name in names]
-            return [process for process in (*trees, *own) if is_alive(process)]
-
-        end_all(find, 5)
+        strays = self.sessions.find_strays
+        end_all(lambda: list(filter(is_alive, [*trees, *strays(names)])), 5)
         end_all_gates(worktrees_folder(self.repo, self.settings))
         return self.down(0)
 
@@ -8776,56 +8647,62 @@ class Ending:
             )
         else:
             # before the wait: who ends a task now must not claim the next
-            self.remember("stopping")
+            self.farm.remember("stopping")
         # first: the loop would start again what is ended here
         self.stop_loop_and_merger()
         names = self.names = self.everyone()
         # an idle agent waits at its bell, and sees at once that the farm is stopping
         for name in names:
-            ring(self.store.path("mailbox", name, "bell"))
-        wait_for(
-            lambda: hurry() or not any(claim.task for claim in self.own_claims()),
-            grace_seconds,
-            0.1,
-        )
+            ring(self.store.path(f"mailbox/{name}/bell"))
+        wait_for(lambda: hurry() or not self.find_busy(), grace_seconds, 0.1)
         # before the work is kept: a rescue beside a writer would keep half a file
         self.sessions.end_all(names)
         end_placed(self.store, grace_seconds)
         kept = self.keep_work()
         if not self.is_blind:
-            self.remember("down")
+            self.farm.remember("down")
         return kept
 
     def stop_loop_and_merger(self) -> None:
         """The control session first, so that nothing starts the loop again."""
-        psutil = import_package("psutil")
         run_script(
             "stop-tmux.sh", "-C", self.repo, "-L", self.sessions.socket, CONTROL, allow=(0, 3)
         )
-        pids = [find_recorded(self.store.path(name)) for name in ("loop.lock", "merger.lock")]
-        own = [pid for pid in pids if pid and pid != os.getpid()]
-        if self.merger.is_ours():
-            own.append(self.merger.process.pid)
-        end_processes([psutil.Process(pid) for pid in set(own) if psutil.pid_exists(pid)], 5.0)
+        pids, merger = self.find_loop_and_merger(), self.farm.merger
+        if merger.is_ours():
+            pids.append(merger.process.pid)
+        # these two alone: a landing outlives its merger
+        own = [process for pid in {*pids} - {os.getpid()} for process in tree_of(pid, {})]
+        end_processes(own, 5.0)
         # a push outlives its merger
         end_processes([process for process, _ in find_by_environment(FARM_PUSH=self.repo)], 2.0)
-        self.sessions.end_agent(CONTROL, 5.0)  # a merger that has not yet locked its file
+        # a merger that has not yet locked its file
+        end_processes(self.sessions.find_strays([CONTROL]), 5.0)
         end_all_gates(worktrees_folder(self.repo, self.settings))
+
+    def find_loop_and_merger(self) -> list[int]:
+        """The pids of those that run."""
+        locks = map(self.store.path, ("loop.lock", "merger.lock"))
+        return list(filter(None, map(find_recorded, locks)))
 
     def everyone(self) -> list[str]:
         """Our agents, and those of a farm that was larger: by their sessions, or by a claim and
         a worktree of ours."""
-        claims = () if self.is_blind else self.store.snapshot().claims.values()
         holders = {
             claim.agent
-            for claim in claims
+            for claim in self.find_claims()
             if os.path.isdir(worktree_of(self.repo, self.settings, claim.agent))
         }
         return sorted({*self.names, *self.sessions.list_all(), *holders} - {CONTROL})
 
-    def own_claims(self) -> list[Claim]:
-        claims = () if self.is_blind else self.store.snapshot().claims.values()
-        return [claim for claim in claims if claim.agent in self.names]
+    def find_claims(self) -> list[Claim]:
+        return [] if self.is_blind else list(self.store.snapshot().claims.values())
+
+    def find_busy(self) -> list[str]:
+        """Those of our agents that are at work on a task."""
+        return [
+            claim.agent for claim in self.find_claims() if claim.task and claim.agent in self.names
+        ]
 
     def keep_work(self) -> list[str]:
         """Rescue what agents were at work on, and give every claim back unharmed.
@@ -8835,23 +8712,14 @@ class Ending:
         """
         from concurrent.futures import ThreadPoolExecutor
 
-        busy = (
-            self.names
-            if self.is_blind
-            else [claim.agent for claim in self.own_claims() if claim.task]
-        )
-        places = {name: worktree_of(self.repo, self.settings, name) for name in busy}
-        places = {name: place for name, place in places.items() if os.path.isdir(place)}
+        def keep(name: str) -> tuple[str, str]:
+            place = worktree_of(self.repo, self.settings, name)
+            return name, rescue(self.repo, name, place) if os.path.isdir(place) else ""
+
         # a rescue is git over a whole worktree; fifty of them one by one would be a long goodbye
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            rescues = dict(
-                zip(
-                    places,
-                    pool.map(lambda name: rescue(self.repo, name, places[name]), places),
-                    strict=True,
-                )
-            )
-        kept = [ref for ref in rescues.values() if ref]
+            rescues = dict(pool.map(keep, self.names if self.is_blind else self.find_busy()))
+        kept = [*filter(None, rescues.values())]
         if self.is_blind:
             return kept
         with self.store.transaction() as tx:
@@ -8958,14 +8826,14 @@ class Housekeeping:
         self.packing = self.packing if code is None else None
         if self.packing is None and CLOCK.monotonic() >= self.pack_at:
             self.packing = subprocess.Popen(
-                ["bash", os.path.join(SCRIPTS, "merge/pack-objects.sh"), "-C", self.store.repo],
+                ["bash", f"{SCRIPTS}/merge/pack-objects.sh", "-C", self.store.repo],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
 
     def close(self) -> None:
         """End the packing; what is not in a pack yet stays as it is."""
-        if self.packing is not None and self.packing.poll() is None:
+        if self.packing and self.packing.poll() is None:
             kill_group(self.packing.pid)
             self.packing.wait()
 
@@ -8998,9 +8866,8 @@ class Housekeeping:
 class MergerProcess:
     """One merger a farm, in a session of its own."""
 
-    def __init__(self, store: Store, policy: RestartPolicy):
-        self.store, self.policy = store, policy
-        self.process, self.ends = None, []
+    def __init__(self, store: Store):
+        self.store, self.process, self.ends = store, None, []
 
     def is_ours(self) -> bool:
         """Whether one that we have started runs."""
@@ -9011,16 +8878,15 @@ class MergerProcess:
     def tend(self, now: float) -> None:
         """Let the one that runs be, whoever has started it; else start one, unless it keeps
         ending."""
-        if self.process is not None and not self.is_ours():
-            log = self.store.path("logs", "merger.log")
+        if self.process and not self.is_ours():
+            log = self.store.path("logs/merger.log")
             say(f"the merger ended with exit code {self.process.returncode}; see {log}")
             self.ends.append(now)
             self.process = None
-        if self.process is not None or find_recorded(self.store.path("merger.lock")) is not None:
+        if self.process or find_recorded(self.store.path("merger.lock")):
             return
         # three of its ends are below PARK_AFTER: unlike an agent a merger is never given up
-        start_at = self.policy.start_at(self.ends[-3:], now)
-        if start_at is None or start_at <= now:
+        if next_start(self.ends[-3:], now) <= now:
             self.start()
 
     # A session of its own: a Ctrl-C in the terminal of a foreground `run` goes to all of its group,
@@ -9029,9 +8895,9 @@ class MergerProcess:
         import subprocess
 
         os.makedirs(self.store.path("logs"), exist_ok=True)  # somebody may have tidied up
-        with open(self.store.path("logs", "merger.log"), "ab") as log:
+        with open(self.store.path("logs/merger.log"), "ab") as log:
             self.process = subprocess.Popen(
-                [os.path.join(SCRIPTS, "farm"), "--repo", self.store.repo, "merge", "--watch"],
+                [f"{SCRIPTS}/farm", "--repo", self.store.repo, "merge", "--watch"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -9058,26 +8924,22 @@ class Farm:
         self.sessions = Sessions(store, settings, self.launches, target)
         self.supervisor = Supervisor(store, settings, self.launches)
         noted = store.read_loop()
-        self.agents: dict[str, dict] = noted["agents"]
+        self.agents = noted["agents"]
         # what `tell` has said, and what those at work have done
         self.told, self.work = noted["told"], WorkCount()
         # agent -> when the lease of its unseen owner is over (UTC)
-        self.lapses: dict[str, str] = {}
-        self.policy = RestartPolicy()
+        self.lapses = {}
         self.leases = LeaseWatch(settings.lease_seconds, settings.host_lease_seconds)
-        self.merger = MergerProcess(store, self.policy)
+        self.merger = MergerProcess(store)
         self.blocked = self.saved = ""
-        self.identity: list[str] = []  # user.name and user.email at the start by a person
+        self.identity = []  # user.name and user.email at the start by a person
         self.shared = SharedWatch(self.repo, noted["changes"])
         self.housekeeping = Housekeeping(store, settings, target)
-        # a hook: asked in each tick of a run that ends when all is done
-        self.stands_still = lambda: False
         self.tell = lambda: None  # a hook: called in each tick, before what is known is saved
+        self.is_over = lambda: False  # a hook: asked after each tick, whether to end the run
 
     def ending(self) -> Ending:
-        return Ending(
-            self.store, self.settings, self.sessions, self.names, self.merger, self.remember
-        )
+        return Ending(self)
 
     # -- start
 
@@ -9098,9 +8960,10 @@ class Farm:
             self.ending().stop_loop_and_merger()
         self.prepare()
         self.expire()
-        has_loop = find_recorded(self.store.path("loop.lock")) is not None
-        rows = self.sessions.spawn([*self.names, *([] if has_loop else [CONTROL])])
-        return sum(row[3] != "running" for row in rows), sum(row[3] == "running" for row in rows)
+        has_loop = find_recorded(self.store.path("loop.lock"))
+        rows = self.sessions.spawn(self.names if has_loop else [*self.names, CONTROL])
+        adopted = sum(row[3] == "running" for row in rows)
+        return len(rows) - adopted, adopted
 
     def prepare(self) -> None:
         """Worktrees and the tmux server are there, with the caller's environment, and nothing of
@@ -9122,8 +8985,7 @@ class Farm:
         for their agents from now on.
         """
         with self.store.transaction() as tx:
-            data = {
-                "schema": SCHEMA,
+            told = {
                 "mode": mode,
                 "reason": reason,
                 "settings": self.settings_to_keep(),
@@ -9131,10 +8993,10 @@ class Farm:
                 "isolation": os.environ.get("FARM_ISOLATE", "none"),
                 "identity": self.identity or tx.store.farm().get("identity", []),
             }
-            tx.store.write_json(FARM_FILE, data)
+            tx.store.write_json(FARM_FILE, {"schema": SCHEMA, **told})
             if mode == "running":
                 tx.store.write_json(CLI_SETTINGS_FILE, hook_settings(self.settings))
-                if not os.environ.get("FARM_AS_TOLD"):
+                if not given("FARM_AS_TOLD"):
                     forget_limits(tx)
                 TaskQueue(tx).keep_for_agents(self.names)
 
@@ -9148,8 +9010,8 @@ class Farm:
         """What a person has said: the loop is carried what that came to, which must not count as
         said when the next `up` gives agents other permissions."""
         kept = {**self.settings._asdict(), "into": self.target}
-        if os.environ.get("FARM_AS_TOLD"):
-            kept["isolate"] = self.store.farm().get("settings", {}).get("isolate", "")
+        if given("FARM_AS_TOLD"):
+            kept["isolate"] = self.store.read_part(FARM_FILE, "settings").get("isolate", "")
         return kept
 
     # -- the loop
@@ -9172,13 +9034,12 @@ class Farm:
         self.reap(now)
         self.expire()
         self.restart(now)
-        busy = self.find_busy()
-        self.supervisor.watch(busy, self.agents, self.sessions.found, now)
+        self.supervisor.watch(self.find_busy(), self.agents, self.sessions.found, now)
         self.admit(now)
         self.shared.compare(
             sorted(claim.agent for claim in self.state.claims.values() if claim.task)
         )
-        self.work.go_on(self.store, self.state, self.settings._replace(into=self.target))
+        self.work.go_on(self.store, self.state, self.settings, self.target)
         self.housekeeping.go_on(self.state)
         self.tell()
         self.save()
@@ -9188,7 +9049,7 @@ class Farm:
         for name in self.names:
             session = self.sessions.found.get(name)
             record = self.agents.setdefault(name, {"ends": []})
-            if session is not None and not session.dead:
+            if session and not session.dead:
                 if record.get("down"):  # somebody's `up` started it: it gets all its chances again
                     record = self.agents[name] = {"ends": []}
                 if record.get("pid") != session.pid:
@@ -9199,9 +9060,9 @@ class Farm:
                 continue
             record.update(down=True, cause=end_cause(session), since=utc(now))
             if record["cause"] != "done":  # which is a session that was asked to start anew
-                record["ends"] = [*self.policy.recent(record["ends"], now), now]
-            self.sessions.end_agent(name, 3.0)
-            worktree = self.sessions.worktrees.get(name, ("", "", ""))[2]
+                record["ends"] = [*recent_ends(record["ends"], now), now]
+            end_processes(self.sessions.find_strays([name]))
+            worktree = worktree_of(self.repo, self.settings, name)
             if os.path.isdir(worktree):
                 record["rescue"] = rescue(self.repo, name, worktree)
             self.store.append_event("session-ended", None, agent=name, cause=record["cause"])
@@ -9217,9 +9078,10 @@ class Farm:
             for claim in TaskQueue(tx).expire(self.leases.is_lapsed, rescues):
                 say(f"{claim.agent} is gone; {claim.task.get('id', 'its locks')} is free again")
             self.state = tx.state
-        unseen = [claim for claim in self.state.claims.values() if is_unseen(claim)]
         self.lapses = {
-            claim.agent: utc(CLOCK.now() + self.leases.seconds_left(claim)) for claim in unseen
+            claim.agent: utc(CLOCK.now() + self.leases.seconds_left(claim))
+            for claim in self.state.claims.values()
+            if is_unseen(claim)
         }
 
     def restart(self, now: float) -> None:
@@ -9229,7 +9091,7 @@ class Farm:
             record = self.agents[name]
             if not record.get("down"):
                 continue
-            start_at = self.policy.start_at(record["ends"], now)
+            start_at = next_start(record["ends"], now)
             if start_at is None and not record.get("parked"):
                 record["parked"] = True
                 say(
@@ -9243,10 +9105,7 @@ class Farm:
         self.sessions.prepare()
         self.sessions.spawn(due)
         for name in due:
-            self.agents[name] = {
-                "ends": self.agents[name]["ends"],
-                "cause": self.agents[name]["cause"],
-            }
+            self.agents[name] = {key: self.agents[name][key] for key in ("ends", "cause")}
 
     def has_room(self) -> bool:
         """Whether memory and disk allow a new start; says so when that changes."""
@@ -9280,7 +9139,7 @@ class Farm:
             fitting = (name for name in idle if task.preset in ("", *takes[name]))
             if name := next(fitting, ""):
                 idle.remove(name)
-                ring(self.store.path("mailbox", name, "bell"))
+                ring(self.store.path(f"mailbox/{name}/bell"))
 
     def presets_of(self, name: str, now: float) -> tuple:
         """Whose tasks an agent takes."""
@@ -9316,15 +9175,16 @@ class Farm:
         have passed."""
         before, seconds = self.signature(), self.next_look()
         pids = [record["pid"] for record in self.agents.values() if "pid" in record]
-
-        def is_due() -> bool:
-            return (
+        wait_for(
+            lambda: (
                 self.signature() != before
                 or should_stop.is_set()
                 or not all(map(process_exists, pids))
-            )
-
-        wait_for(is_due, seconds, 0.2, should_stop.wait)
+            ),
+            seconds,
+            0.2,
+            should_stop.wait,
+        )
 
     def find_busy(self) -> list[Claim]:
         """The claims of our agents that are at work on a task."""
@@ -9336,7 +9196,9 @@ class Farm:
 
     def signature(self) -> tuple:
         """What changes with each move, and with each event of a CLI's hooks."""
-        turns = (self.store.path("mailbox", claim.agent, TURN_FILE) for claim in self.find_busy())
+        turns = (
+            self.store.path(f"mailbox/{claim.agent}/{TURN_FILE}") for claim in self.find_busy()
+        )
         return (*self.store.signature(), *map(changed_at, turns))
 
     def next_look(self) -> float:
@@ -9353,7 +9215,7 @@ class Farm:
             if limit["until"] > utc(now)
         ]
         dues += [
-            self.policy.start_at(record["ends"], now) or now + 5
+            next_start(record["ends"], now) or now + 5
             for record in self.agents.values()
             if record.get("down")
         ]
@@ -9361,34 +9223,29 @@ class Farm:
         longest = 0.5 if limits.agent_memory_mib or limits.agent_processes else 5.0
         return min([longest, *(max(0.2, due - now) for due in dues)])
 
-    def run(self, should_stop, *, until_drained: bool = False, on_tick=lambda farm: None) -> None:
-        """The loop, in the foreground, until `should_stop` is set, everything is done, or
-        nothing can move without a person."""
+    def run(self, should_stop) -> None:
+        """The loop, in the foreground, until `should_stop` is set or `is_over` says so."""
+        failures = 0
         self.prepare()
         self.sessions.spawn(self.names)
         try:
-            self.go_round(should_stop, until_drained, on_tick)
+            while not should_stop.is_set():
+                try:
+                    self.tick()
+                    failures = 0
+                except Exception as error:
+                    # the loop outlives what it did not expect: said, logged, tried again later
+                    failures += 1
+                    self.report_failure(error)
+                    should_stop.wait(min(2.0**failures, 60))
+                    continue
+                if self.is_over():
+                    self.housekeeping.tidy_at = 0.0
+                    self.housekeeping.go_on(self.state)
+                    return
+                self.wait(should_stop)
         finally:
             self.housekeeping.close()
-
-    def go_round(self, should_stop, until_drained: bool, on_tick) -> None:
-        failures = 0
-        while not should_stop.is_set():
-            try:
-                self.tick()
-                failures = 0
-            except Exception as error:
-                # the loop outlives what it did not expect: said, logged, tried again later
-                failures += 1
-                self.report_failure(error)
-                should_stop.wait(min(2.0**failures, 60))
-                continue
-            on_tick(self)
-            if until_drained and (self.is_drained() or self.stands_still()):
-                self.housekeeping.tidy_at = 0.0
-                self.housekeeping.go_on(self.state)
-                return
-            self.wait(should_stop)
 
     def report_failure(self, error: Exception) -> None:
         import traceback
@@ -9399,7 +9256,7 @@ class Farm:
         text = f"{utc(CLOCK.now())}\n{traceback.format_exc()}"
         try:
             os.makedirs(self.store.path("logs"), exist_ok=True)
-            self.store.disk.append(self.store.path("logs", "loop.log"), text.encode())
+            self.store.disk.append(self.store.path("logs/loop.log"), text.encode())
         except OSError:
             pass  # a full disk, which was the failure itself: the loop outlives that, too
 
@@ -9419,7 +9276,7 @@ def open_farm(call: Call) -> Farm:
     if settings.prompt_template:
         read_template(call.repo, settings)
     for row in read_tsv(run_script("merge/check-repo.sh", "-s", "-C", call.repo).stdout):
-        raise Refused(row[0], row[1])
+        raise Refused(*row)
     for what, hint in (obstacles := find_obstacles(call)):
         say(f"{what}\n  try: {hint}")
     blocked = {what.split()[2].lower() for what, _ in obstacles}
@@ -9429,7 +9286,7 @@ def open_farm(call: Call) -> Farm:
     call.store.ensure_folders()
     farm = Farm(call.store, settings, launches, target)
     # a person has started it: what is so now is as it should be
-    if not os.environ.get("FARM_AS_TOLD"):
+    if not given("FARM_AS_TOLD"):
         farm.identity = call.repo_info["identity"]
         farm.shared.remember()
     return farm
@@ -9488,24 +9345,22 @@ class Standstill:
 
     def find(self) -> tuple[int, str] | None:
         """(exit code, why) where nothing can move without a person; None while something can."""
-        farm = self.farm
-        if farm.state.claimed():
+        farm, store, state = self.farm, self.farm.store, self.farm.state
+        activity = find_activity(store)
+        if state.claimed() or activity.get("testing"):
             return None
-        activity = find_activity(farm.store)
-        if activity.get("testing"):
-            return None
-        if activity.get("trouble") and (farm.state.ready or not farm.sessions.worktrees):
+        if activity.get("trouble") and (state.ready or not farm.sessions.worktrees):
             return 5, activity["trouble"][0]
-        stranded = find_stranded(farm.state)
-        waiting = [task for task in farm.state.pending.values() if task.id not in stranded]
-        free = [task for task in waiting if all(map(farm.state.is_done, task.after))]
-        reviews = find_reviews(farm.store, farm.state)
-        if reviews and not free and reviews.keys() == farm.state.ready.keys():
+        stranded = find_stranded(state)
+        waiting = [task for task in state.pending.values() if task.id not in stranded]
+        free = [task for task in waiting if all(map(state.is_done, task.after))]
+        reviews = find_reviews(store, state)
+        if reviews and not free and reviews.keys() == state.ready.keys():
             return 5, f"{', '.join(reviews)} wait for a review"
-        if farm.state.ready or not waiting:
+        if state.ready or not waiting:
             return None
-        if farm.store.mode() == "paused":
-            return 5, f"the farm is paused: {farm.store.farm().get('reason', '')}"
+        if store.mode() == "paused":
+            return 5, f"the farm is paused: {store.farm().get('reason', '')}"
         if len(farm.names) < farm.settings.n:  # a host may be able
             return None
         able = [
@@ -9517,10 +9372,10 @@ class Standstill:
             why = farm.sessions.unable or "every agent is parked"
             return 1, f"nobody is left who could work: {why}"
         keys = {limit_key(farm.launches[name].preset) for name in able}
-        limits = [find_limit(farm.store, key, CLOCK.now()) for key in sorted(keys)]
+        limits = [find_limit(store, key, CLOCK.now()) for key in sorted(keys)]
         if all(limits):
             return 5, limits[0]
-        lonely = find_lonely(farm.state, keys)
+        lonely = find_lonely(state, keys)
         if lonely and all(task.id in lonely for task in waiting):
             return 5, next(iter(lonely.values()))
         return (5, f"no new work starts: {farm.blocked}") if farm.blocked else None
@@ -9531,8 +9386,8 @@ def describe_event(event: str, message: str, hint: str, **more) -> dict:
     return {"event": event, "message": message, "try": hint, **more}
 
 
-def names_of(task: Task, agent: str) -> dict:
-    return {"agent": agent, "task": task.id, "title": task.title}
+def names_of(task: Task) -> dict:
+    return {"agent": task.agent, "task": task.id, "title": task.title}
 
 
 class News:
@@ -9560,12 +9415,16 @@ class News:
     def find_news(self) -> dict[str, dict]:
         """key -> event of all that is so now and calls for a person."""
         state = self.farm.state
-        news = dict(pair for claim in state.claims.values() for pair in self.find_waiting(claim))
-        news.update(self.find_failed())
+        news = self.find_waiting()
+        for task in failed_tasks(state):
+            hint, names = f"./farm.py retry {task.id}", names_of(task)
+            news[f"failed {task.id}.{task.rev}"] = describe_event(
+                "failed", task.reason, hint, **names
+            )
         for task_id, commit in find_reviews(self.store, state).items():
             title, hint = state.ready[task_id].title, f"./farm.py diff {task_id}"
-            event = describe_event("review", title, hint, task=task_id, commit=commit)
-            news[f"review {task_id} {commit}"] = event
+            key = f"review {task_id} {commit}"
+            news[key] = describe_event("review", title, hint, task=task_id, commit=commit)
         if trouble := find_activity(self.store).get("trouble"):
             news[f"blocked {trouble[0]}"] = describe_event("blocked", *trouble)
         for key in sorted({limit_key(launch.preset) for launch in self.farm.launches.values()}):
@@ -9575,37 +9434,29 @@ class News:
         counts = state.count_states()
         if counts and self.farm.is_drained():
             words = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-            event = describe_event("drained", words, "./farm.py report", tasks=dict(counts))
-            news["drained"] = event
+            more = {"tasks": dict(counts)}
+            news["drained"] = describe_event("drained", words, "./farm.py report", **more)
         return news
 
-    def find_failed(self) -> dict[str, dict]:
-        return {
-            f"failed {task.id}.{task.rev}": describe_event(
-                "failed", task.reason, f"./farm.py retry {task.id}", **names_of(task, task.agent)
+    def find_waiting(self) -> dict[str, dict]:
+        """key -> event of each agent that waits for a person."""
+        farm, news = self.farm, {}
+        for claim in farm.find_busy():
+            name = claim.agent
+            state, since, message = judge_session(
+                farm.sessions.found.get(name),
+                claim,
+                farm.agents.get(name, {}),
+                None,
+                farm.supervisor.turns.get(name, {}),
+                farm.launches[name].preset,
             )
-            for task in self.farm.state.pending.values()
-            if task.state == "failed"
-        }
-
-    def find_waiting(self, claim: Claim) -> list[tuple[str, dict]]:
-        """The (key, event) of an agent that waits for a person; none for others."""
-        name, task, launch = claim.agent, claim.get_task(), self.farm.launches.get(claim.agent)
-        told, turn, session = (
-            self.farm.agents.get(name, {}),
-            self.farm.supervisor.turns.get(name, {}),
-            self.farm.sessions.found.get(name),
-        )
-        if (
-            not task
-            or not launch
-            or session_state(session, told, None, claim, turn, launch.preset) != "waiting"
-        ):
-            return []
-        since, message = explain_state("waiting", None, told, claim, turn)
-        hint = f"./farm.py attach {agent_number(name)}"
-        event = describe_event("waiting", message, hint, **names_of(task, name))
-        return [(f"waiting {claim.fence} {since}", event)]
+            if state == "waiting":
+                hint, names = f"./farm.py attach {agent_number(name)}", names_of(claim.get_task())
+                news[f"waiting {claim.fence} {since}"] = describe_event(
+                    "waiting", message, hint, **names
+                )
+        return news
 
     def notify(self, event: dict) -> None:
         """Say it, write the report when all is done, and run the user's command in the
@@ -9629,17 +9480,28 @@ class News:
         for notice in self.notices:
             notice.join(max(0.0, deadline - CLOCK.monotonic()))
 
+    def describe_counts(self) -> str:
+        """The farm in one short line."""
+        farm, state = self.farm, self.farm.state
+        busy, turns = farm.find_busy(), farm.supervisor.turns
+        waiting = sum(turns.get(claim.agent, {}).get("state") == "waiting" for claim in busy)
+        reviews, failed = len(find_reviews(self.store, state)), len(failed_tasks(state))
+        parts = (
+            "paused" * (self.store.mode() == "paused"),
+            f"{reviews} to review" * bool(reviews),
+            f"{waiting} wait for you" * bool(waiting),
+            f"{len(busy) - waiting} work",
+            f"{len(farm.names) - len(busy)} idle",
+            f"{len(state.ready)} to merge",
+            f"{state.count_landed()}/{state.count_states().total()} landed",
+            f"{failed} failed" * bool(failed),
+        )
+        return " \u00b7 ".join(filter(None, parts))
+
     def show_in_tmux(self) -> None:
         """The farm's counts on the status line of its own tmux server, when they have changed;
         every five seconds at the most."""
-        is_paused = self.store.mode() == "paused"
-        waits = {
-            name: self.farm.supervisor.turns.get(name, {}).get("state") == "waiting"
-            for name in self.farm.names
-        }
-        reviews = len(find_reviews(self.store, self.farm.state))
-        line = "paused \u00b7 " * is_paused + f"{reviews} to review \u00b7 " * bool(reviews)
-        line += describe_counts(self.farm.state, waits)
+        line = self.describe_counts()
         is_time = line != self.line and CLOCK.monotonic() - self.line_at >= 5
         if is_time and self.farm.sessions.found:
             self.line, self.line_at = line, CLOCK.monotonic()
@@ -9651,20 +9513,19 @@ class News:
 def run_notice(command: str, event: dict, store: Store) -> None:
     """Run FARM_NOTIFY with `event` on its stdin; its output and how it ended go to
     logs/notify.log. Never raises."""
-    import signal
     import subprocess
 
     # so that `down` ends it too
-    environment = {**os.environ, "FARM_REPO": store.repo, "FARM_AGENT_NAME": CONTROL}
+    env = {**os.environ, "FARM_REPO": store.repo, "FARM_AGENT_NAME": CONTROL}
     try:
-        with open(store.path("logs", "notify.log"), "ab") as log:
+        with open(store.path("logs/notify.log"), "ab") as log:
             process = subprocess.Popen(
                 shell(command),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 cwd=store.repo,
-                env=environment,
+                env=env,
                 start_new_session=True,
             )
             try:
@@ -9672,7 +9533,7 @@ def run_notice(command: str, event: dict, store: Store) -> None:
                     (dump_line(event) + "\n").encode("utf-8"), timeout=NOTICE_SECONDS
                 )
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                kill_group(process.pid)
                 process.wait()
                 # what it had started dies with it; the kernel takes its time to bury it
                 end_all(lambda: in_session(process.pid), 2)
@@ -10339,9 +10200,9 @@ def task_record(task: Task, state: State, now: float) -> dict:
 # (tests/rooms/test_status.py, tests/rooms/test_watch.py)
 
 
-def farm_status(store: Store, settings: Settings, sight: Sight | None = None) -> dict:
+def farm_status(store: Store, settings: Settings, sight: Sight) -> dict:
     """What `status --json` prints: what is damaged under `problems`, the rest as far as it goes."""
-    agents, activity, farm, sight = [], {}, {}, sight or Sight()
+    agents, activity, farm = [], {}, {}
     state, problems = load_anyway(store)
     try:
         farm = store.farm()
@@ -10385,9 +10246,11 @@ def list_lonely(state: State, settings: Settings, mode: str) -> list[list[str]]:
     """[what, what to type] for each task whose preset no agent of a farm that is up has."""
     if mode not in ("running", "paused"):
         return []
-    keys = {limit_key(agent if agent in CLIS else "") for agent in share_agents(settings)}
-    lonely = find_lonely(state, keys)
-    return [[what, f"./farm.py edit {task_id} --agent ''"] for task_id, what in lonely.items()]
+    keys = {limit_key(cli_of(agent).name) for agent in share_agents(settings)}
+    return [
+        [what, f"./farm.py edit {task_id} --agent ''"]
+        for task_id, what in find_lonely(state, keys).items()
+    ]
 
 
 # What a person can do about an agent in each state of trouble; the order is that of `status`.
@@ -10457,23 +10320,20 @@ def next_steps(status: dict, problems: list[str], state: State) -> list[tuple[st
         )
     return steps + [
         (f"{task.id} failed: {task.reason}", f"./farm.py retry {task.id}")
-        for task in state.pending.values()
-        if task.state == "failed"
+        for task in failed_tasks(state)
     ]
 
 
 def agent_row(record: dict) -> list[str]:
     note = record["cause"] or record.get("title", "")
     cost = f"${record['cost_usd']:.2f}" if record.get("cost_usd") else "-"
-    counts = [
-        "-" if record.get(key) is None else record[key] for key in ("changed_lines", "commits")
-    ]
+    counts = ("changed_lines", "commits")
     return [
         record["agent"],
         record["state"],
         ago(record["since"]),
         record["task"] or "-",
-        *counts,
+        *("-" if record.get(key) is None else record[key] for key in counts),
         f"{record['cpu_percent']:.0f}%",
         f"{record['rss_bytes'] >> 20}M",
         ago(record["last_output_at"]),
@@ -10492,11 +10352,11 @@ def status_lines(status: dict, room: int = 6) -> list[str]:
     if len(steps) > room > 0:
         steps[room - 1 :] = [f"next: ./farm.py status --json # {len(steps) - room + 1} more"]
     spent = [f"cost: {describe_usage(status['spent'])}"] if any(status["spent"].values()) else []
-    told = [agent for agent in status["agents"] if "host" in agent]
     heard = {
         agent["host"]: f" heard {ago(agent['heard_at'])} ago"
         + f" ({agent['trouble']})" * bool(agent["trouble"])
-        for agent in told
+        for agent in status["agents"]
+        if "host" in agent
     }
     says = {host: f" ({said})" for host, (*_, said) in status.get("placed", {}).items() if said}
     hosts = [f"{host}{heard.get(host, '')}{says.get(host, '')}" for host in sorted({*heard, *says})]
@@ -10564,8 +10424,8 @@ def count_over(counts: dict) -> tuple[int, int]:
 class Progress:
     """A bar on a terminal, a line in a pipe whenever the counts change."""
 
-    def __init__(self, stream):
-        self.stream, self.is_terminal, self.last = stream, stream.isatty(), ""
+    def __init__(self):
+        self.is_terminal, self.last = sys.stdout.isatty(), ""
 
     def show(self, state: State) -> None:
         counts = state.count_states()
@@ -10577,14 +10437,13 @@ class Progress:
         self.last = words
         if self.is_terminal:
             bar = "#" * (24 * over // max(total, 1))
-            self.stream.write(f"\r\x1b[K[{bar:<24}] {over}/{total} {words}")
+            print(f"\r\x1b[K[{bar:<24}] {over}/{total} {words}", end="", flush=True)
         else:
-            self.stream.write(f"{over}/{total} done: {words}\n")
-        self.stream.flush()
+            print(f"{over}/{total} done: {words}", flush=True)
 
     def close(self) -> None:
         if self.is_terminal and self.last:
-            self.stream.write("\n")
+            print()
 
 
 class LogReader:
@@ -10620,13 +10479,6 @@ class LogReader:
             known.add(inode)
             found.append(open(descriptor, "rb", buffering=0))
         self.files += found[::-1]
-
-    def skip_to_last(self, size: int) -> None:
-        """Begin `size` bytes before the end."""
-        for file in reversed(self.files):
-            here = os.fstat(file.fileno()).st_size
-            file.seek(max(0, here - max(0, size)))
-            size -= here
 
     def read(self) -> bytes:
         """The next piece; empty when nothing more is there yet."""
@@ -10664,7 +10516,11 @@ class LogReader:
 
     def last_lines(self, count: int) -> str:
         """The last `count` lines of what is there."""
-        self.skip_to_last(4096 * count)
+        size = 4096 * count  # what is before that is not read
+        for file in reversed(self.files):
+            here = os.fstat(file.fileno()).st_size
+            file.seek(max(0, here - max(0, size)))
+            size -= here
         lines = deque(
             "".join(map(self.clean, iter(self.read, b""))).splitlines(keepends=True), maxlen=count
         )
@@ -10763,8 +10619,8 @@ class Watch:
     LOOK_SECONDS, DRAW_SHARE, TYPE_SECONDS = 2.0, 0.008, 0.8
     KEYS = "1..9 attach \u00b7 l logs \u00b7 m merge \u00b7 p pause \u00b7 q leave"
 
-    def __init__(self, call: Call, read, should_stop):
-        self.call, self.read, self.should_stop = call, read, should_stop
+    def __init__(self, call: Call, should_stop: StopRequest):
+        self.call, self.should_stop = call, should_stop
         self.terminal, self.sight, self.status, self.trouble = Terminal(), Sight(0.004), {}, ""
         self.typed, self.typed_at, self.drawn, self.next_at = "", 0.0, (), 0.0
         self.seen = ""  # ID@COMMIT of the work that was looked at last
@@ -10793,7 +10649,7 @@ class Watch:
         used = sum(os.times()[:2])
         if seen[2:] != self.drawn[2:]:
             try:
-                self.status, self.trouble = self.read(self.sight), ""
+                self.status, self.trouble = read_status(self.call, self.sight), ""
             except (FarmError, OSError) as error:
                 self.trouble = f"{error}; trying again"
         self.terminal.draw(self.frame(*size))
@@ -10834,7 +10690,7 @@ class Watch:
             if key in "\r\n" and number:
                 self.do("attach", number)
             elif key == "l":
-                self.do("logs", *([number] if number else ["--all"]), "-f", "-n", "200")
+                self.do("logs", number or "--all", "-f", "-n", "200")
             elif key == "m":
                 self.do("merge", pause=True)
             elif key == "p":
@@ -10877,8 +10733,7 @@ def call_farm(repo: str, *words: str, **options) -> int:
     import subprocess
 
     env = {**os.environ, "FARM_PYTHON": sys.executable}
-    argv = [os.path.join(SCRIPTS, "farm"), "--repo", repo, *words]
-    return subprocess.call(argv, env=env, **options)
+    return subprocess.call([f"{SCRIPTS}/farm", "--repo", repo, *words], env=env, **options)
 
 
 def read_status(call: Call, sight: Sight | None = None) -> dict:
@@ -10887,8 +10742,10 @@ def read_status(call: Call, sight: Sight | None = None) -> dict:
         settings = call.settings()
     except DamagedState:
         settings = load_settings(call.repo)
-    placed = call.store.read_part(PLACED_FILE, "hosts")
-    return {"placed": placed, **farm_status(call.store, settings, sight)}
+    return {
+        "placed": call.store.read_part(PLACED_FILE, "hosts"),
+        **farm_status(call.store, settings, sight or Sight()),
+    }
 
 
 def find_logs(store: Store) -> list[str]:
@@ -11383,11 +11240,12 @@ def task_document(call: Call, task_id: str) -> dict:
     """What `show --json` prints: a record of `tasks --json`, with "prompt", "attempts" (see
     `fold_attempts`), "tries", "gate", "commits" and "files" (path, added, removed) of its work,
     "follow_ups" (ids) and "next"."""
-    store, state = call.store, call.store.snapshot()
+    store, state = call.store, call.state
     task, events = state.get_task(task_id), read_task_events(store, task_id)
     record = task_record(task, state, CLOCK.now())
-    queued = [one for one in queue_records(store, state) if one["id"] == task_id]
-    record.update((key, one[key]) for one in queued for key in ("state", "reason"))
+    for queued in queue_records(store, state):
+        if queued["id"] == task_id:
+            record.update(state=queued["state"], reason=queued["reason"])
     spending = [line for line in read_usage(store, is_whole=True) if line["task"] == task_id]
     try:
         work = read_tsv(
@@ -11451,18 +11309,20 @@ def run_check(check, *args) -> list[tuple[str, str, int]]:
 
 def check_tools(call: Call) -> list[tuple]:
     """Programs and packages."""
-    checks = [(import_package, name) for name in ("psutil", "portalocker", "tabulate")]
-    checks.append((lambda: run_script("check-tools.sh", env={"FARM_PYTHON": sys.executable}),))
-    return [finding for check in checks for finding in run_check(*check)]
+    return [
+        finding
+        for name in ("psutil", "portalocker", "tabulate")
+        for finding in run_check(import_package, name)
+    ] + run_check(lambda: run_script("check-tools.sh", env={"FARM_PYTHON": sys.executable}))
 
 
 def check_settings(call: Call) -> list[tuple]:
     """What they name: the target, and the sandbox that they want for agents."""
     if found := run_check(call.settings):
         return found
-    found = run_check(lambda: target_of(call, call.settings()))
+    found = run_check(target_of, call, call.settings())
     found = found or [(what, hint, 1) for what, hint in find_obstacles(call)]
-    return found + run_check(lambda: resolve_isolation(call.settings()))
+    return found + run_check(resolve_isolation, call.settings())
 
 
 def check_state(call: Call) -> list[tuple]:
@@ -11501,23 +11361,22 @@ def check_state(call: Call) -> list[tuple]:
 
 def check_pins(call: Call) -> list[tuple]:
     """Submitted work that a pin keeps and no task knows."""
-    state = call.store.snapshot()
+    state = call.state
     pins = read_tsv(run_script("merge/pins.sh", "list", "-C", call.repo, allow=(0, 2, 3)).stdout)
-    orphans = [(ref, sha, ref.rpartition("/")[2]) for ref, sha in pins]
     return [
         (
             f"{ref} keeps {sha[:10]}, and no task {task_id} is known",
             f"git log {sha[:10]}; git update-ref -d {ref}",
         )
-        for ref, sha, task_id in orphans
-        if not state.is_done(task_id) and not state.find_task(task_id)
+        for ref, sha in pins
+        if not state.is_done(task_id := os.path.basename(ref)) and not state.find_task(task_id)
     ]
 
 
 def check_refs(call: Call) -> list[tuple]:
     """Refs of landed work that hold commits which are nowhere else: nothing removes them."""
-    target = call.store.farm().get("settings", {}).get("into")
-    kept = find_leftovers(call.repo, target, call.store.snapshot())[1] if target else []
+    target = call.store.read_part(FARM_FILE, "settings").get("into")
+    kept = find_leftovers(call.repo, target, call.state)[1] if target else []
     what = (
         f"{number(len(kept), 'ref')} of landed tasks hold commits that {target} has not: "
         f"{', '.join(kept[:3])}{' ...' * (len(kept) > 3)}"
@@ -11536,15 +11395,13 @@ def check_machine(call: Call) -> list[tuple]:
 def check_repo(call: Call) -> list[tuple]:
     """What in the repo itself would stop a farm, and what the loop and the merger say now."""
     is_whole = not find_damaged(call.store)
-    told = call.store.farm().get("settings", {}) if is_whole else {}
+    told = call.store.read_part(FARM_FILE, "settings") if is_whole else {}
     settings = load_settings(call.repo, call.options, told)
-    state = call.store.snapshot() if is_whole else State()
+    state = call.state if is_whole else State()
     landed = "".join(f"{task.landed_commit}\n" for task in state.all_tasks() if task.landed_commit)
     target = ["-b", settings.into] if settings.into else []
-    said = run_script(
-        "merge/check-repo.sh", "-C", call.repo, *target, stdin=landed, allow=(0, 1)
-    ).stdout
-    rows = read_tsv(said)
+    said = run_script("merge/check-repo.sh", "-C", call.repo, *target, stdin=landed, allow=(0, 1))
+    rows = read_tsv(said.stdout)
     if is_whole and (trouble := find_activity(call.store).get("trouble")):
         rows.append(trouble)
     return [(*row, 1) for row in rows] + (read_changes(call.store) if is_whole else [])
@@ -11604,8 +11461,7 @@ def check_agents(call: Call) -> list[tuple]:
         for agent in dict.fromkeys(shared)
         for finding in run_check(check_command, agent, call.repo)
     ]
-    if not findings:
-        findings += find_blockers(call.repo, settings, shared)
+    findings = findings or find_blockers(call.repo, settings, shared)
     return findings + [
         (limit, "./farm.py up")
         for preset in (*CLIS, COMMAND)
@@ -11626,7 +11482,7 @@ GLOBAL_OPTIONS = "repo= h|help"
 
 def verb(synopsis: str, summary: str, options: str = "", example: str = ""):
     """Register a verb. options: words like `json` (flag), `id=` (text), `n|n=#` (whole number),
-    `wait=s` (seconds), `after=*`."""
+    `wait=s` (seconds), `after=*`. It returns its exit code, or nothing for 0."""
 
     def register(function):
         name = function.__name__.removeprefix("verb_").replace("_", "-")
@@ -11647,7 +11503,7 @@ class Call:
                 f"{name}: this is a host of {os.environ['FARM_HUB']}, which would not know of it",
                 "say it in your commit message",
             )
-        start = options.get("repo") or os.environ.get("FARM_REPO") or os.getcwd()
+        start = options.get("repo") or given("FARM_REPO") or os.getcwd()
         # a shell and a host start anywhere
         self.repo = start if name in ("completion", "spoke") else find_repo(start)
         self.store = Store(self.repo)
@@ -11656,6 +11512,11 @@ class Call:
     def repo_info(self) -> dict[str, list[str]]:
         """`read_repo`, once a verb."""
         return read_repo(self.repo)
+
+    @property
+    def state(self) -> State:
+        """What is on disk now."""
+        return self.store.snapshot()
 
     def settings(self) -> Settings:
         remembered = self.store.read_part(FARM_FILE, "settings")
@@ -11707,7 +11568,7 @@ def parse_options(verb_name: str, argv: list[str]) -> tuple[list[str], dict]:
             f"{verb_name}: {error.msg}", f"./farm.py {verb_name} --{near or 'help'}"
         ) from None
     command = argv[cut + 1 :]
-    options: dict = {"command": command} if cut < len(argv) else {}
+    options = {"command": command} if cut < len(argv) else {}
     for flag, value in pairs:
         name, key = names[flag], names[flag].replace("-", "_")
         options[key] = read_option(verb_name, name, kinds[name], value, options.get(key, []))
@@ -11745,20 +11606,16 @@ def ask_by_mailbox(mailbox: str, argv: list[str]) -> int:
     FarmError when nobody answers.
     """
     if argv == ["hook"]:  # the event is only here
-        argv = ["hook", os.environ.get("FARM_AGENT_NAME", ""), "--", sys.stdin.read()]
-    name = os.path.join(mailbox, f"{os.getpid()}-{time.monotonic_ns()}")
+        argv = ["hook", given("FARM_AGENT_NAME"), "--", sys.stdin.read()]
+    name = f"{mailbox}/{os.getpid()}-{time.monotonic_ns()}"
     write_whole(name + ".request", json.dumps(argv))
-    ring(os.path.join(mailbox, "bell"), b"request\n")
-    deadline = CLOCK.monotonic() + MAILBOX_SECONDS
-    while not os.path.exists(name + ".answer"):
-        if CLOCK.monotonic() > deadline:
-            raise FarmError(
-                f"nobody answered {argv[0]} within {MAILBOX_SECONDS:.0f} s",
-                "is run-task.sh still running?",
-            )
-        time.sleep(0.02)
-    with open(name + ".answer", encoding="utf-8") as file:
-        answer = json.load(file)
+    ring(f"{mailbox}/bell", b"request\n")
+    if not wait_for(lambda: os.path.exists(name + ".answer"), MAILBOX_SECONDS, 0.02):
+        raise FarmError(
+            f"nobody answered {argv[0]} within {MAILBOX_SECONDS:.0f} s",
+            "is run-task.sh still running?",
+        )
+    answer = json.loads(read_bytes(name + ".answer"))
     os.unlink(name + ".answer")
     sys.stdout.write(answer["stdout"])
     sys.stderr.write(answer["stderr"])
@@ -11784,7 +11641,7 @@ def print_error(error: FarmError | OSError) -> int:
 
 
 def overview_text() -> str:
-    width = max(len(name) for name in VERBS)
+    width = max(map(len, VERBS))
     lines = [f"  {name:<{width}}  {entry.summary}" for name, entry in VERBS.items()]
     return (
         "usage: farm.py [--repo DIR] VERB ...\n\n"
@@ -11857,7 +11714,7 @@ def option_lines(words: str) -> list[str]:
 
 def help_text(name: str) -> str:
     entry = VERBS[name]
-    options = "\n".join(option_lines(f"{entry.options} repo=".strip()))
+    options = "\n".join(option_lines(f"{entry.options} repo="))
     return (
         f"usage: farm.py {entry.synopsis}\n\n{entry.summary}\n\noptions:\n{options}\n\n"
         f"example: {entry.example}"
@@ -11870,13 +11727,9 @@ def settings_text() -> str:
         f"{variable_of(name):<22} {str(entry.default) or '-':<8} {entry.meaning}"
         for name, entry in SETTINGS.items()
     ]
-    return "\n".join(
-        [
-            "A flag goes before FARM_* in the environment, that before farm.env (KEY=VALUE lines",
-            "at the repo's root), that before what the last `up` was told.",
-            "",
-            *lines,
-        ]
+    return (
+        "A flag goes before FARM_* in the environment, that before farm.env (KEY=VALUE lines\n"
+        "at the repo's root), that before what the last `up` was told.\n\n" + "\n".join(lines)
     )
 
 
@@ -11916,17 +11769,13 @@ CHECKS = (
     "agent= no-after f|file=",
     "./farm.py add 'Fix the login test' --priority 5",
 )
-def verb_add(call: Call) -> int:
+def verb_add(call: Call) -> None:
     settings = call.settings()
-    if call.get("file"):
-        drafts = parse_tasks(
-            read_text(call.options["file"]), os.path.basename(call.options["file"])
-        )
+    if file := call.get("file"):
+        drafts = parse_tasks(read_text(file), os.path.basename(file))
         if call.args or not drafts:
             raise UsageError(
-                "add -f takes no title"
-                if call.args
-                else f"there is no task in {call.options['file']}"
+                "add -f takes no title" if call.args else f"there is no task in {file}"
             )
     else:
         drafts = [draft_from(call)]
@@ -11938,7 +11787,6 @@ def verb_add(call: Call) -> int:
         print(task.id)
         if not is_new:
             say(f"{task.id} is there already: {one_line(task.title, 60)}")
-    return 0
 
 
 def check_presets(drafts: list[Task]) -> None:
@@ -11958,7 +11806,7 @@ def follow_up(tx: Transaction, drafts: list[Task], settings: Settings, waits: bo
     in one attempt, and in too late a generation: agents that add tasks in every task would never
     be done.
     """
-    parent, fence = os.environ.get("FARM_TASK", ""), os.environ.get("FARM_FENCE", "")
+    parent, fence = given("FARM_TASK"), given("FARM_FENCE")
     claim = tx.state.find_holder(parent) if parent else None
     if claim is None or claim.fence != fence:
         return drafts
@@ -12019,13 +11867,12 @@ def fields_of(call: Call) -> dict:
     }
 
 
-def print_records(call: Call, records: list[dict], heads: list[str], cells) -> int:
+def print_records(call: Call, records: list[dict], heads: list[str], cells) -> None:
     """As JSON, or as a table of `cells(record)`."""
     if call.get("json"):
         print_json(records)
     else:
         print_table(list(map(cells, records)), heads)
-    return 0
 
 
 SORTED_BY = ("priority", "attempts", "cost_usd", "state", "agent", "title", "added_at")
@@ -12055,8 +11902,8 @@ def select_tasks(records: list[dict], options: dict) -> list[dict]:
     "json state=* agent= match= sort=",
     "./farm.py tasks --state failed --sort priority",
 )
-def verb_tasks(call: Call) -> int:
-    state, now = call.store.snapshot(), CLOCK.now()
+def verb_tasks(call: Call) -> None:
+    state, now = call.state, CLOCK.now()
     spending = defaultdict(list)
     for line in read_usage(call.store, is_whole=True):
         spending[line["task"]].append(line)
@@ -12072,7 +11919,7 @@ def verb_tasks(call: Call) -> int:
         ],
         call.options,
     )
-    return print_records(
+    print_records(
         call,
         records,
         ["TASK", "STATE", "AGENT", "TRIES", "TITLE", "COMMIT OR REASON"],
@@ -12113,7 +11960,7 @@ def verb_cancel(call: Call) -> int:
     text = call.get("match", "").lower()
     ids = [
         task.id
-        for task in call.store.snapshot().live_tasks()
+        for task in call.state.live_tasks()
         if task.state not in ("landed", "canceled") and text in task.title.lower()
     ]
     return move_each(call, ids if text else [call.one("task id")], TaskQueue.cancel)
@@ -12127,7 +11974,7 @@ def verb_cancel(call: Call) -> int:
 )
 def verb_retry(call: Call) -> int:
     more = call.settings().max_attempts
-    ids = [task.id for task in call.store.snapshot().pending.values() if task.state == "failed"]
+    ids = [task.id for task in failed_tasks(call.state)]
     return move_each(
         call,
         ids if call.get("failed") else [call.one("task id")],
@@ -12156,13 +12003,13 @@ def wait_until_made(call: Call, settings: Settings, error: type, move):
     "owner-pid=# wait=s id= env",
     "./farm.py claim agent-001 --owner-pid $$",
 )
-def verb_claim(call: Call) -> int:
+def verb_claim(call: Call) -> None:
     agent, owner = call.agent(), caller(call.get("owner_pid"))
     settings = call.settings()
     claim = wait_until_made(
         call, settings, NotFound, lambda watch: claim_once(call, agent, owner, watch, settings)
     )
-    cli = cli_of(os.environ.get("FARM_PRESET", ""))
+    cli = cli_of(given("FARM_PRESET"))
     resumes = cli.can_resume(claim)
     try:
         prompt = write_prompt(call.store, claim, settings, resumes=resumes)
@@ -12177,11 +12024,10 @@ def verb_claim(call: Call) -> int:
     print(
         claim_environment(claim, prompt, resumes) if call.get("env") else dump_line(claim.to_json())
     )
-    return 0
 
 
 def fence_of(call: Call) -> str:
-    fence = call.get("fence") or os.environ.get("FARM_FENCE", "")
+    fence = call.get("fence") or given("FARM_FENCE")
     if not fence:
         raise UsageError(
             f"{call.name} needs --fence",
@@ -12190,11 +12036,10 @@ def fence_of(call: Call) -> str:
     return fence
 
 
-def move_claim(call: Call, *args, **options) -> int:
+def move_claim(call: Call, *args, **options) -> None:
     """The move that the verb is called, of what the agent holds by its fence."""
     with call.store.transaction() as tx:
         getattr(TaskQueue(tx), call.name)(call.agent(), fence_of(call), *args, **options)
-    return 0
 
 
 @verb(
@@ -12203,8 +12048,8 @@ def move_claim(call: Call, *args, **options) -> int:
     "fence=",
     "farm renew agent-001 --fence t-0001.2",
 )
-def verb_renew(call: Call) -> int:
-    return move_claim(call)
+def verb_renew(call: Call) -> None:
+    move_claim(call)
 
 
 @verb(
@@ -12213,8 +12058,8 @@ def verb_renew(call: Call) -> int:
     "fence= why=",
     "farm release agent-001 --fence t-0001.2",
 )
-def verb_release(call: Call) -> int:
-    return move_claim(call, one_line(call.get("why", ""), 500))
+def verb_release(call: Call) -> None:
+    move_claim(call, one_line(call.get("why", ""), 500))
 
 
 @verb(
@@ -12223,11 +12068,11 @@ def verb_release(call: Call) -> int:
     "fence= why= no-retry",
     "farm fail agent-001 --fence t-0001.2 --why 'the API is gone'",
 )
-def verb_fail(call: Call) -> int:
+def verb_fail(call: Call) -> None:
     why = one_line(call.get("why", ""), 500)
     if not why:
         raise UsageError("fail needs --why: the next attempt reads it")
-    return move_claim(call, why, retry=not call.get("no_retry"))
+    move_claim(call, why, retry=not call.get("no_retry"))
 
 
 @verb(
@@ -12236,10 +12081,9 @@ def verb_fail(call: Call) -> int:
     "fence= branch= commit=",
     "farm submit agent-001 --fence t-0001.2",
 )
-def verb_submit(call: Call) -> int:
-    branch, commit = call.get("branch", ""), call.get("commit", "")
-    submit(call.store, call.agent(), fence_of(call), branch=branch, commit=commit)
-    return 0
+def verb_submit(call: Call) -> None:
+    source = {"branch": call.get("branch", ""), "commit": call.get("commit", "")}
+    submit(call.store, call.agent(), fence_of(call), **source)
 
 
 @verb(
@@ -12248,8 +12092,8 @@ def verb_submit(call: Call) -> int:
     "",
     "farm hook <event.json",
 )
-def verb_hook(call: Call) -> int:
-    agent, fence = os.environ.get("FARM_AGENT_NAME", ""), os.environ.get("FARM_FENCE", "")
+def verb_hook(call: Call) -> None:
+    agent, fence = given("FARM_AGENT_NAME"), given("FARM_FENCE")
     try:  # by way of the mailbox it comes behind the agent's name
         event = json.loads((call.args[1:] or [sys.stdin.buffer.read()])[0] or "{}")
     except (ValueError, RecursionError) as error:
@@ -12259,10 +12103,8 @@ def verb_hook(call: Call) -> int:
             "hook is for the CLI that the farm has started: FARM_AGENT_NAME and FARM_FENCE are "
             "not set"
         )
-    answer = note_turn(call.store, agent, fence, event)
-    if answer:
+    if answer := note_turn(call.store, agent, fence, event):
         print(dump_line(answer))
-    return 0
 
 
 @verb(
@@ -12271,15 +12113,14 @@ def verb_hook(call: Call) -> int:
     "fence= code=#",
     "farm finish agent-001 --fence t-0001.2 --code 0 <log",
 )
-def verb_finish(call: Call) -> int:
-    agent, fence = call.agent(), fence_of(call)
+def verb_finish(call: Call) -> None:
+    attempt = Attempt(call, call.agent(), fence_of(call))
     log = sys.stdin.buffer.read().decode("utf-8", "replace")
     try:
-        Attempt(call, agent, fence).finish(call.get("code", 0), log)
+        attempt.finish(call.get("code", 0), log)
     except Refused as error:
         # somebody else has the task now, or the agent has made its move itself
         say(str(error))
-    return 0
 
 
 MAILBOX_VERBS = ("submit", "fail", "release", "renew", "lock", "unlock", "add")
@@ -12291,24 +12132,20 @@ MAILBOX_VERBS = ("submit", "fail", "release", "renew", "lock", "unlock", "add")
     "",
     "farm answer agent-001",
 )
-def verb_answer(call: Call) -> int:
+def verb_answer(call: Call) -> None:
     agent = call.agent()
-    mailbox = call.store.path("mailbox", agent)
+    mailbox = call.store.path(f"mailbox/{agent}")
     with os.scandir(mailbox) as entries:  # no more than a hundred at a time, whatever lies there
-        found = itertools.islice(
-            (entry.name for entry in entries if re.fullmatch(r"[\w-]{1,60}\.request", entry.name)),
-            100,
-        )
-        names = sorted(found)
+        asked = (one.name for one in entries if re.fullmatch(r"[\w-]{1,60}\.request", one.name))
+        names = sorted(itertools.islice(asked, 100))
     for name in names:
-        request = os.path.join(mailbox, name)
+        request = f"{mailbox}/{name}"
         answer = answer_request(agent, call.repo, request)
         try:
             os.unlink(request)
             write_whole(request.removesuffix(".request") + ".answer", json.dumps(answer))
         except OSError as error:  # folders of these names
             say(f"{agent}: {name} cannot be answered: {error}")
-    return 0
 
 
 def answer_request(agent: str, repo: str, path: str) -> dict:
@@ -12359,23 +12196,20 @@ def lock_names(call: Call, names: list[str]) -> list[str]:
     "wait=s owner-pid=#",
     "farm lock agent-001 schema 'path:src/db/**'",
 )
-def verb_lock(call: Call) -> int:
+def verb_lock(call: Call) -> None:
     acquire_waiting(
         call, call.agent(), lock_names(call, call.args[1:]), caller(call.get("owner_pid"))
     )
-    return 0
 
 
 @verb("unlock AGENT NAME...", "give named resources up", "", "farm unlock agent-001 schema")
-def verb_unlock(call: Call) -> int:
+def verb_unlock(call: Call) -> None:
     with call.store.transaction() as tx:
         LockRegistry(tx).release(call.agent(), lock_names(call, call.args[1:]))
-    return 0
 
 
 @verb("locks [--json]", "who holds what", "json", "./farm.py locks")
-def verb_locks(call: Call) -> int:
-    claims = call.store.snapshot().claims.values()
+def verb_locks(call: Call) -> None:
     records = [
         {
             "agent": claim.agent,
@@ -12386,10 +12220,10 @@ def verb_locks(call: Call) -> int:
             "alive": find_liveness(Owner.from_json(claim.owner)),
             "claimed_at": claim.claimed_at,
         }
-        for claim in claims
+        for claim in call.state.claims.values()
     ]
     words = {True: "alive", False: "dead", None: "unseen"}
-    return print_records(
+    print_records(
         call,
         records,
         ["AGENT", "TASK", "LOCKS", "PID", "OWNER", "SINCE"],
@@ -12453,19 +12287,17 @@ def fork_waiting(command: list[str]) -> tuple[int, int]:
 
 
 @verb("queue [--json]", "the merge queue", "json", "./farm.py queue")
-def verb_queue(call: Call) -> int:
-    state = call.store.snapshot()
+def verb_queue(call: Call) -> None:
+    state = call.state
     records = queue_records(call.store, state)
-    if call.get("json"):
-        print_json(records)
-        return 0
-    rows = [
-        [r["id"], r["state"], r["agent"], r["commit"][:10], r["title"], r["reason"]]
-        for r in records
-    ]
-    print_table(rows, ["TASK", "STATE", "AGENT", "COMMIT", "TITLE", "WHY"])
-    say(describe_queue(state, records, find_activity(call.store)))
-    return 0
+    print_records(
+        call,
+        records,
+        ["TASK", "STATE", "AGENT", "COMMIT", "TITLE", "WHY"],
+        lambda r: [r["id"], r["state"], r["agent"], r["commit"][:10], r["title"], r["reason"]],
+    )
+    if not call.get("json"):
+        say(describe_queue(state, records, find_activity(call.store)))
 
 
 @verb(
@@ -12490,8 +12322,7 @@ def verb_merge(call: Call) -> int:
         if call.get("watch"):
             raise
         return follow_merger(call)
-    slots_folder = worktrees_folder(call.repo, settings)
-    queue = MergeQueue(call.store, settings, target, slots_folder)
+    queue = MergeQueue(call.store, settings, target, worktrees_folder(call.repo, settings))
     queue.review.note_cost = functools.partial(note_review, call.store, settings.reviewer)
     should_stop = StopRequest()
     try:
@@ -12514,9 +12345,9 @@ def report_merge(call: Call, moved: list[tuple], trouble: tuple, gates: int) -> 
     if call.get("json"):
         print_json(
             {
-                "landed": [move[0] for move in moved if move[1] == "landed"],
+                "landed": [name for name, what, _ in moved if what == "landed"],
                 "gates": gates,
-                "returned": [{"id": move[0], "reason": move[2]} for move in came_back],
+                "returned": [{"id": name, "reason": why} for name, _, why in came_back],
                 "trouble": list(trouble),
             }
         )
@@ -12529,7 +12360,7 @@ def follow_merger(call: Call) -> int:
     """The farm's own merger is at work: wait until it has drained the queue or needs a person,
     and report what it did."""
     say("the farm's merger is at work; waiting until the queue is empty")
-    store, waiting = call.store, call.store.snapshot().ready
+    store, waiting = call.store, call.state.ready
     while (
         (activity := find_activity(store))
         and not activity["trouble"]
@@ -12550,26 +12381,21 @@ def follow_merger(call: Call) -> int:
 FARM_OPTIONS = "n|n=# agent= gate= into= slots=# style= strict remote= review= on= gate-on="
 
 
-def describe_target(repo: str, target: str) -> str:
-    """Where work lands, and where that is checked out, which need not be where one stands."""
-    found = run_script("merge/find-checkout.sh", "-C", repo, target, allow=(0, 1, 3))
-    places = [row[1] for row in read_tsv(found.stdout) if row[0] == "checkout"]
-    return f"work lands on {target}, " + (
-        f"checked out in {', '.join(places)}" if places else "which is checked out nowhere"
-    )
-
-
 @verb(
     "up [-n N] [--agent A] [--gate C] [--into B]",
     "worktrees, sessions and the loop, in tmux; again: adopts and repairs",
     FARM_OPTIONS,
     "./farm.py up -n 10 --agent claude --gate 'make test'",
 )
-def verb_up(call: Call) -> int:
+def verb_up(call: Call) -> None:
     farm = open_farm(call)
     if call.store.mode() == "running" and find_recorded(call.store.path("loop.lock")) is None:
         say("this farm was running and was not stopped; going on from what is on disk")
-    say(describe_target(call.repo, farm.target))
+    # which need not be where one stands
+    found = run_script("merge/find-checkout.sh", "-C", call.repo, farm.target, allow=(0, 1, 3))
+    places = [row[1] for row in read_tsv(found.stdout) if row[0] == "checkout"]
+    where = f"checked out in {', '.join(places)}" if places else "which is checked out nowhere"
+    say(f"work lands on {farm.target}, {where}")
     say(describe_isolation(farm.settings))
     started, adopted = farm.up()
     say(
@@ -12577,7 +12403,6 @@ def verb_up(call: Call) -> int:
         f"on when you log out"
     )
     say("look: ./farm.py status   go there: ./farm.py attach 1   stop: ./farm.py down")
-    return 0
 
 
 @verb(
@@ -12593,21 +12418,22 @@ def verb_run(call: Call) -> int:
     guard = hold_long(call.store.path("loop.lock"), "a loop")
     before = call.store.farm()
     # a loop that was killed goes on as it was told
-    if os.environ.get("FARM_AS_TOLD") and before.get("mode") == "paused":
+    if given("FARM_AS_TOLD") and before.get("mode") == "paused":
         farm.remember("paused", before.get("reason", ""))
     else:
         farm.remember("running")
-    should_stop, progress, news = StopRequest(), Progress(sys.stdout), News(farm, report_apart)
-    standstill = Standstill(farm)
-    farm.tell, farm.stands_still = news.tell, standstill.is_reached
+    should_stop, progress, news = StopRequest(), Progress(), News(farm, report_apart)
+    standstill, farm.tell = Standstill(farm), news.tell
+
+    def is_over() -> bool:
+        progress.show(farm.state)
+        return farm.is_drained() or standstill.is_reached()
+
+    if call.get("until_drained"):
+        farm.is_over = is_over
     start_placing(call.store, farm.settings)
-    until_drained = bool(call.get("until_drained"))
     try:
-        farm.run(
-            should_stop,
-            until_drained=until_drained,
-            on_tick=lambda farm: progress.show(farm.state) if until_drained else None,
-        )
+        farm.run(should_stop)
     finally:
         progress.close()
     news.finish(0 if should_stop.is_set() else NOTICE_SECONDS)
@@ -12620,7 +12446,7 @@ def verb_run(call: Call) -> int:
     if standstill.found:
         say(f"nothing can move without a person: {standstill.found[1]}\n  try: ./farm.py doctor")
         return standstill.found[0]
-    states = call.store.snapshot().count_states()
+    states = call.state.count_states()
     return 0 if set(states) <= {"landed", "canceled"} else 5
 
 
@@ -12649,19 +12475,18 @@ def end_run(farm: Farm, should_stop: StopRequest) -> None:
     "now n|n=#",
     "./farm.py down",
 )
-def verb_down(call: Call) -> int:
+def verb_down(call: Call) -> None:
     farm = started_farm(call)
     seconds = 0 if call.get("now") else farm.settings.grace_seconds
     say_kept(farm.ending().down(seconds))
     end_hosts(call, seconds)
-    return 0
 
 
 @verb("clean", "remove worktrees and branches that are safe to remove", "", "./farm.py clean")
 def verb_clean(call: Call) -> int:
     settings = call.settings()
     sessions = probe_sessions(find_server(call.repo))
-    if any(not session.dead for session in sessions.values()):
+    if living(sessions):
         raise Refused(
             f"{len(sessions)} sessions are running", "./farm.py down, then ./farm.py clean"
         )
@@ -12674,7 +12499,7 @@ def verb_clean(call: Call) -> int:
     print_table(read_tsv(result.stdout), ["AGENT", "WHAT", "WHY"])
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         if name.startswith(("gate-", "plan-")) and not name.endswith(".tmp"):
-            run_script("merge/gate-slot.sh", "remove", os.path.join(folder, name))
+            run_script("merge/gate-slot.sh", "remove", f"{folder}/{name}")
     return result.code
 
 
@@ -12685,19 +12510,16 @@ def verb_clean(call: Call) -> int:
     "./farm.py status --watch",
 )
 def verb_status(call: Call) -> int:
-    if call.get("watch"):
-        return watch_status(call)
-    status = read_status(call)
-    print_json(status) if call.get("json") else print_status(status)
-    return status.get("exit_code", 0)
-
-
-def watch_status(call: Call) -> int:
-    """Until q or a signal; the farm goes on. In a pipe: the status every two seconds, when it
-    has changed; JSON: one line each."""
-    should_stop, as_json = StopRequest(), call.get("json")
+    """With --watch until q or a signal; the farm goes on. In a pipe: the status every two seconds,
+    when it has changed; JSON: one line each."""
+    as_json = call.get("json")
+    if not call.get("watch"):
+        status = read_status(call)
+        print_json(status) if as_json else print_status(status)
+        return status.get("exit_code", 0)
+    should_stop = StopRequest()
     if sys.stdout.isatty() and not as_json:
-        return Watch(call, functools.partial(read_status, call), should_stop).run()
+        return Watch(call, should_stop).run()
     sight, last = Sight(0.004), ""
     while not should_stop.is_set():
         status = read_status(call, sight)
@@ -12723,8 +12545,8 @@ def verb_attach(call: Call) -> int:
     name = agent or run_script("overview-tmux.sh", "-L", socket).stdout.strip()
     # what the script names where there is no such session
     os.environ["FARM_STATUS"] = as_typed("./farm.py status")
-    script = os.path.join(SCRIPTS, "attach-tmux.sh")
-    return os.execv(find_bash(), ["bash", script, "-L", socket, name])
+    argv = ["bash", f"{SCRIPTS}/attach-tmux.sh", "-L", socket, name]
+    return os.execv(find_bash(), argv)
 
 
 def host_of(store: Store, agent: str) -> str:
@@ -12737,7 +12559,7 @@ def find_agent(call: Call) -> tuple[str, str]:
     """(agent, its host) of the first argument. A bare number that no agent here has had is that of
     the one host that has it. Raises Refused where several have."""
     agent = call.agent()
-    if call.args[0].isdigit() and not os.path.exists(call.store.path("logs", agent + ".log")):
+    if call.args[0].isdigit() and not os.path.exists(call.store.path(f"logs/{agent}.log")):
         found = [
             record["agent"]
             for told in read_hosts(call.store).values()
@@ -12767,9 +12589,9 @@ def attach_on(call: Call, agent: str, host: str) -> int:
     return 0
 
 
-def order_on(call: Call, agent: str, host: str, *argv: str, stdin: str = "") -> int:
+def order_on(call: Call, agent: str, host: str, *argv: str) -> int:
     """What the host's own farm says to the verb."""
-    done = order(call.store, host, call.name, agent[-3:], *argv, stdin=stdin)
+    done = order(call.store, host, call.name, agent[-3:], *argv)
     sys.stdout.write(printable(done["out"]))
     if done["err"].strip():
         say(printable(done["err"]).strip().removeprefix("farm: "))
@@ -12813,14 +12635,14 @@ def verb_logs(call: Call) -> int:
         return attach_on(call, agent, host)
     if host:
         return order_on(call, agent, host, "-n", str(call.get("lines", 200)))
-    one, raw = [agent] if agent else [], call.get("raw") and not is_all
-    if one and not os.path.exists(call.store.path("logs", one[0] + ".log")):
-        raise NotFound(f"{one[0]} has no log yet", "./farm.py status")
+    raw = call.get("raw") and not is_all
+    if agent and not os.path.exists(call.store.path(f"logs/{agent}.log")):
+        raise NotFound(f"{agent} has no log yet", "./farm.py status")
     lines = call.get("lines", 10 if is_all and follow else None)
     while True:
-        for name in one or find_logs(call.store):
+        for name in [agent] if agent else find_logs(call.store):
             if is_new := name not in readers:
-                readers[name] = LogReader(call.store.path("logs", name + ".log"))
+                readers[name] = LogReader(call.store.path(f"logs/{name}.log"))
             reader, head = readers[name], f"{name} | " if is_all else ""
             if is_new and lines is not None and not raw:
                 reader.show(reader.last_lines(lines), head)
@@ -12858,10 +12680,10 @@ def send_to_all(call: Call, text: str) -> int:
     from concurrent.futures import ThreadPoolExecutor
 
     socket = find_server(call.repo)
-    live = {name for name, session in probe_sessions(socket).items() if not session.dead}
+    live = living(probe_sessions(socket))
     names = sorted(
         claim.agent
-        for claim in call.store.snapshot().claims.values()
+        for claim in call.state.claims.values()
         if claim.task and (claim.agent in live or host_of(call.store, claim.agent))
     )
     if not names:
@@ -12889,15 +12711,13 @@ def send_to_all(call: Call, text: str) -> int:
     "why=",
     "./farm.py pause --why 'release at noon'",
 )
-def verb_pause(call: Call) -> int:
+def verb_pause(call: Call) -> None:
     set_mode(started_farm(call).store, "paused", one_line(call.get("why", ""), 200))
-    return 0
 
 
 @verb("resume", "hand out work again", "", "./farm.py resume")
-def verb_resume(call: Call) -> int:
+def verb_resume(call: Call) -> None:
     set_mode(started_farm(call).store, "running")
-    return 0
 
 
 @verb(
@@ -12906,7 +12726,7 @@ def verb_resume(call: Call) -> int:
     "",
     "./farm.py estop",
 )
-def verb_estop(call: Call) -> int:
+def verb_estop(call: Call) -> None:
     import signal
 
     # it may be typed in one of the sessions that it ends
@@ -12914,7 +12734,6 @@ def verb_estop(call: Call) -> int:
     say_kept(started_farm(call).ending().estop())
     end_hosts(call, 0)
     say("everything has stopped; ./farm.py up goes on from here")
-    return 0
 
 
 @verb(
@@ -12923,15 +12742,13 @@ def verb_estop(call: Call) -> int:
     "into=",
     "./farm.py rescue list",
 )
-def verb_rescue(call: Call) -> int:
+def verb_rescue(call: Call) -> None:
     action, *refs = call.args or ["list"]
     if (action, len(refs)) not in (("list", 0), ("show", 1), ("restore", 1)):
         raise UsageError("rescue list, rescue show REF, or rescue restore REF [--into DIR]")
     if action == "restore":
         refs.append(call.get("into") or os.getcwd())
-    result = run_script("rescue.sh", action, "-C", call.repo, *refs)
-    print(result.stdout, end="")
-    return 0
+    print(run_script("rescue.sh", action, "-C", call.repo, *refs).stdout, end="")
 
 
 @verb(
@@ -12943,8 +12760,9 @@ def verb_rescue(call: Call) -> int:
 def verb_doctor(call: Call) -> int:
     mended = mend(call.store) if call.get("fix") else []
     unable = NEED_STATE if find_damaged(call.store) else ()
-    checks = [check for check in CHECKS if check not in unable]
-    findings = [(*finding, 0)[:3] for check in checks for finding in check(call)]
+    findings = [
+        (*finding, 0)[:3] for check in CHECKS if check not in unable for finding in check(call)
+    ]
     codes = {code for _, _, code in findings}
     if call.get("json"):
         print_json(
@@ -12998,13 +12816,12 @@ def verb_report(call: Call) -> int:
     "json",
     "./farm.py show t-0007",
 )
-def verb_show(call: Call) -> int:
+def verb_show(call: Call) -> None:
     document = task_document(call, call.one("task id"))
     if call.get("json"):
         print_json(document)
-        return 0
-    print("\n".join(show_lines(document, shown_width())))
-    return 0
+    else:
+        print("\n".join(show_lines(document, shown_width())))
 
 
 @verb(
@@ -13015,13 +12832,12 @@ def verb_show(call: Call) -> int:
 )
 def verb_diff(call: Call) -> int:
     task_id, _, commit = call.one("task id").partition("@")
-    task = find_submitted(call, call.args[0]) if commit else call.store.snapshot().get_task(task_id)
+    task = find_submitted(call, call.args[0]) if commit else call.state.get_task(task_id)
     forms = {"stat": "-s", "tool": "-t", "raw": "-r"}
     form = [flag for name, flag in forms.items() if call.get(name)]
     work = find_work(call, task, call.get("attempt", 0))
-    script = os.path.join(SCRIPTS, "merge/diff-work.sh")
-    argv = [*unfiltered(call.repo), "bash", script, "-C", call.repo, *form, *work]
-    os.execv(find_bash(), argv)
+    argv = ["bash", f"{SCRIPTS}/merge/diff-work.sh", "-C", call.repo, *form, *work]
+    os.execv(find_bash(), [*unfiltered(call.repo), *argv])
 
 
 def check_free(state: State, task: Task) -> None:
@@ -13053,8 +12869,8 @@ def edit_by_hand(task: Task) -> tuple[str, dict]:
         "w", prefix=f"{task.id}-", suffix=".md", encoding="utf-8", errors="replace", delete=False
     ) as file:
         file.write(text)
-    script = os.path.join(SCRIPTS, "merge/edit-text.sh")
-    code = subprocess.call(["bash", script, file.name], env=CALLER_ENVIRONMENT)
+    argv = ["bash", f"{SCRIPTS}/merge/edit-text.sh", file.name]
+    code = subprocess.call(argv, env=CALLER_ENVIRONMENT)
     if code or read_text(file.name) == text:
         os.unlink(file.name)
         raise NotFound(f"nothing was changed (the editor ended with {code})")
@@ -13070,8 +12886,8 @@ def edit_by_hand(task: Task) -> tuple[str, dict]:
     "title= prompt= priority=# after=* path=* max-attempts=# agent=",
     "./farm.py edit t-0007 --priority 5",
 )
-def verb_edit(call: Call) -> int:
-    state, file = call.store.snapshot(), ""
+def verb_edit(call: Call) -> None:
+    state, file = call.state, ""
     task = state.get_task(call.one("task id"))
     fields = fields_of(call)
     check_free(state, task)
@@ -13092,20 +12908,19 @@ def verb_edit(call: Call) -> int:
         ) from None
     if file:
         os.unlink(file)
-    return 0
 
 
 def find_submitted(call: Call, text: str) -> Task:
     """The task of an argument ID or ID@COMMIT, which is in the merge queue at that commit. Raises
     Refused; agents do not judge work."""
     task_id, _, commit = text.partition("@")
-    task = call.store.snapshot().get_task(task_id)
+    task = call.state.get_task(task_id)
     if task.state != "ready" or not task.commit.startswith(commit):
         raise Refused(
             f"{task_id} is {task.state}" + f" at {task.commit[:10]}" * bool(commit),
             f"./farm.py show {task_id}",
         )
-    if os.environ.get("FARM_SESSION"):
+    if given("FARM_SESSION"):
         raise Refused("an agent's work is judged by others", f"./farm.py diff {task_id}")
     return task
 
@@ -13118,7 +12933,7 @@ def find_submitted(call: Call, text: str) -> Task:
 )
 def verb_approve(call: Call) -> int:
     target, code = target_of(call, call.settings()), 0
-    found = find_reviews(call.store, call.store.snapshot())
+    found = find_reviews(call.store, call.state)
     wanted = (
         [f"{task_id}@{commit}" for task_id, commit in found.items()]
         if call.get("all")
@@ -13150,7 +12965,7 @@ def verb_approve(call: Call) -> int:
     "why= fail",
     "./farm.py return t-0007 --why 'the old name has to stay'",
 )
-def verb_return(call: Call) -> int:
+def verb_return(call: Call) -> None:
     task, why = find_submitted(call, call.one("task id")), call.get("why", "")
     if not why and sys.stdin.isatty():
         why = input(f"what is wrong with {task.id}? ")
@@ -13160,9 +12975,8 @@ def verb_return(call: Call) -> int:
     Returns(call.store, target, Tally()).send_back(
         task, f"a person says: {one_line(why, 500)}", printable(why), counts=call.get("fail", False)
     )
-    if task.id in call.store.snapshot().ready:
+    if task.id in call.state.ready:
         raise Refused(f"{task.id} has moved meanwhile", f"./farm.py show {task.id}")
-    return 0
 
 
 PLAN_PROMPT = """\
@@ -13187,7 +13001,7 @@ def have_plan_made(call: Call, settings: Settings, goal: str) -> str:
     cli = cli_of(cli_of(agent).headless or agent)
     check_command(agent, call.repo)
     carry_isolation(settings)
-    folder = os.path.join(worktrees_folder(call.repo, settings), f"plan-{os.getpid()}")
+    folder = f"{worktrees_folder(call.repo, settings)}/plan-{os.getpid()}"
     told, output = call.store.path(CLI_SETTINGS_FILE), call.store.path("mailbox", "plan", "output")
     write_whole(told, dump_line(hook_settings(settings)))
     env = {
@@ -13260,32 +13074,27 @@ def draft_revert(call: Call, task: Task, name: str, title: str) -> list[Task]:
     "retry",
     "./farm.py revert t-0007",
 )
-def verb_revert(call: Call) -> int:
-    state = call.store.snapshot()
+def verb_revert(call: Call) -> None:
+    state = call.state
     task = state.get_task(call.one("task id"))
     if task.state != "landed":
         raise Refused(f"task {task.id} is {task.state}", f"./farm.py show {task.id}")
     name = f"revert-{task.id}"
     while state.is_done(name):  # it was taken back, and has landed again
         name += ".2"
-    guard = hold_pin(call.store, name)  # two at once: one makes it, the other finds it
-    try:
-        there = call.store.snapshot().find_task(name)
+    with hold_pin(call.store, name):  # two at once: one makes it, the other finds it
+        there = call.state.find_task(name)
         # before its pin is moved, which keeps its work; one that a kill has left is made whole
         if there and there.rev > 1:
             raise UsageError(f"there is a task {name} already", f"./farm.py show {name}")
         add_revert(call, task, name)
-    finally:
-        os.close(guard)
-    return 0
 
 
 def add_revert(call: Call, task: Task, name: str) -> None:
     """Make the commit, pin it, and put it into the merge queue; prints the ids of its tasks."""
     title, at = one_line(f"Revert {task.id}: {task.title}", TITLE_LENGTH), task.landed_commit
     begin = task.landed_from or f"{at}^"
-    made = run_script("merge/revert-work.sh", "-C", call.repo, begin, at, title)
-    commit = made.stdout.strip()
+    commit = run_script("merge/revert-work.sh", "-C", call.repo, begin, at, title).stdout.strip()
     run_script("merge/pins.sh", "set", "-C", call.repo, f"refs/farm/ready/{name}", commit)
     drafts = draft_revert(call, task, name, title)
     with call.store.transaction() as tx:
@@ -13396,10 +13205,7 @@ def describe_farm(leading: list[str]) -> str:
         return f"{error}\n\n{overview_text()}"
     status = read_status(call)
     states = Counter(agent["state"] for agent in status["agents"])
-    agents = " \u00b7 ".join(
-        f"{name} {count}"
-        for name, count in sorted(states.items(), key=lambda item: state_rank_of(item[0]))
-    )
+    agents = count_words(states, sorted(states, key=state_rank_of))
     steps = [(step["try"], step["what"]) for step in status["next"]] + general_steps(status)
     width = max(len(command) for command, _ in steps[:3])
     lines = [f"  {command:<{width}}  # {one_line(what, 100)}" for command, what in steps[:3]]
@@ -13434,16 +13240,15 @@ compdef _farm farm.py farm""",
     "",
     'eval "$(./farm.py completion bash)"',
 )
-def verb_completion(call: Call) -> int:
+def verb_completion(call: Call) -> None:
     if call.args[:1] == ["words"] and len(call.args) > 2 and call.args[1].isdecimal():
         for name in find_completions(call.args[2:], int(call.args[1])):
             print(name)
-        return 0
+        return
     if len(call.args) != 1 or call.args[0] not in COMPLETION:
         raise UsageError("completion of which shell?", "./farm.py completion bash")
     farm = f"FARM_PYTHON={shell_word(sys.executable)} {shell_word(os.path.join(SCRIPTS, 'farm'))}"
     print(COMPLETION[call.args[0]].replace("{farm}", farm))
-    return 0
 
 
 # No git and no tmux: it is run at each press of the tab key.
@@ -13451,14 +13256,9 @@ def find_completions(words: list[str], current: int) -> list[str]:
     """What the word at `current` of a command line may become. Reads files only; a farm that
     cannot be read has no names."""
     words = (words + [""] * current)[: current + 1]
-    repo = next(
-        (value for name, value in zip(words, words[1:], strict=False) if name == "--repo"), ""
-    )
-    plain = [
-        word
-        for before, word in zip(words, words[1:-1], strict=False)
-        if not word.startswith("-") and before != "--repo"
-    ]
+    pairs = list(zip(words, words[1:], strict=False))
+    repo = dict(pairs).get("--repo", "")
+    plain = [word for before, word in pairs[:-1] if not word.startswith("-") and before != "--repo"]
     begun, before = words[-1], words[-2] if current else ""
     if not plain or plain[0] not in VERBS:
         found = ["--repo", "--help"] if begun.startswith("-") else list(VERBS)
@@ -13478,14 +13278,8 @@ def find_names(verb_name: str, args: list[str], before: str, repo: str) -> list[
     """Names for the next argument of a verb: agents, tasks, or the words of its synopsis."""
     synopsis = VERBS[verb_name].synopsis
     try:
-        store = Store(
-            find_repo(os.path.expanduser(repo) or os.environ.get("FARM_REPO") or os.getcwd())
-        )
-        if (
-            before in ("--id", "--after")
-            or not args
-            and synopsis.startswith((f"{verb_name} ID", f"{verb_name} [ID"))
-        ):
+        store = Store(find_repo(os.path.expanduser(repo) or given("FARM_REPO") or os.getcwd()))
+        if before in ("--id", "--after") or not args and synopsis.startswith(f"{verb_name} ID"):
             over = () if verb_name in ("show", "diff", "revert") else ("landed",)
             return [task.id for task in store.snapshot().live_tasks() if task.state not in over]
         if not args and " AGENT" in synopsis:
@@ -13498,9 +13292,8 @@ def find_names(verb_name: str, args: list[str], before: str, repo: str) -> list[
     # a word of an error would be typed into the reader's command line
     except (FarmError, OSError):
         return []
-    if not args and verb_name in ("completion", "rescue"):
-        return {"completion": list(COMPLETION), "rescue": ["list", "show", "restore"]}[verb_name]
-    return []
+    words = {"completion": [*COMPLETION], "rescue": ["list", "show", "restore"]}
+    return [] if args else words.get(verb_name, [])
 
 
 def parse_command_line(argv: list[str]) -> Call | str:
@@ -13515,10 +13308,10 @@ def parse_command_line(argv: list[str]) -> Call | str:
     if not argv:
         return describe_farm(leading)
     if argv[0] == "help":
-        topics = {"settings": settings_text, "clis": clis_text}
-        if argv[1:] and argv[1] in topics:
-            return topics[argv[1]]()
-        return help_text(argv[1]) if argv[1:] and argv[1] in VERBS else overview_text()
+        topics, topic = {"settings": settings_text, "clis": clis_text}, "".join(argv[1:2])
+        if topic in topics:
+            return topics[topic]()
+        return help_text(topic) if topic in VERBS else overview_text()
     name = argv[0]
     if name not in VERBS:
         raise UsageError(
@@ -13536,17 +13329,13 @@ def main(argv: list[str]) -> int:
     forget_other_repos()
     try:
         # before a repo is looked for: in a sandbox coordination/ can neither be read nor written
-        mailbox = os.environ.get("FARM_MAILBOX")
-        if mailbox and argv and argv[0] in (*MAILBOX_VERBS, "hook"):
+        mailbox = given("FARM_MAILBOX")
+        name = argv[0] if mailbox and argv else ""
+        if name in (*MAILBOX_VERBS, "hook"):
             return ask_by_mailbox(mailbox, argv)
-        if (
-            mailbox
-            and argv
-            and argv[0] in VERBS
-            and not os.path.isdir(os.path.join(mailbox, "..", "..", LOCK_FOLDER))
-        ):
+        if name in VERBS and not os.path.isdir(f"{mailbox}/../../{LOCK_FOLDER}"):
             raise Refused(
-                f"{argv[0]} cannot be called from a sandbox",
+                f"{name} cannot be called from a sandbox",
                 f"these can: farm {', '.join(MAILBOX_VERBS)}",
             )
         CALLED_WITH["repo"] = argv[1] if argv[:1] == ["--repo"] and len(argv) > 1 else ""

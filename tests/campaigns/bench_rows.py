@@ -143,8 +143,8 @@ def idle_rows(bench: Bench) -> Iterator[Row]:
     loop, merger = (psutil.Process(wait_until(lambda name=name: toolkit.find_recorded(farmed.store.path(name))))
                     for name in ("loop.lock", "merger.lock"))
     time.sleep(min(5, bench.size.idle_seconds))  # until every agent has asked for a task once
-    panes = toolkit.probe_sessions(toolkit.farm_socket(str(farmed.repo))).values()
-    sessions = [psutil.Process(pane.pid) for pane in panes if pane.name != toolkit.CONTROL]
+    panes = toolkit.probe_sessions(toolkit.farm_socket(str(farmed.repo))).items()
+    sessions = [psutil.Process(pane.pid) for name, pane in panes if name != toolkit.CONTROL]
     parts = {"all": [loop, merger], "merger": [merger], "sessions": sessions}
     share = watch(parts, bench.size.idle_seconds)
     memory = loop.memory_info().rss + merger.memory_info().rss

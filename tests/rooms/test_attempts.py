@@ -160,7 +160,7 @@ def watched(store, clock, monkeypatch):
     os.utime(store.path("logs", "agent-001.log"), (NOW, NOW))
     farm.held, farm.cpu = claim(store, "agent-001"), 5.0
     farm.agents = {"agent-001": {"ends": []}}
-    farm.sessions.found = {"agent-001": toolkit.Session("agent-001", "%1", os.getpid(), False, None, "", 0.0, "")}
+    farm.sessions.found = {"agent-001": toolkit.Session(os.getpid(), False, None, "")}
     monkeypatch.setattr(toolkit, "cpu_time_of", lambda tree: farm.cpu)
     return farm
 
