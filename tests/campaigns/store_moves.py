@@ -74,7 +74,8 @@ def send_back(task_id: str) -> Callable:
 
 def edit(task_id: str, **options) -> Callable[[World], None]:
     """The verb itself."""
-    return lambda world: toolkit.verb_edit(SimpleNamespace(store=world.store, one=lambda what: task_id, options=options))
+    return lambda world: toolkit.verb_edit(SimpleNamespace(store=world.store, state=world.store.snapshot(),
+                                                           one=lambda what: task_id, options=options))
 
 
 def land(*ids: str) -> Callable:
