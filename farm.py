@@ -5591,7 +5591,7 @@ class MergeQueue:
             is_time = CLOCK.monotonic() - self.begun_at > FIRST_LOOK_SECONDS
             if self.is_watching and self.settings.gate and is_time and not self.knows_target:
                 self.try_target()
-            self.publish()
+            self.publish(())
             return False
         base = self.look_at_target().commit
         self.waiting = {
@@ -5604,7 +5604,7 @@ class MergeQueue:
         queue = tuple(step.id for step in steps if step.status == "ok")
         answer = self.plan(queue)
         moved = self.follow(answer, queue) or self.tend_waiting(not answer.tests)
-        self.publish()
+        self.publish(queue)
         return moved
 
     def tend_waiting(self, is_idle: bool) -> bool:
@@ -5850,7 +5850,7 @@ class MergeQueue:
         if pinned.code:  # no reason to land nothing
             say(str(script_error("merge/pins.sh", pinned)))
 
-    def publish(self) -> None:
+    def publish(self, queue: tuple) -> None:
         """What is being done right now, for `queue` and `status`; worth nothing once this
         process is gone."""
         me = identify(os.getpid())
@@ -5859,6 +5859,7 @@ class MergeQueue:
             "pid": me.pid,
             "start": me.start,
             "target": self.target,
+            "order": list(queue),
             "testing": [gate.named() for gate in self.running()],
             "held": self.held,
             "reviews": self.reviews,
@@ -5887,7 +5888,7 @@ class MergeQueue:
             self.slots.gates = []
         self.just_landed = None
         self.trouble = str(error), error.hint or "./farm.py doctor"
-        self.publish()
+        self.publish(())
 
     def running(self) -> list:
         """The gates that run, and the reviewer's command."""
