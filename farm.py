@@ -6576,6 +6576,9 @@ class Command(Cli):
     def __init__(self, command: str):
         self.start = command
 
+    def launch(self, permissions: str, is_isolated: bool = False) -> Launch:
+        return Launch("", self.start, "")
+
     def chooses_conversation(self) -> bool:
         return False
 

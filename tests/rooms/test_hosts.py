@@ -139,9 +139,9 @@ def test_many_claims_are_renewed_in_one_transaction_and_the_lost_ones_are_named(
     records = [lock_of(farm.repo, served.agent(number)) for number in (1, 3)]
     assert [record["renewals"] for record in records] == [1, 1] and all(record["heard_at"] for record in records)
     # without claims it only says that it lives
-    before = bytes_below(farm.folder, but=("h1.json", ".lock"))
+    before = bytes_below(farm.folder, but=("hosts/h1.json", ".lock"))
     assert served.renew() == {"id": served.count, "code": 0, "mode": "", "lost": [], "orders": {}}
-    assert bytes_below(farm.folder, but=("h1.json", ".lock")) == before
+    assert bytes_below(farm.folder, but=("hosts/h1.json", ".lock")) == before
 
 
 def test_only_the_moves_of_its_own_agents_are_made(farm, served):
