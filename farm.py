@@ -846,7 +846,8 @@ class Claim(Record, namedtuple("Claim", CLAIM_DEFAULTS, defaults=CLAIM_DEFAULTS.
         return [*self.locks, *("path:" + glob for glob in self.task.get("paths", []))]
 
 
-# the key in a task's record on a host, under which stands what the hub knows of it
+# the key in a task's record on a host, under which stands what the hub knows of it; and the file
+# that names the hub there
 HUB = "hub"
 
 
@@ -11502,15 +11503,16 @@ class Call:
 
     def __init__(self, name: str, args: list[str], options: dict):
         self.name, self.args, self.options = name, args, options
-        if name in ("add", "lock", "with-lock") and "FARM_HUB" in os.environ:
-            raise Refused(
-                f"{name}: this is a host of {os.environ['FARM_HUB']}, which would not know of it",
-                "say it in your commit message",
-            )
         start = options.get("repo") or given("FARM_REPO") or os.getcwd()
         # a shell and a host start anywhere
         self.repo = start if name in ("completion", "spoke") else find_repo(start)
         self.store = Store(self.repo)
+        hub = name in ("add", "lock", "with-lock") and read_line(self.store.path(HUB))
+        if hub:
+            raise Refused(
+                f"{name}: this is a host of {hub}, which would not know of it",
+                "say it in your commit message, or type it there",
+            )
 
     @functools.cached_property
     def repo_info(self) -> dict[str, list[str]]:
@@ -13153,7 +13155,6 @@ def verb_spoke_key(call: Call) -> int:
 )
 def verb_spoke(call: Call) -> int:
     url, options = call.one("hub, HOST:REPO"), call.options
-    os.environ["FARM_HUB"] = url  # for the agents
     host = checked_name(options.pop("name", os.uname().nodename), "host")
     folder = os.path.abspath(options.pop("folder", os.path.expanduser(f"~/farm-hosts/{host}")))
     os.makedirs(folder, exist_ok=True)
@@ -13190,6 +13191,7 @@ def open_host_farm(link: Link, url: str, folder: str, options: dict) -> Farm:
     store.ensure_folders()
     settings = {**link.told["settings"], "into": target}
     store.write_json(FARM_FILE, {"schema": SCHEMA, "settings": settings})
+    write_whole(store.path(HUB), url + "\n")
     farm = open_farm(Call("spoke", [], {**options, "repo": repo}))
     farm.merger.tend = lambda now: None  # work lands on the hub only
     farm.remember("running")

@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from farm_calls import landed
+from farm_calls import Caller, landed
 from host_calls import Served, Spoke, make_ssh
 from sandbox import run, wait_until
 
@@ -32,6 +32,8 @@ def test_a_host_is_seen_read_told_and_stopped_from_the_hub(farm, sandbox, monkey
     agent = "h1-agent-001"
     wait_until(lambda: row_of(farm, agent)[1:3] == ["h1", "working"], 40, f"its row: {spoke.said()}")
     assert row_of(farm, "agent-001")[1:3] == ["-", "working"]
+    for words in (["add", "typed on the host"], ["lock", "agent-001", "port"]):
+        assert "would not know of it" in Caller(spoke.repo, 0).refused(4, *words)
 
     wait_until(lambda: "ready for two" in farm.ok("logs", agent), 20, "its log")
     assert farm.ok("attach", agent) == f"ssh -t h1 ./farm.py --repo {spoke.repo} attach 001"
