@@ -120,7 +120,7 @@ def place(sandbox, capsys, monkeypatch):
     """No waiting for an editor's save, no git, no tmux: the files are what counts."""
     monkeypatch.setattr(toolkit, "time", SimpleNamespace(**{**vars(time), "sleep": lambda _seconds: None}))
     monkeypatch.setattr(toolkit, "spawn_script", lambda *_: "c0ffee\n")
-    monkeypatch.setattr(toolkit, "probe_sessions", lambda *_: {})
+    monkeypatch.setattr(toolkit, "probe_sessions", lambda *_, **_options: {})
     (sandbox.work / "repo" / ".git").mkdir(parents=True)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, limits[1]))  # a huge number in a file must not take the memory of all
