@@ -67,11 +67,14 @@ def measure_ticks(farmed: Farmed, samples: Samples, kind: str) -> None:
     queue = toolkit.MergeQueue(farmed.store, settings, "main", str(farmed.worktrees))
     for name, tick in (("loop", loop.tick), ("merger", queue.tick)):
         with contextlib.redirect_stderr(io.StringIO()):
-            loop.tend_merger = lambda now: None
+            loop.merger.tend = lambda now: None
             tick()  # the first one of a process sees to what the last one has left
-            began, cpu = time.perf_counter(), time.process_time()
+            time.sleep(1.1)  # and what is younger than a second is read at each
             tick()
-            samples.add(f"{name}, {kind}", Cost(time.perf_counter() - began, time.process_time() - cpu))
+            for _ in range(10):
+                began, cpu = time.perf_counter(), time.process_time()
+                tick()
+                samples.add(f"{name}, {kind}", Cost(time.perf_counter() - began, time.process_time() - cpu))
     farmed.main("down", "--now")
 
 
