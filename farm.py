@@ -6034,8 +6034,9 @@ def describe_queue(state: State, records: list[dict], activity: dict) -> str:
     largest = max((len(gate["ids"]) for gate in activity.get("testing", [])), default=0)
     if activity.get("testing"):
         parts.append(f"testing {len(activity['testing'])} ({activity['target']}+{largest})")
-    if counts["held"]:
-        parts.append(f"held {counts['held']} behind {next(iter(activity['held'].values()))}")
+    # by the records: the activity was read at another moment, and may know of none that is held
+    if held := [record["reason"] for record in records if record["state"] == "held"]:
+        parts.append(f"held {len(held)} {held[0].removeprefix('held ')}")
     if counts["review"]:
         parts.append(f"review {counts['review']}")
     waiting = [record["id"] for record in records if record["state"] == "ready"]

@@ -9,6 +9,8 @@ import pytest
 from farm_calls import HEADS, A, B
 from sandbox import commit_files, git, wait_until
 
+import farm as toolkit
+
 
 def test_a_queue_record_has_the_keys_of_the_contract(farm):
     farm.ok("add", "a")
@@ -154,3 +156,8 @@ def test_status_with_watch_goes_on_until_a_signal_ends_it(farm):
     watching.send_signal(signal.SIGINT)
     watching.communicate(timeout=60)
     assert (bool(first), watching.returncode) == (True, 130)
+
+
+def test_the_queue_is_described_also_when_what_held_it_is_over_in_the_same_moment():
+    records = [{"id": "t-0002", "state": "held", "reason": "held behind t-0001"}]
+    assert toolkit.describe_queue(toolkit.State(), records, {}) == "landed 0 · returned 0 · held 1 behind t-0001"
