@@ -36,6 +36,7 @@ README.md says of each who writes it and whether a person may edit it.
     logs/  mailbox/AGENT/               what agents printed; what they and their CLIs tell and ask
     farm.json  loop.json  limits.json   what `up` was told; what the loop knows; what holds a CLI up
     hosts/HOST.json  placed.json        when a host was heard, and how its agents are; where it is
+    hub                                 on a host: where its tasks come from
     orders/HOST/                        what a person has typed for a host, until it is answered
     .lock                               the one mutex (flock)
 
@@ -6672,8 +6673,8 @@ def resolve_agents(repo: str, settings: Settings) -> list[Launch]:
             "; ".join(what for what, _ in blockers) + ": ten sessions would wait for an answer",
             blockers[0][1],
         )
-    is_shared = os.environ.get("FARM_ISOLATE") == "bwrap" and not settings.agent_home
-    for path in find_linked_state(shared) if is_shared else ():
+    shares_home = os.environ.get("FARM_ISOLATE") == "bwrap" and not settings.agent_home
+    for path in find_linked_state(shared) if shares_home else ():
         word = shell_word(path)
         raise Refused(
             f"{path} is a link, in the place of which an agent could put another",
