@@ -206,8 +206,8 @@ def find_typed(repo: str) -> str:
     """How this program is called from here: by the path that it was called by, with the repo
     when one was named."""
     # scripts/farm starts python3 by -c, which has no name of its own
-    program = os.environ.get("FARM_SHIM", "") if sys.argv[0] == "-c" else sys.argv[0]
-    if os.environ.get("FARM_TASK"):  # in an agent's session the shim is first on its PATH
+    program = given("FARM_SHIM") if sys.argv[0] == "-c" else sys.argv[0]
+    if given("FARM_TASK"):  # in an agent's session the shim is first on its PATH
         return "farm"
     if os.path.basename(program) == "farm":
         program = os.path.join(os.path.dirname(os.path.dirname(program)), "farm.py")
@@ -634,6 +634,11 @@ def write_whole(path: str, text: str) -> None:
     os.replace(temp, path)
 
 
+def write_object(path: str, data) -> None:
+    """`write_whole` of JSON, in a line."""
+    write_whole(path, dump_line(data) + "\n")
+
+
 def changed_at(path: str) -> int:
     try:
         return os.stat(path).st_mtime_ns
@@ -920,7 +925,7 @@ def import_package(name: str):
             site.main()
             return import_package(name)
         venv_python = os.path.join(TOOLKIT, ".venv", "bin", "python")
-        if os.path.exists(venv_python) and not os.environ.get("FARM_REEXEC"):
+        if os.path.exists(venv_python) and not given("FARM_REEXEC"):
             os.environ["FARM_REEXEC"] = "1"
             os.execv(venv_python, [venv_python, os.path.join(TOOLKIT, "farm.py"), *sys.argv[1:]])
     raise MissingTool(
@@ -936,7 +941,7 @@ def ask_kernel(name: str) -> str:
 
 def boot_id() -> str:
     """Changes at each boot; FARM_BOOT_ID stands in for it where a test models a reboot."""
-    return os.environ.get("FARM_BOOT_ID") or read_boot_id()
+    return given("FARM_BOOT_ID") or read_boot_id()
 
 
 # What stays as it is while a process lives is cached: a claim asks for it once a lock file.
@@ -992,7 +997,7 @@ def identify(pid: int) -> Owner:
         boot_id(),
         os.uname().nodename,
         pid_namespace(),
-        os.environ.get("FARM_SESSION", ""),
+        given("FARM_SESSION"),
         machine_id(),
     )
 
@@ -1004,7 +1009,7 @@ def caller(owner_pid: int | None = None) -> Owner:
     is, else the session leader."""
     if owner_pid is not None:
         return identify(owner_pid)
-    agent = os.environ.get("FARM_OWNER_PID", "")
+    agent = given("FARM_OWNER_PID")
     if agent.isascii() and agent.isdigit():
         return identify(int(agent))
     leader = os.getsid(0)
@@ -1585,7 +1590,7 @@ def load_settings(repo: str, flags: dict | None = None, remembered: dict | None 
     With FARM_AS_TOLD, which the farm's own loop and merger have, what `up` was told comes first.
     """
     flags, remembered = flags or {}, remembered or {}
-    if os.environ.get("FARM_AS_TOLD"):
+    if given("FARM_AS_TOLD"):
         flags = {**remembered, **flags}
     env_file = read_env_file(os.path.join(repo, "farm.env"))
     values = {}
@@ -1707,7 +1712,7 @@ def drop_lost_tmpdir() -> None:
 
 def shell(command: str) -> list[str]:
     """The words that run a command of the person's, with the start file of their bash."""
-    start = os.environ.get("FARM_BASH_ENV")
+    start = given("FARM_BASH_ENV")
     return [*(("env", "BASH_ENV=" + start) if start else ()), "bash", "-c", command]
 
 
@@ -1817,7 +1822,15 @@ def agent_number(name: str) -> str:
 # Both languages have the same exit codes, so a script's code is a class here.
 ERROR_OF_EXIT = {kind.exit_code: kind for kind in FarmError.__subclasses__() if kind.exit_code > 1}
 
-ScriptResult = namedtuple("ScriptResult", "code stdout stderr")
+
+class ScriptResult(namedtuple("ScriptResult", "code stdout stderr")):
+    """How a script has ended; rows: what it printed, as lines of fields."""
+
+    __slots__ = ()
+
+    @property
+    def rows(self) -> list[list[str]]:
+        return read_tsv(self.stdout)
 
 
 # Scripts can be used without farm.py, so their hints name scripts; who has typed a verb gets a
@@ -2064,11 +2077,9 @@ def rescue(repo: str, agent: str, worktree: str) -> str:
     rescue went through.
     """
     try:
-        rows = read_tsv(
-            run_on_tree(
-                repo, worktree, "rescue.sh", "save", "-C", worktree, "-a", agent, worktree
-            ).stdout
-        )
+        rows = run_on_tree(
+            repo, worktree, "rescue.sh", "save", "-C", worktree, "-a", agent, worktree
+        ).rows
     except FarmError as error:
         say(f"{agent}: its unsaved work stays in {worktree}: {error}")
         return ""
@@ -2078,8 +2089,7 @@ def rescue(repo: str, agent: str, worktree: str) -> str:
 def read_repo(repo: str) -> dict[str, list[str]]:
     """What look.sh info says: {"main", "head", "branches", "obstacles", ...}, each with its
     fields."""
-    said = run_script("merge/look.sh", "info", "-C", repo).stdout
-    return {row[0]: row[1:] for row in read_tsv(said)}
+    return {row[0]: row[1:] for row in run_script("merge/look.sh", "info", "-C", repo).rows}
 
 
 def find_obstacles(call: Call) -> list[tuple[str, str]]:
@@ -2104,10 +2114,10 @@ def find_obstacles(call: Call) -> list[tuple[str, str]]:
     return branches + refs
 
 
-def target_of(call: Call, settings: Settings) -> str:
+def target_of(call: Call) -> str:
     """The target branch: --into, else the branch that the main worktree has checked out."""
     info = call.repo_info
-    target = settings.into or info["head"][0]
+    target = call.settings().into or info["head"][0]
     if not target or target not in info["branches"]:
         what = "HEAD is detached, so there is no target branch to take"
         if target:
@@ -2571,9 +2581,7 @@ class Folder:
                 f"{self.folder} is gone, and {self.copy_of_history()} knows what was in it",
                 f"./farm.py doctor --fix   (to begin anew instead: rm {self.copy_of_history()})",
             )
-        if not self.is_there() and (
-            os.environ.get("FARM_SESSION") or os.environ.get("FARM_AS_TOLD")
-        ):
+        if not self.is_there() and (given("FARM_SESSION") or given("FARM_AS_TOLD")):
             raise DamagedState(f"{self.folder} is gone", "./farm.py down, and: ./farm.py doctor")
 
 
@@ -3019,7 +3027,7 @@ class Transaction:
             raise NotFound(f"{store.repo} is not there")
         os.makedirs(store.folder, exist_ok=True)
         # Never a data file: after a rename a second process would hold "the lock" on the new inode.
-        # And in the kernel's queue, not by polling: of 50 processes each then gets its turn.
+        # And in the kernel's queue, not by polling: of 50 processes each then comes to it.
         self.mutex = take_mutex(store.path(".lock"))
         try:
             store.make_folders()
@@ -3537,11 +3545,8 @@ class LockRegistry:
         claim = claim._replace(locks=[name for name in claim.locks if name not in names])
         self.tx.write_lock(claim) if claim.locks or claim.task else self.tx.remove_lock(agent)
 
-    # `is False`: None means unseen, and only a lease ends that
     def has_dead_owner(self) -> bool:
-        return any(
-            find_liveness(claim.get_owner()) is False for claim in self.tx.state.claims.values()
-        )
+        return any(map(is_orphan, self.tx.state.claims.values()))
 
 
 def describe_holder(claim: Claim) -> str:
@@ -3550,6 +3555,11 @@ def describe_holder(claim: Claim) -> str:
     owner = claim.get_owner()
     who = f"on {owner.host}" if owner.is_on_host else f"pid {owner.pid}"
     return f"{what} is held by {claim.agent} ({who}) since {claim.claimed_at}"
+
+
+def is_orphan(claim: Claim) -> bool:
+    """Whether its owner is dead, as far as that can be seen."""
+    return find_liveness(claim.get_owner()) is False
 
 
 def is_unseen(claim: Claim) -> bool:
@@ -4002,7 +4012,7 @@ def rescue_dead_owners(store: Store, settings: Settings) -> dict[str, str]:
     rescues = {}
     for claim in store.read_claims().values():
         worktree = worktree_of(store.repo, settings, claim.agent)
-        if claim.task and find_liveness(claim.get_owner()) is False and os.path.isdir(worktree):
+        if claim.task and is_orphan(claim) and os.path.isdir(worktree):
             rescues[claim.agent] = rescue(store.repo, claim.agent, worktree)
     return rescues
 
@@ -4631,7 +4641,7 @@ class Verdicts:
         if len(self.memo) > 1000:
             self.forget()
         self.count(self.evidence(tree), 1)
-        write_whole(self.store.path(self.sums_file()), dump_line(self.sums) + "\n")
+        write_object(self.store.path(self.sums_file()), self.sums)
 
     def hold_red(self, tree: str, verdict: Verdict) -> None:
         """A tree that twice gave no verdict is held to be red, in memory only, for it is no
@@ -4925,7 +4935,7 @@ def chain_line(task: Task) -> str:
 
 def show_tip(repo: str, revision: str) -> Step:
     """A commit and its tree, as the Step that a chain begins with."""
-    commit, tree = read_tsv(run_script("merge/pins.sh", "tip", "-C", repo, revision).stdout)[0]
+    commit, tree = run_script("merge/pins.sh", "tip", "-C", repo, revision).rows[0]
     return Step("base", "-", commit, tree, "")
 
 
@@ -4967,7 +4977,7 @@ class Chain:
                 "watches asks again by itself)",
             )
         said = run_script("merge/find-author.sh", "-C", self.store.repo, commit, allow=(0, 1))
-        who = read_tsv(said.stdout)
+        who = said.rows
         by = f"; that commit was made by {who[0][0]} for {who[0][1]}" if who else ""
         verdict = self.store.path(self.verdicts.name_of(tree, "log"))
         return (
@@ -4991,7 +5001,7 @@ class Chain:
             stdin="".join(map(chain_line, tasks)),
             env={"FARM_CONFLICTS": self.store.path("returns"), "FARM_IDENTITY": self.identity},
         )
-        return [Step(*(row + [""] * 5)[:5]) for row in read_tsv(result.stdout)]
+        return [Step(*(row + [""] * 5)[:5]) for row in result.rows]
 
     def build(self, tasks: list[Task], parent: str) -> list[Step]:
         """Each task merged on those before it that merge, from `parent` on; steps known from
@@ -5092,7 +5102,7 @@ def describe_block(target: str, result: ScriptResult) -> tuple[str, str]:
     """What land.sh found in the way, and what to do: files, a whole checkout, or another git's
     lock."""
     said = script_error("merge/land.sh", result)
-    files = read_tsv(result.stdout)[0][1:] if result.stdout else []
+    files = result.rows[0][1:] if result.stdout else []
     # an absolute path is that of a checkout; files in the way are told relative to it
     if files and not any(map(os.path.isabs, files)):
         return (
@@ -5200,7 +5210,7 @@ class Landing:
         repo, remote = self.store.repo, self.settings.remote
         fetch = ("merge/fetch-branch.sh", "-C", repo, "-b", target, "-r", remote)
         fetched = run_script(*fetch, timeout=self.settings.remote_timeout, detach=True)
-        row = read_tsv(fetched.stdout)[0]
+        row = fetched.rows[0]
         if row[0] == "same":
             return None
         if row[0] != "behind":
@@ -5276,19 +5286,14 @@ class Landing:
         ready = self.store.snapshot().ready
         # a rev tells of each move since: canceled, returned, submitted anew
         now = [getattr(ready.get(task_id), "rev", 0) for task_id, _ in intent["entries"]]
-        if found.code == 0 and (
+        goes_on = found.code == 0 and (
             found.stdout.startswith("landed") or now == intent.get("revs", now)
-        ):
-            say(
-                f"finishing a landing that was cut short: {intent['old'][:10]} -> "
-                f"{intent['new'][:10]}"
-            )
+        )
+        what = "finished now" if goes_on else "planned anew"
+        say(f"a landing that was cut short is {what}: {intent['old'][:10]} -> {intent['new'][:10]}")
+        if goes_on:
             self.finish(intent)
         else:
-            say(
-                f"a landing that was cut short is planned anew: {intent['old'][:10]} -> "
-                f"{intent['new'][:10]}"
-            )
             self.store.disk.unlink(self.store.path(INTENT_FILE))
 
 
@@ -5350,7 +5355,7 @@ class Returns:
             stdin=lines,
             allow=(0, 1, 3),
         )
-        for task_id, said in read_tsv(found.stdout):
+        for task_id, said in found.rows:
             task = ready[task_id]
             reason = (
                 f"git cannot read all of its commit {task.commit[:10]} "
@@ -5363,11 +5368,9 @@ class Returns:
     # proof.
     def explain(self, task: Task, colour: str) -> None:
         """Add to the returned task what the lone run has shown."""
-        partners = read_tsv(
-            run_script(
-                "merge/look.sh", "partners", "-C", self.store.repo, "-b", self.target, task.commit
-            ).stdout
-        )
+        partners = run_script(
+            "merge/look.sh", "partners", "-C", self.store.repo, "-b", self.target, task.commit
+        ).rows
         likely = f", most likely with {partners[0][0]} ({partners[0][1]})" if partners else ""
         words = (
             "by itself it is red, too: the fault is its own"
@@ -5464,7 +5467,7 @@ class Review:
                 task.commit,
                 allow=(0, 3),
             )
-            self.paths[task.commit] = [row[0] for row in read_tsv(said.stdout)[1:]]
+            self.paths[task.commit] = [row[0] for row in said.rows[1:]]
         # one that cannot be read is for the merge queue to send back
         paths = self.paths.get(task.commit) or [""]
         return any(globs_overlap(glob, path) for glob in self.globs for path in paths)
@@ -5870,7 +5873,7 @@ class MergeQueue:
         }
         if data != self.published:
             self.published = data
-            write_whole(self.store.path(NOW_FILE), dump_line(data) + "\n")
+            write_object(self.store.path(NOW_FILE), data)
 
     def is_drained(self) -> bool:
         left = self.store.snapshot().ready.keys() - self.reviews.keys()
@@ -6232,7 +6235,7 @@ class ClaudeCode(Cli):
         "StopFailure": "over",
     }
     # HOME cannot be written, where it would replace .claude.json: it keeps that in its folder
-    own = os.environ.get("CLAUDE_CONFIG_DIR") or ".claude"
+    own = given("CLAUDE_CONFIG_DIR") or ".claude"
     obeyed = "settings.json CLAUDE.md hooks/ commands/ agents/ skills/ plugins/"
     state = (*state_in(own, obeyed), "-.claude.json")
     prelude = (
@@ -6245,7 +6248,7 @@ class ClaudeCode(Cli):
 
     @staticmethod
     def folder(home: str) -> str:
-        return os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
+        return given("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
 
     def find_transcript(self, conversation: str) -> str:
         """The file in which it keeps the conversation, below the HOME of the caller; empty when
@@ -6329,13 +6332,13 @@ class ClaudeCode(Cli):
     def find_blockers(self, repo: str, settings: Settings) -> list[tuple[str, str]]:
         if settings.agent_home:  # each agent has a HOME of its own, which a person has set up
             return []
-        folder = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~")
+        folder = given("CLAUDE_CONFIG_DIR") or os.path.expanduser("~")
         hint = f"cd {shell_word(repo)} && claude   (answer its questions once, then /exit)"
         blockers = [(what, hint) for what in self.find_questions(repo, folder)]
         if (
             settings.permissions == "all"
             and os.geteuid() == 0
-            and not (is_isolated() or os.environ.get("IS_SANDBOX"))
+            and not (is_isolated() or given("IS_SANDBOX"))
         ):
             blockers.append(
                 (
@@ -6353,7 +6356,7 @@ class ClaudeCode(Cli):
                 told = json.load(file)
             projects, answers = told.get("projects") or {}, told.get("customApiKeyResponses") or {}
             trusted = (projects.get(repo) or {}).get("hasTrustDialogAccepted")
-            key = os.environ.get("ANTHROPIC_API_KEY", "")
+            key = given("ANTHROPIC_API_KEY")
             # of a key that was approved it keeps the last 20 characters
             key_is_known = not key or key[-20:] in (answers.get("approved") or [])
         except FileNotFoundError:
@@ -6673,7 +6676,7 @@ def resolve_agents(repo: str, settings: Settings) -> list[Launch]:
             "; ".join(what for what, _ in blockers) + ": ten sessions would wait for an answer",
             blockers[0][1],
         )
-    shares_home = os.environ.get("FARM_ISOLATE") == "bwrap" and not settings.agent_home
+    shares_home = given("FARM_ISOLATE") == "bwrap" and not settings.agent_home
     for path in find_linked_state(shared) if shares_home else ():
         word = shell_word(path)
         raise Refused(
@@ -6872,7 +6875,7 @@ def note_usage(store: Store, line: dict, spent: Usage) -> None:
     except OSError as error:  # what becomes of the attempt does not hang on it
         say(
             f"{store.path(USAGE_FILE)}: {os.strerror(error.errno)}; the cost of {line['fence']} "
-            f"is not counted"
+            f"may not be counted"
         )
 
 
@@ -7042,10 +7045,10 @@ def read_limits(store: Store) -> dict[str, dict]:
     }
 
 
-def find_limit(store: Store, preset: str, now: float) -> str:
+def find_limit(store: Store, preset: str) -> str:
     """Why no agent of this preset starts now, in words; empty when it may."""
     limit = read_limits(store).get(preset) if preset else None
-    if not limit or limit["until"] and limit["until"] <= utc(now):
+    if not limit or limit["until"] and limit["until"] <= utc_now():
         return ""
     until = f" until {limit['until']}"
     if not limit["until"]:
@@ -7056,7 +7059,7 @@ def find_limit(store: Store, preset: str, now: float) -> str:
     return f"{who}: {limit['cause']}{until} ({one_line(limit['said'], 200)})"
 
 
-def find_presets(store: Store, settings: Settings, key: str, now: float) -> tuple:
+def find_presets(store: Store, settings: Settings, key: str) -> tuple:
     """Whose tasks an agent of the preset `key` takes: its own, and those of presets at a limit
     that FARM_FALLBACK sends on to it."""
     chains = [part.replace(" ", "").split(">") for part in settings.fallback.split(",")]
@@ -7065,7 +7068,7 @@ def find_presets(store: Store, settings: Settings, key: str, now: float) -> tupl
         for chain in chains
         if key in chain
         for name in chain[: chain.index(key)]
-        if find_limit(store, name, now)
+        if find_limit(store, name)
     )
 
 
@@ -7340,7 +7343,7 @@ def read_mail(store: Store, agent: str, name: str, fence: str) -> dict:
 
 def write_mail(store: Store, agent: str, name: str, mail: dict) -> None:
     try:
-        write_whole(store.path(f"mailbox/{agent}/{name}"), dump_line(mail) + "\n")
+        write_object(store.path(f"mailbox/{agent}/{name}"), mail)
     except OSError as error:  # a folder of that name, say: the loop has others to look after
         say(f"{agent}: its mailbox cannot be written: {error}")
 
@@ -7361,7 +7364,7 @@ def note_turn(store: Store, agent: str, fence: str, event: dict) -> dict | None:
     state, message = cli.read_event(event)
     if not state:
         return None
-    name, at = event["hook_event_name"], utc(CLOCK.now())
+    name, at = event["hook_event_name"], utc_now()
     turn = {**before, "at": at, "fence": fence, "event": name, "state": state, "message": message}
     claim = store.find_claim(agent)
     is_early = name == "Stop" and claim and claim.fence == fence
@@ -7416,7 +7419,7 @@ def end_attempt(store: Store, agent: str, fence: str, cause: str, message: str) 
         store,
         agent,
         ENDING_FILE,
-        {"at": utc(CLOCK.now()), "fence": fence, "event": cause, "message": message},
+        {"at": utc_now(), "fence": fence, "event": cause, "message": message},
     )
     end_turn(store, agent, fence, "kill" if cause in HOGS else "over")
 
@@ -7442,9 +7445,9 @@ def cost_of_claim(store: Store, claim: Claim, spending: list[dict]) -> float:
 # (tests/rooms/test_attempts.py)
 
 
-# The file and not the loop gives the turns: agents start by themselves, and a loop may be dead.
+# The file and not the loop says who is next: agents start by themselves, and a loop may be dead.
 def wait_for_start(store: Store, stagger_seconds: float) -> None:
-    """Until this start's turn: one CLI starts every `stagger_seconds`, because many at once slow
+    """Until this one may start: one CLI starts every `stagger_seconds`, because many at once slow
     each other down for long.
 
     The file holds when the next one may start (epoch seconds); each takes that slot and moves it
@@ -7485,13 +7488,13 @@ def claim_once(
     preset = given("FARM_PRESET")
     # a claim by hand is nobody's preset
     key = limit_key(preset) if preset or given("FARM_AGENT") else ""
-    if limit := find_limit(call.store, key, CLOCK.now()):
+    if limit := find_limit(call.store, key):
         raise NotFound(f"no new work is handed out: {limit}", "./farm.py status")
 
     def move(tx: Transaction) -> Claim:
         # in the transaction of the claim: of ten agents that come at once, one is to be the trial
         begin_trial(tx, key, CLOCK.now())
-        takes = find_presets(call.store, settings, key, CLOCK.now()) if key else None
+        takes = find_presets(call.store, settings, key) if key else None
         asked = (agent, owner, call.get("id", ""), new_conversation(preset), takes)
         return TaskQueue(tx).claim(*asked)
 
@@ -7748,7 +7751,7 @@ class Attempt:
         # any exit code will do: a branch that is gone, or that git cannot read, has brought nothing
         at = ("-C", self.store.repo, f"refs/heads/{self.branch}")
         tip = run_script("merge/pins.sh", "tip", *at, allow=range(256))
-        return bool(tip.code) or read_tsv(tip.stdout)[0][0] == given("FARM_BASE")
+        return bool(tip.code) or tip.rows[0][0] == given("FARM_BASE")
 
 
 # ----------------------------------------------------------------------------------------- sessions
@@ -7764,7 +7767,7 @@ Footprint = namedtuple("Footprint", "cpu_percent rss_bytes processes is_zombie")
 def probe_sessions(socket: str, **options) -> dict[str, Session]:
     """name -> Session of every session on the farm's server; empty when no server runs."""
     result, sessions = run_script("probe-tmux.sh", "-L", socket, allow=(0, 3), **options), {}
-    for name, _, pid, dead, status, signal, *_ in read_tsv(result.stdout):
+    for name, _, pid, dead, status, signal, *_ in result.rows:
         exit_status = int(status) if status.isdigit() else None
         sessions[name] = Session(int(pid), dead == "1", exit_status, signal.strip("-"))
     return sessions
@@ -7888,7 +7891,7 @@ def agent_record(
     turn = read_turn(store, name, fence, preset, home) if task_id else {}
     state, since, cause = judge_session(session, claim, noted, footprint, turn, preset)
     # who is at work goes on; a limit holds up only who would begin
-    if state == "idle" and (limit := find_limit(store, limit_key(preset), CLOCK.now())):
+    if state == "idle" and (limit := find_limit(store, limit_key(preset))):
         state, cause = "limited", limit
     footprint = footprint or Footprint(0.0, 0, 0, False)
     return {
@@ -8050,9 +8053,10 @@ TOLD_OF_AGENT = {
 
 def read_hosts(store: Store) -> dict[str, dict]:
     """host -> what it has told last."""
-    folder = store.path("hosts")
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else ()
-    return {name.removesuffix(".json"): store.read_json(f"hosts/{name}") or {} for name in names}
+    return {
+        name.removesuffix(".json"): store.read_json(f"hosts/{name}") or {}
+        for name in names_in(store.path("hosts"))
+    }
 
 
 def host_records(store: Store, lease_seconds: float) -> list[dict]:
@@ -8159,10 +8163,10 @@ def bring_environment(store: Store, socket: str) -> list[str]:
     }
     before = next(read_json_lines(note), {})
     os.makedirs(os.path.dirname(note), exist_ok=True)
-    write_whole(note, dump_line(now) + "\n")
+    write_object(note, now)
     changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    live = living(probe_sessions(socket))
-    if not before or not changed or not live:
+    live = living(probe_sessions(socket)) if before and changed else ()
+    if not live:
         return []
     rows = [(name, os.environ[name]) if name in now else (name,) for name in changed]
     run_script("environ-tmux.sh", "-L", socket, stdin=write_tsv(rows), allow=(0, 3))
@@ -8221,15 +8225,13 @@ class SharedWatch:
         self.note = os.path.join(find_git_dirs(repo)[1], SHARED_NOTE)
 
     def read(self) -> dict[str, str]:
-        return dict(
-            read_tsv(run_script("merge/shared-state.sh", "-C", self.repo, timeout=30).stdout)
-        )
+        return dict(run_script("merge/shared-state.sh", "-C", self.repo, timeout=30).rows)
 
     def remember(self) -> None:
         """What is so now is as it should be."""
         self.changes = {}
         os.makedirs(os.path.dirname(self.note), exist_ok=True)
-        write_whole(self.note, dump_line(self.read()) + "\n")
+        write_object(self.note, self.read())
 
     def compare(self, busy: list[str]) -> None:
         """Now and then: what differs. busy: the agents that are at work now."""
@@ -8264,7 +8266,7 @@ def run_place(verb: str, store: Store, hosts: dict, *args: str) -> dict[str, str
     """host -> what its engine says."""
     lines = "".join(f"{host}\t{share[0]}\t{share[1]}\n" for host, share in hosts.items())
     args = (verb, "-j", farm_socket(store.repo), "-p", sys.executable, *args)
-    return dict(read_tsv(run_script("hosts/place.sh", *args, stdin=lines, timeout=7200).stdout))
+    return dict(run_script("hosts/place.sh", *args, stdin=lines, timeout=7200).rows)
 
 
 def start_placing(store: Store, settings: Settings) -> None:
@@ -8321,8 +8323,8 @@ def end_placed(store: Store, seconds: float) -> None:
 
 
 # ------------------------------------------------------------------------------- worktrees and tmux
-# What a farm consists of outside of its files: made, adopted, looked after while it works, ended.
-# (tests/rooms/test_farm.py, tests/rooms/test_recovery.py, tests/rooms/test_stopping.py)
+# What a farm consists of outside of its files: made, adopted, looked after while it works.
+# (tests/rooms/test_farm.py, tests/rooms/test_recovery.py)
 
 CLI_SETTINGS_FILE = "cli-settings.json"
 
@@ -8369,7 +8371,7 @@ class Sessions:
                 timeout=3600,
                 allow=(0, 1, 4),
             )
-        self.worktrees = {row[0]: row for row in read_tsv(made.stdout)}
+        self.worktrees = {row[0]: row for row in made.rows}
         if not self.worktrees:
             raise script_error("mk-worktrees.sh", made)
         self.unable = made.stderr.strip()
@@ -8433,7 +8435,7 @@ class Sessions:
         )
         if result.stderr.strip():
             say(result.stderr.strip())
-        return read_tsv(result.stdout)
+        return result.rows
 
     def probe(self, known=()) -> None:
         """What sessions there are. tmux sees a pane close before it hears how: then it is asked
@@ -8470,12 +8472,11 @@ class Sessions:
     def end_strays(self, names: list[str], has_run: bool) -> None:
         """End what outlived its session (a killed tmux server's children, say): two must not
         write in one worktree."""
-        self.probe()
-        without = set(names) - living(self.found).keys()
         # the loop's notes may be younger than the agents: a worktree that is there tells, too
-        has_run |= any(row[3] != "created" for row in self.worktrees.values())
-        if has_run and without:
-            end_processes(self.find_strays(without))
+        if has_run or any(row[3] != "created" for row in self.worktrees.values()):
+            self.probe()
+            if without := set(names) - living(self.found).keys():
+                end_processes(self.find_strays(without))
 
     def find_trees(self, *more: int) -> list:
         """The processes of all sessions, and those at and below the pids `more`."""
@@ -8617,128 +8618,6 @@ class Supervisor:
         return None
 
 
-class Ending:
-    """A farm's end: the loop and the merger, then the sessions; all work is kept, all claims are
-    free."""
-
-    def __init__(self, farm):
-        """farm: the Farm that ends, of the room after the next."""
-        self.farm, self.repo, self.names = farm, farm.repo, farm.names
-        self.store, self.settings, self.sessions = farm.store, farm.settings, farm.sessions
-
-    @property
-    def is_blind(self) -> bool:
-        """Whether coordination/ is gone: then sessions can be ended, and nothing be said of
-        claims."""
-        return not self.store.is_there()
-
-    def estop(self) -> list[str]:
-        """Everything stops this second, by a signal that nobody can catch; then all work is kept
-        and all claims are freed."""
-        names = {*self.everyone(), CONTROL}
-        # all found before the first is killed, as parents lead to children only while they live
-        trees = self.sessions.find_trees(*self.find_loop_and_merger())
-
-        strays = self.sessions.find_strays
-        end_all(lambda: list(filter(is_alive, [*trees, *strays(names)])), 5)
-        end_all_gates(worktrees_folder(self.repo, self.settings))
-        return self.down(0)
-
-    def down(self, grace_seconds: float, hurry=lambda: False) -> list[str]:
-        """Let agents finish, then end exactly what is the farm's, keep all work, free all
-        claims. Returns rescue refs."""
-        if self.is_blind:
-            say(
-                f"{self.store.folder} is gone; the sessions are ended all the same (then: "
-                f"./farm.py doctor --fix)"
-            )
-        else:
-            # before the wait: who ends a task now must not claim the next
-            self.farm.remember("stopping")
-        # first: the loop would start again what is ended here
-        self.stop_loop_and_merger()
-        names = self.names = self.everyone()
-        # an idle agent waits at its bell, and sees at once that the farm is stopping
-        for name in names:
-            ring(self.store.path(f"mailbox/{name}/bell"))
-        wait_for(lambda: hurry() or not self.find_busy(), grace_seconds, 0.1)
-        # before the work is kept: a rescue beside a writer would keep half a file
-        self.sessions.end_all(names)
-        end_placed(self.store, grace_seconds)
-        kept = self.keep_work()
-        if not self.is_blind:
-            self.farm.remember("down")
-        return kept
-
-    def stop_loop_and_merger(self) -> None:
-        """The control session first, so that nothing starts the loop again."""
-        run_script(
-            "stop-tmux.sh", "-C", self.repo, "-L", self.sessions.socket, CONTROL, allow=(0, 3)
-        )
-        pids, merger = self.find_loop_and_merger(), self.farm.merger
-        if merger.is_ours():
-            pids.append(merger.process.pid)
-        # these two alone: a landing outlives its merger
-        own = [process for pid in {*pids} - {os.getpid()} for process in tree_of(pid, {})]
-        end_processes(own, 5.0)
-        # a push outlives its merger
-        end_processes([process for process, _ in find_by_environment(FARM_PUSH=self.repo)], 2.0)
-        # a merger that has not yet locked its file
-        end_processes(self.sessions.find_strays([CONTROL]), 5.0)
-        end_all_gates(worktrees_folder(self.repo, self.settings))
-
-    def find_loop_and_merger(self) -> list[int]:
-        """The pids of those that run."""
-        locks = map(self.store.path, ("loop.lock", "merger.lock"))
-        return list(filter(None, map(find_recorded, locks)))
-
-    def everyone(self) -> list[str]:
-        """Our agents, and those of a farm that was larger: by their sessions, or by a claim and
-        a worktree of ours."""
-        holders = {
-            claim.agent
-            for claim in self.find_claims()
-            if os.path.isdir(worktree_of(self.repo, self.settings, claim.agent))
-        }
-        return sorted({*self.names, *self.sessions.list_all(), *holders} - {CONTROL})
-
-    def find_claims(self) -> list[Claim]:
-        return [] if self.is_blind else list(self.store.snapshot().claims.values())
-
-    def find_busy(self) -> list[str]:
-        """Those of our agents that are at work on a task."""
-        return [
-            claim.agent for claim in self.find_claims() if claim.task and claim.agent in self.names
-        ]
-
-    def keep_work(self) -> list[str]:
-        """Rescue what agents were at work on, and give every claim back unharmed.
-
-        What lies in other worktrees stays there: `down` removes none, and whoever resets or
-        removes one rescues it first.
-        """
-        from concurrent.futures import ThreadPoolExecutor
-
-        def keep(name: str) -> tuple[str, str]:
-            place = worktree_of(self.repo, self.settings, name)
-            return name, rescue(self.repo, name, place) if os.path.isdir(place) else ""
-
-        # a rescue is git over a whole worktree; fifty of them one by one would be a long goodbye
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            rescues = dict(pool.map(keep, self.names if self.is_blind else self.find_busy()))
-        kept = [*filter(None, rescues.values())]
-        if self.is_blind:
-            return kept
-        with self.store.transaction() as tx:
-            for claim in list(tx.state.claims.values()):
-                if (
-                    claim.agent in self.names
-                    and find_liveness(Owner.from_json(claim.owner)) is False
-                ):
-                    TaskQueue(tx).end_claim(claim, rescues.get(claim.agent, ""))
-        return kept
-
-
 # ------------------------------------------------------------------------------------- housekeeping
 # What landed work has left behind goes by itself, so that a farm is after a year as it was after a
 # week: refs that the target contains, files that nobody reads. (tests/rooms/test_housekeeping.py)
@@ -8765,9 +8644,7 @@ def find_leftovers(repo: str, target: str, state: State) -> tuple[list[list[str]
     the target nor another pin has)."""
     rows = [
         row
-        for row in read_tsv(
-            run_script("merge/tidy-refs.sh", "list", "-C", repo, "-b", target).stdout
-        )
+        for row in run_script("merge/tidy-refs.sh", "list", "-C", repo, "-b", target).rows
         if state.is_done(task_of_ref(row[0]))
     ]
     pins = ("refs/farm/ready/", "refs/farm/returned/")
@@ -8867,7 +8744,8 @@ class Housekeeping:
 
 # --------------------------------------------------------------------------------------------- loop
 # Worktrees, sessions, loop: started, adopted, ended. Whatever is killed here goes on from disk at
-# the next `up`. (tests/rooms/test_farm.py, tests/rooms/test_recovery.py)
+# the next `up`. (tests/rooms/test_farm.py, tests/rooms/test_recovery.py,
+# tests/rooms/test_stopping.py)
 
 
 class MergerProcess:
@@ -9042,7 +8920,7 @@ class Farm:
         self.expire()
         self.restart(now)
         self.supervisor.watch(self.find_busy(), self.agents, self.sessions.found, now)
-        self.admit(now)
+        self.admit()
         self.shared.compare(
             sorted(claim.agent for claim in self.state.claims.values() if claim.task)
         )
@@ -9122,7 +9000,7 @@ class Farm:
             say(f"no new work starts: {short}" if short else "there is room again")
         return not short
 
-    def admit(self, now: float) -> None:
+    def admit(self) -> None:
         """Ring as many idle agents as there are tasks to claim, those that an interrupted task
         is kept for first."""
         if self.store.mode() == "paused":
@@ -9134,24 +9012,23 @@ class Farm:
             for name in self.names
             if name not in busy
             and not self.agents[name].get("down")
-            and not find_limit(self.store, limit_key(self.launches[name].preset), now)
+            and not find_limit(self.store, limit_key(self.launches[name].preset))
         ]
         idle.sort(key=lambda name: name not in kept)
         with self.store.transaction() as tx:
             tasks = TaskQueue(tx).claimable("")
         if not tasks or not idle or not self.has_room():
             return
-        takes = {name: self.presets_of(name, now) for name in idle}
+        takes = {name: self.presets_of(name) for name in idle}
         for task in tasks:
             fitting = (name for name in idle if task.preset in ("", *takes[name]))
             if name := next(fitting, ""):
                 idle.remove(name)
                 ring(self.store.path(f"mailbox/{name}/bell"))
 
-    def presets_of(self, name: str, now: float) -> tuple:
+    def presets_of(self, name: str) -> tuple:
         """Whose tasks an agent takes."""
-        key = limit_key(self.launches[name].preset)
-        return find_presets(self.store, self.settings, key, now)
+        return find_presets(self.store, self.settings, limit_key(self.launches[name].preset))
 
     def save(self) -> None:
         """loop.json for `status` and for the next loop: how sessions ended, who is parked, what
@@ -9260,7 +9137,7 @@ class Farm:
         say(f"the loop: {error}" + (f"\n  try: {error.hint}" if getattr(error, "hint", "") else ""))
         if not self.store.is_there():
             return  # nothing is written where everything was taken away
-        text = f"{utc(CLOCK.now())}\n{traceback.format_exc()}"
+        text = f"{utc_now()}\n{traceback.format_exc()}"
         try:
             os.makedirs(self.store.path("logs"), exist_ok=True)
             self.store.disk.append(self.store.path("logs/loop.log"), text.encode())
@@ -9268,12 +9145,130 @@ class Farm:
             pass  # a full disk, which was the failure itself: the loop outlives that, too
 
 
+class Ending:
+    """A farm's end: the loop and the merger, then the sessions; all work is kept, all claims are
+    free."""
+
+    def __init__(self, farm: Farm):
+        self.farm, self.repo, self.names = farm, farm.repo, farm.names
+        self.store, self.settings, self.sessions = farm.store, farm.settings, farm.sessions
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether coordination/ is gone: then sessions can be ended, and nothing be said of
+        claims."""
+        return not self.store.is_there()
+
+    def estop(self) -> list[str]:
+        """Everything stops this second, by a signal that nobody can catch; then all work is kept
+        and all claims are freed."""
+        names = {*self.everyone(), CONTROL}
+        # all found before the first is killed, as parents lead to children only while they live
+        trees = self.sessions.find_trees(*self.find_loop_and_merger())
+
+        strays = self.sessions.find_strays
+        end_all(lambda: list(filter(is_alive, [*trees, *strays(names)])), 5)
+        end_all_gates(worktrees_folder(self.repo, self.settings))
+        return self.down(0)
+
+    def down(self, grace_seconds: float, hurry=lambda: False) -> list[str]:
+        """Let agents finish, then end exactly what is the farm's, keep all work, free all
+        claims. Returns rescue refs."""
+        if self.is_blind:
+            say(
+                f"{self.store.folder} is gone; the sessions are ended all the same (then: "
+                f"./farm.py doctor --fix)"
+            )
+        else:
+            # before the wait: who ends a task now must not claim the next
+            self.farm.remember("stopping")
+        # first: the loop would start again what is ended here
+        self.stop_loop_and_merger()
+        names = self.names = self.everyone()
+        # an idle agent waits at its bell, and sees at once that the farm is stopping
+        for name in names:
+            ring(self.store.path(f"mailbox/{name}/bell"))
+        wait_for(lambda: hurry() or not self.find_busy(), grace_seconds, 0.1)
+        # before the work is kept: a rescue beside a writer would keep half a file
+        self.sessions.end_all(names)
+        end_placed(self.store, grace_seconds)
+        kept = self.keep_work()
+        if not self.is_blind:
+            self.farm.remember("down")
+        return kept
+
+    def stop_loop_and_merger(self) -> None:
+        """The control session first, so that nothing starts the loop again."""
+        run_script(
+            "stop-tmux.sh", "-C", self.repo, "-L", self.sessions.socket, CONTROL, allow=(0, 3)
+        )
+        pids, merger = self.find_loop_and_merger(), self.farm.merger
+        if merger.is_ours():
+            pids.append(merger.process.pid)
+        # these two alone: a landing outlives its merger
+        own = [process for pid in {*pids} - {os.getpid()} for process in tree_of(pid, {})]
+        end_processes(own, 5.0)
+        # a push outlives its merger
+        end_processes([process for process, _ in find_by_environment(FARM_PUSH=self.repo)], 2.0)
+        # a merger that has not yet locked its file
+        end_processes(self.sessions.find_strays([CONTROL]), 5.0)
+        end_all_gates(worktrees_folder(self.repo, self.settings))
+
+    def find_loop_and_merger(self) -> list[int]:
+        """The pids of those that run."""
+        locks = map(self.store.path, ("loop.lock", "merger.lock"))
+        return list(filter(None, map(find_recorded, locks)))
+
+    def everyone(self) -> list[str]:
+        """Our agents, and those of a farm that was larger: by their sessions, or by a claim and
+        a worktree of ours."""
+        holders = {
+            claim.agent
+            for claim in self.find_claims()
+            if os.path.isdir(worktree_of(self.repo, self.settings, claim.agent))
+        }
+        return sorted({*self.names, *self.sessions.list_all(), *holders} - {CONTROL})
+
+    def find_claims(self) -> list[Claim]:
+        return [] if self.is_blind else list(self.store.snapshot().claims.values())
+
+    def find_busy(self) -> list[str]:
+        """Those of our agents that are at work on a task."""
+        return [
+            claim.agent for claim in self.find_claims() if claim.task and claim.agent in self.names
+        ]
+
+    def keep_work(self) -> list[str]:
+        """Rescue what agents were at work on, and give every claim back unharmed.
+
+        What lies in other worktrees stays there: `down` removes none, and whoever resets or
+        removes one rescues it first.
+        """
+        from concurrent.futures import ThreadPoolExecutor
+
+        def keep(name: str) -> tuple[str, str]:
+            place = worktree_of(self.repo, self.settings, name)
+            return name, rescue(self.repo, name, place) if os.path.isdir(place) else ""
+
+        # a rescue is git over a whole worktree; fifty of them one by one would be a long goodbye
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            rescues = dict(pool.map(keep, self.names if self.is_blind else self.find_busy()))
+        kept = [*filter(None, rescues.values())]
+        if self.is_blind:
+            return kept
+        with self.store.transaction() as tx:
+            for claim in list(tx.state.claims.values()):
+                if claim.agent in self.names and is_orphan(claim):
+                    TaskQueue(tx).end_claim(claim, rescues.get(claim.agent, ""))
+        return kept
+
+
 def open_farm(call: Call) -> Farm:
     """A Farm from the settings, everything checked that would stop its agents later."""
     settings = call.settings()
     # first, as all below calls them
     run_script("check-tools.sh", "git", "tmux", *re.findall(r"\bssh\b|\bslurm\b", settings.on))
-    target = target_of(call, settings)
+    target = target_of(call)
     settings = settings._replace(n=count_agents(settings, call.options.get("n")))
     if settings.on not in ("", "here") and read_mix(settings.agent):
         raise UsageError("a mix of agents can run here only")
@@ -9282,7 +9277,7 @@ def open_farm(call: Call) -> Farm:
     launches = resolve_agents(call.repo, settings) if count_here(settings) else []
     if settings.prompt_template:
         read_template(call.repo, settings)
-    for row in read_tsv(run_script("merge/check-repo.sh", "-s", "-C", call.repo).stdout):
+    for row in run_script("merge/check-repo.sh", "-s", "-C", call.repo).rows:
         raise Refused(*row)
     for what, hint in (obstacles := find_obstacles(call)):
         say(f"{what}\n  try: {hint}")
@@ -9379,7 +9374,7 @@ class Standstill:
             why = farm.sessions.unable or "every agent is parked"
             return 1, f"nobody is left who could work: {why}"
         keys = {limit_key(farm.launches[name].preset) for name in able}
-        limits = [find_limit(store, key, CLOCK.now()) for key in sorted(keys)]
+        limits = [find_limit(store, key) for key in sorted(keys)]
         if all(limits):
             return 5, limits[0]
         lonely = find_lonely(state, keys)
@@ -9413,7 +9408,7 @@ class News:
             news = self.find_news()
             for key, event in news.items():
                 if key not in self.farm.told:
-                    self.notify({"at": utc(CLOCK.now()), "repo": self.farm.repo, **event})
+                    self.notify({"at": utc_now(), "repo": self.farm.repo, **event})
             self.farm.told = list(news)
             self.show_in_tmux()
         except (OSError, FarmError) as error:
@@ -9435,7 +9430,7 @@ class News:
         if trouble := find_activity(self.store).get("trouble"):
             news[f"blocked {trouble[0]}"] = describe_event("blocked", *trouble)
         for key in sorted({limit_key(launch.preset) for launch in self.farm.launches.values()}):
-            if limit := find_limit(self.store, key, CLOCK.now()):
+            if limit := find_limit(self.store, key):
                 event = describe_event("limited", limit, "./farm.py up")
                 news[f"limited {limit.partition(' until ')[0]}"] = event
         counts = state.count_states()
@@ -9536,17 +9531,13 @@ def run_notice(command: str, event: dict, store: Store) -> None:
                 start_new_session=True,
             )
             try:
-                process.communicate(
-                    (dump_line(event) + "\n").encode("utf-8"), timeout=NOTICE_SECONDS
-                )
+                process.communicate(line_bytes(event), timeout=NOTICE_SECONDS)
             except subprocess.TimeoutExpired:
                 kill_group(process.pid)
                 process.wait()
                 # what it had started dies with it; the kernel takes its time to bury it
                 end_all(lambda: in_session(process.pid), 2)
-            log.write(
-                f"{utc(CLOCK.now())} {event['event']}: exit code {process.returncode}\n".encode()
-            )
+            log.write(f"{utc_now()} {event['event']}: exit code {process.returncode}\n".encode())
     except OSError as error:
         say(f"FARM_NOTIFY: {error}")
 
@@ -9620,7 +9611,7 @@ class HostMoves:
         self.owner = Owner(int(get_text(words, "pid")), *told, self.host, "host:" + self.host)
         self.moves = ("hello", "claim", "renew", "release", "fail", "submit")
         return {
-            "target": target_of(self.call, self.settings),
+            "target": target_of(self.call),
             "lease_seconds": self.settings.host_lease_seconds,
             "settings": {**self.settings._asdict(), "worktrees": "", "agent_home": "", "on": ""},
             "identity": self.call.repo_info["identity"],
@@ -9657,10 +9648,10 @@ class HostMoves:
         """id -> what a person has typed here for this host; `done` has the answers to earlier
         ones, for those who still wait for them."""
         folder, orders = self.store.path("orders", self.host), {}
-        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        for name in names_in(folder):
             key, _, ending = name.rpartition(".")
             if ending == "order" and key in done:
-                write_whole(os.path.join(folder, key + ".answer"), dump_line(done[key]))
+                write_object(os.path.join(folder, key + ".answer"), done[key])
             elif ending == "order":
                 orders[key] = self.store.read_json(os.path.join("orders", self.host, name))
         return {key: order for key, order in orders.items() if order}
@@ -9673,11 +9664,11 @@ class HostMoves:
             for told in agents
             if self.get_agent(told)
         ]
-        told = {"heard_at": utc(CLOCK.now()), "agents": records}
+        told = {"heard_at": utc_now(), "agents": records}
         told.update({key: one_line(str(about.get(key, "")), 500) for key in TOLD_OF_HOST})
         told["apart"] = round(float(about.get("now", CLOCK.now())) - CLOCK.now())
         os.makedirs(self.store.path("hosts"), exist_ok=True)
-        write_whole(self.store.path("hosts", self.host + ".json"), dump_line(told) + "\n")
+        write_object(self.store.path("hosts", self.host + ".json"), told)
 
     def fail(self, words: dict) -> None:
         """fail, release or submit, as the host's own record of the "task" tells of its end: why,
@@ -9718,7 +9709,7 @@ def order(store: Store, host: str, *argv: str, stdin: str = "", seconds: float =
     order there, as no host need be reached from here. Raises FarmError when nothing comes back."""
     path = store.path("orders", host, random_uuid())
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    write_whole(path + ".order", dump_line({"argv": argv, "stdin": stdin}) + "\n")
+    write_object(path + ".order", {"argv": argv, "stdin": stdin})
     try:
         if not wait_for(lambda: os.path.exists(path + ".answer"), seconds, 0.05):
             raise FarmError(f"{host} has not answered within {seconds:.0f} s", "./farm.py status")
@@ -9847,7 +9838,7 @@ class Carrier:
         self.lost: set[str] = set()  # fences that the hub has given to others
         self.done: dict[str, dict] = {}  # answers to orders that the hub may not have
         self.troubles: dict = {}  # what each thread could not do at its last try
-        job = os.environ.get("SLURM_JOB_ID")
+        job = given("SLURM_JOB_ID")
         self.about = {
             "toolkit": run_script("hosts/describe.sh").stdout.strip(),
             "farm": f"{os.path.join(TOOLKIT, 'farm.py')} --repo {self.store.repo}",
@@ -9855,18 +9846,18 @@ class Carrier:
         }
         self.renew_at = self.push_at = 0.0
         self.sight = Sight(0.02)
-        for work in (self.keep, self.go_on):
-            threading.Thread(target=self.repeat, args=(work,), daemon=True).start()
+        for duty in (self.keep, self.go_on):
+            threading.Thread(target=self.repeat, args=(duty,), daemon=True).start()
 
-    def repeat(self, work) -> None:
-        """`work` each second until the end. What goes wrong is said once, and tried again."""
+    def repeat(self, duty) -> None:
+        """`duty` each second until the end. What goes wrong is said once, and tried again."""
         while not self.is_over.wait(1.0):
-            before, trouble = self.troubles.get(work, ""), ""
+            before, trouble = self.troubles.get(duty, ""), ""
             try:
-                work()
+                duty()
             except Exception as error:
                 trouble = str(error)
-            self.troubles[work] = trouble
+            self.troubles[duty] = trouble
             if trouble != before:
                 say(trouble or "the hub is there again")
 
@@ -9884,19 +9875,18 @@ class Carrier:
 
     # -- what is here
 
+    def find_living(self) -> dict[str, Session]:
+        return living(self.farm.sessions.found)
+
     def find_held(self) -> list[Task]:
         """What is here of the hub: not yet begun, at work, or ended."""
         state = self.store.snapshot()
         tasks = (*state.pending.values(), *state.claimed().values(), *state.ready.values())
         return [task for task in tasks if HUB in task.extra]
 
-    def is_alive(self, name: str) -> bool:
-        session = self.farm.sessions.found.get(name)
-        return session is not None and not session.dead
-
     def has_ended(self, task: Task) -> bool:
         """Whether it is to go back: its attempt is over, or its agent will not begin it."""
-        has_agent = self.takes_new and self.is_alive(task.extra[HUB]["name"])
+        has_agent = self.takes_new and task.extra[HUB]["name"] in self.find_living()
         return task.state != "claimed" and (task.ended_by != "" or not has_agent)
 
     # -- to the hub
@@ -10007,13 +9997,13 @@ class Carrier:
 
     def find_idle(self) -> list[str]:
         """Agents that could begin a task now."""
-        busy, now = {task.extra[HUB]["name"] for task in self.find_held()}, CLOCK.now()
+        busy = {task.extra[HUB]["name"] for task in self.find_held()}
         return [
             name
             for name in self.farm.names
             if name not in busy
-            and self.is_alive(name)
-            and not find_limit(self.store, limit_key(self.farm.launches[name].preset), now)
+            and name in self.find_living()
+            and not find_limit(self.store, limit_key(self.farm.launches[name].preset))
         ]
 
     def bring(self) -> str:
@@ -10023,7 +10013,7 @@ class Carrier:
         self.coming = []
         for name in self.find_idle():
             agent, preset = f"{self.host}-{name}", self.farm.launches[name].preset
-            takes = self.farm.presets_of(name, CLOCK.now())
+            takes = self.farm.presets_of(name)
             answer = self.link.ask("claim", agent=agent, preset=preset, takes=takes)
             if answer["code"]:
                 break
@@ -10757,12 +10747,8 @@ def read_status(call: Call, sight: Sight | None = None) -> dict:
 
 def find_logs(store: Store) -> list[str]:
     """The agents that have a log."""
-    try:
-        names = sorted(os.listdir(store.path("logs")))
-    except FileNotFoundError:
-        return []
-    others = ("loop", "merger", "notify", CONTROL)
-    return [name[:-4] for name in names if name.endswith(".log") and name[:-4] not in others]
+    names = [name[:-4] for name in names_in(store.path("logs")) if name.endswith(".log")]
+    return [name for name in names if name not in ("loop", "merger", "notify", CONTROL)]
 
 
 def general_steps(status: dict) -> list[tuple[str, str]]:
@@ -10979,7 +10965,7 @@ def read_farm(store: Store) -> tuple[State, dict, bool, list[str]]:
     state, problems = load_anyway(store)
     try:
         told = store.farm().get("settings", {})
-        owners = [Owner.from_json(claim.owner) for claim in state.claims.values()]
+        owners = [claim.get_owner() for claim in state.claims.values()]
         is_live = bool(find_activity(store).get("testing")) or any(map(find_liveness, owners))
     except (DamagedState, AttributeError, TypeError) as error:
         return state, {}, False, [*problems, str(error)]
@@ -11053,7 +11039,7 @@ def report_document(store: Store) -> dict:
         the one that runs or has succeeded too
     """
     history, (state, told, is_live, problems) = fold_history(store), read_farm(store)
-    started_at, ended_at = history.finish(utc(CLOCK.now()) if is_live else "")
+    started_at, ended_at = history.finish(utc_now() if is_live else "")
     tasks = sorted(state.all_tasks(), key=lambda task: task.state != "failed")
     now = epoch(ended_at) or CLOCK.now()
     return {
@@ -11223,24 +11209,24 @@ def last_verdict(store: Store, events: list[dict]) -> dict:
 def find_work(call: Call, task: Task, attempt: int = 0) -> list[str]:
     """What diff-work.sh takes to show a task's work, or what one attempt submitted. Raises
     NotFound."""
-    settings, work = call.settings(), task.commit
+    tip = task.commit
     before = task.landed_from or task.landed_commit and f"{task.landed_commit}^"
     if before and not attempt:
         return ["-f", before, task.landed_commit]
-    base = ["-b", before or target_of(call, settings)]
-    place = worktree_of(call.repo, settings, task.agent)
+    base = ["-b", before or target_of(call)]
+    place = worktree_of(call.repo, call.settings(), task.agent)
     branch = branch_of(task.agent, task.id) if task.agent else ""
     if attempt:
         attempts = fold_attempts(read_task_events(call.store, task.id), [])
-        work = {one["attempt"]: one["commit"] for one in attempts}.get(attempt, "")
+        tip = {one["attempt"]: one["commit"] for one in attempts}.get(attempt, "")
     elif task.state == "claimed":
-        work = branch
+        tip = branch
         base += ["-w", place] * os.path.isdir(place)
     elif task.state != "ready":
-        work = task.start or work or branch
-    if not work:
+        tip = task.start or tip or branch
+    if not tip:
         raise NotFound(f"{task.id} has no such work", f"./farm.py show {task.id}")
-    return base if "-w" in base else [*base, work]
+    return base if "-w" in base else [*base, tip]
 
 
 def task_document(call: Call, task_id: str) -> dict:
@@ -11255,11 +11241,9 @@ def task_document(call: Call, task_id: str) -> dict:
             record.update(state=queued["state"], reason=queued["reason"])
     spending = [line for line in read_usage(store, is_whole=True) if line["task"] == task_id]
     try:
-        work = read_tsv(
-            run_unfiltered(
-                call.repo, "merge/diff-work.sh", "-C", call.repo, "-n", *find_work(call, task)
-            ).stdout
-        )
+        work = run_unfiltered(
+            call.repo, "merge/diff-work.sh", "-C", call.repo, "-n", *find_work(call, task)
+        ).rows
     except FarmError:
         work = [[0]]
     steps = NEXT_OF.get(record["state"], "edit {id} | cancel {id}").format(
@@ -11327,7 +11311,7 @@ def check_settings(call: Call) -> list[tuple]:
     """What they name: the target, and the sandbox that they want for agents."""
     if found := run_check(call.settings):
         return found
-    found = run_check(target_of, call, call.settings())
+    found = run_check(target_of, call)
     found = found or [(what, hint, 1) for what, hint in find_obstacles(call)]
     return found + run_check(resolve_isolation, call.settings())
 
@@ -11358,8 +11342,7 @@ def check_state(call: Call) -> list[tuple]:
             f"{claim.agent} holds its lock, and its owner (pid {claim.owner.get('pid')}) is gone",
             "./farm.py up, or any claim: both take it over",
         )
-        for claim in state.claims.values()
-        if find_liveness(Owner.from_json(claim.owner)) is False
+        for claim in filter(is_orphan, state.claims.values())
     ]
     if not os.access(store.folder, os.W_OK):
         findings.append((f"{store.folder} cannot be written", f"ls -ld {store.folder}", 1))
@@ -11369,7 +11352,7 @@ def check_state(call: Call) -> list[tuple]:
 def check_pins(call: Call) -> list[tuple]:
     """Submitted work that a pin keeps and no task knows."""
     state = call.state
-    pins = read_tsv(run_script("merge/pins.sh", "list", "-C", call.repo, allow=(0, 2, 3)).stdout)
+    pins = run_script("merge/pins.sh", "list", "-C", call.repo, allow=(0, 2, 3)).rows
     return [
         (
             f"{ref} keeps {sha[:10]}, and no task {task_id} is known",
@@ -11395,8 +11378,8 @@ def check_machine(call: Call) -> list[tuple]:
     """Disk, memory, limits of the kernel."""
     settings = load_settings(call.repo)
     short = find_shortage(call.repo, settings.min_free_mib)
-    said = run_script("check-machine.sh", "-n", str(settings.n), call.repo).stdout
-    return [(short, "free some, or lower FARM_MIN_FREE_MIB")] * bool(short) + read_tsv(said)
+    rows = run_script("check-machine.sh", "-n", str(settings.n), call.repo).rows
+    return [(short, "free some, or lower FARM_MIN_FREE_MIB")] * bool(short) + rows
 
 
 def check_repo(call: Call) -> list[tuple]:
@@ -11408,7 +11391,7 @@ def check_repo(call: Call) -> list[tuple]:
     landed = "".join(f"{task.landed_commit}\n" for task in state.all_tasks() if task.landed_commit)
     target = ["-b", settings.into] if settings.into else []
     said = run_script("merge/check-repo.sh", "-C", call.repo, *target, stdin=landed, allow=(0, 1))
-    rows = read_tsv(said.stdout)
+    rows = said.rows
     if is_whole and (trouble := find_activity(call.store).get("trouble")):
         rows.append(trouble)
     return [(*row, 1) for row in rows] + (read_changes(call.store) if is_whole else [])
@@ -11419,8 +11402,7 @@ def check_hosts(call: Call) -> list[tuple]:
     run where they are to."""
     found, toolkit = [], run_script("hosts/describe.sh").stdout.strip()
     if where := load_settings(call.repo, call.options).gate_on:
-        rows = read_tsv(run_script("hosts/gate.sh", "check", where).stdout)
-        found += [(*row, 1) for row in rows]
+        found += [(*row, 1) for row in run_script("hosts/gate.sh", "check", where).rows]
     for host, (engine, _, said) in call.store.read_part(PLACED_FILE, "hosts").items():
         if said:  # it is not heard
             look = f"ssh -o BatchMode=yes {engine[4:]} true" if engine[:4] == "ssh:" else "squeue"
@@ -11447,7 +11429,7 @@ def check_hosts(call: Call) -> list[tuple]:
 def describe_sandbox() -> str:
     """Whether there can be sandboxes of bubblewrap here, why not, and what they leave open."""
     try:
-        rows = read_tsv(run_script("sandbox/check-sandbox.sh").stdout)
+        rows = run_script("sandbox/check-sandbox.sh").rows
     except FarmError as error:
         return f"sandbox: {error}\n  try: {error.hint}"
     return "\n".join(
@@ -11472,7 +11454,7 @@ def check_agents(call: Call) -> list[tuple]:
     return findings + [
         (limit, "./farm.py up")
         for preset in (*CLIS, COMMAND)
-        if (limit := find_limit(call.store, preset, CLOCK.now()))
+        if (limit := find_limit(call.store, preset))
     ]
 
 
@@ -12225,7 +12207,7 @@ def verb_locks(call: Call) -> None:
             "locks": claim.names(),
             "fence": claim.fence,
             "owner": claim.owner,
-            "alive": find_liveness(Owner.from_json(claim.owner)),
+            "alive": find_liveness(claim.get_owner()),
             "claimed_at": claim.claimed_at,
         }
         for claim in call.state.claims.values()
@@ -12316,7 +12298,7 @@ def verb_queue(call: Call) -> None:
 )
 def verb_merge(call: Call) -> int:
     settings = call.settings()
-    target = target_of(call, settings)
+    target = target_of(call)
     call.store.ensure_folders()
     carry_isolation(settings)
     if not settings.gate:
@@ -12401,7 +12383,7 @@ def verb_up(call: Call) -> None:
         say("this farm was running and was not stopped; going on from what is on disk")
     # which need not be where one stands
     found = run_script("merge/find-checkout.sh", "-C", call.repo, farm.target, allow=(0, 1, 3))
-    places = [row[1] for row in read_tsv(found.stdout) if row[0] == "checkout"]
+    places = [row[1] for row in found.rows if row[0] == "checkout"]
     where = f"checked out in {', '.join(places)}" if places else "which is checked out nowhere"
     say(f"work lands on {farm.target}, {where}")
     say(describe_isolation(farm.settings))
@@ -12500,12 +12482,12 @@ def verb_clean(call: Call) -> int:
         )
     end_placed(call.store, 0)
     folder = worktrees_folder(call.repo, settings)
-    target = settings.into or target_of(call, settings)
+    target = settings.into or target_of(call)
     run_script("merge/pins.sh", "drop", "-C", call.repo, "-b", target)
     where = ("-C", call.repo, "-d", folder, "-b", target)
     result = run_unfiltered(call.repo, "rm-worktrees.sh", *where, allow=(0, 4))
-    print_table(read_tsv(result.stdout), ["AGENT", "WHAT", "WHY"])
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+    print_table(result.rows, ["AGENT", "WHAT", "WHY"])
+    for name in names_in(folder):
         if name.startswith(("gate-", "plan-")) and not name.endswith(".tmp"):
             run_script("merge/gate-slot.sh", "remove", f"{folder}/{name}")
     return result.code
@@ -12940,7 +12922,7 @@ def find_submitted(call: Call, text: str) -> Task:
     "./farm.py approve t-0007",
 )
 def verb_approve(call: Call) -> int:
-    target, code = target_of(call, call.settings()), 0
+    target, code = target_of(call), 0
     found = find_reviews(call.store, call.state)
     wanted = (
         [f"{task_id}@{commit}" for task_id, commit in found.items()]
@@ -12979,7 +12961,7 @@ def verb_return(call: Call) -> None:
         why = input(f"what is wrong with {task.id}? ")
     if not why.strip():
         raise UsageError("return needs --why: the next attempt reads it")
-    target = target_of(call, call.settings())
+    target = target_of(call)
     Returns(call.store, target, Tally()).send_back(
         task, f"a person says: {one_line(why, 500)}", printable(why), counts=call.get("fail", False)
     )
@@ -13011,7 +12993,7 @@ def have_plan_made(call: Call, settings: Settings, goal: str) -> str:
     carry_isolation(settings)
     folder = f"{worktrees_folder(call.repo, settings)}/plan-{os.getpid()}"
     told, output = call.store.path(CLI_SETTINGS_FILE), call.store.path("mailbox", "plan", "output")
-    write_whole(told, dump_line(hook_settings(settings)))
+    write_object(told, hook_settings(settings))
     env = {
         "FARM_AGENT": cli.launch(settings.permissions, is_isolated()).start,
         "FARM_CLI_STATE": ":".join(cli.state),
@@ -13020,7 +13002,7 @@ def have_plan_made(call: Call, settings: Settings, goal: str) -> str:
         "FARM_CONVERSATION": random_uuid(),
         "FARM_CLI_SETTINGS": told,
     }
-    tip = show_tip(call.repo, "refs/heads/" + target_of(call, settings))
+    tip = show_tip(call.repo, "refs/heads/" + target_of(call))
     say(f"the agent is at work; what it says is in {output}")
     try:
         done = run_script(
@@ -13112,7 +13094,7 @@ def add_revert(call: Call, task: Task, name: str) -> None:
         ready = answers[0][0]._replace(
             state="ready",
             commit=commit,
-            submitted_at=utc(CLOCK.now()),
+            submitted_at=utc_now(),
             queue_seq=tx.state.next_queue_seq(),
         )
         tx.move(ready, "ready", "submitted")
@@ -13129,9 +13111,8 @@ def add_revert(call: Call, task: Task, name: str) -> None:
     "",
     "farm serve h1",
 )
-def verb_serve(call: Call) -> int:
+def verb_serve(call: Call) -> None:
     serve_lines(HostMoves(call, call.one("host")), sys.stdin.buffer, sys.stdout.buffer)
-    return 0
 
 
 @verb(
@@ -13140,13 +13121,12 @@ def verb_serve(call: Call) -> int:
     "o|output=",
     "./farm.py spoke-key h1 >>~/.ssh/authorized_keys",
 )
-def verb_spoke_key(call: Call) -> int:
+def verb_spoke_key(call: Call) -> None:
     host, output = checked_name(call.one("host"), "host"), call.get("output", "")
     env = {"FARM_PYTHON": sys.executable}
     made = run_script("hosts/make-key.sh", "-o", output, call.repo, host, env=env)
     print(made.stdout, end="")
     say(made.stderr.strip())
-    return 0
 
 
 @verb(

@@ -33,9 +33,9 @@ find_server() { # REPO SOCKET
 
 # and wait until it is gone: a server that is still ending refuses the next one its socket
 stop_server() {
-  local turn pid
+  local tries pid
   pid=$(tmux "${server[@]}" display-message -p '#{pid}' 2>/dev/null) || pid=''
-  for ((turn = 0; turn < 500; turn++)); do
+  for ((tries = 0; tries < 500; tries++)); do
     if ! tmux "${server[@]}" kill-server 2>/dev/null; then
       # its socket is gone before it is; a dead one that init has not yet buried is gone, too
       case $(ps -o stat= -p "${pid:-0}" 2>/dev/null) in '' | Z*) return 0 ;; esac

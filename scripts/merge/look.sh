@@ -42,7 +42,7 @@ probe() { # NAME BRANCH PATH
 }
 
 look_at_work() {
-  local name branch path rest counts names=() branches=() paths=() i turn
+  local name branch path rest counts names=() branches=() paths=() i first
   command -v git >/dev/null ||
     die 6 'git is missing' 'apt-get install git | dnf install git | brew install git'
   while IFS=$'\t' read -r name branch path rest || [ -n "$name" ]; do
@@ -55,8 +55,8 @@ look_at_work() {
   fi
   counts=$(count_commits "${branches[@]}") || true
   # Six at once, and not all: whoever waits only for a while shall see some of them.
-  for ((turn = 0; turn < 6; turn++)); do
-    for ((i = turn; i < ${#names[@]}; i += 6)); do
+  for ((first = 0; first < 6; first++)); do
+    for ((i = first; i < ${#names[@]}; i += 6)); do
       probe "${names[i]}" "${branches[i]}" "${paths[i]}"
     done &
   done

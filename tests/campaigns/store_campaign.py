@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import paths  # noqa: F401  (sets sys.path)
 import simulated_disk as sim
 from simulated_disk import FOLDER, World, clone, images, mounted, tree_of, watched
-from store_moves import COMPOSITE_MOVES, COUNTING_MOVES, LATER_MOVES, MOVES, add, build_base, claim
+from store_moves import COMPOSITE_MOVES, COUNTING_MOVES, LATER_MOVES, MOVES, UNORDERED_MOVES, add, build_base, claim
 from store_views import view_of
 
 import farm as toolkit
@@ -103,6 +103,10 @@ class Campaign:
         assert outcome == "done", f"this move is not possible in the base state: {outcome}"
         return views, root
 
+    def is_between(self, name: str, view: dict, views: list[dict]) -> bool:
+        """Whether a move that was not acknowledged may have left this: one of the views, or parts of them."""
+        return view in views or name in UNORDERED_MOVES and is_mixed(view, views)
+
     def cut_move(self, name: str, move: Callable) -> None:
         """Every step of one move: killed there, or the power cut there; and the power cut after it was acknowledged."""
         views, root = self.outcomes(move)
@@ -113,7 +117,7 @@ class Campaign:
             self.counts["crash points"] += 1
             self.judge(root, lambda view: view in views, f"{name}, killed in step {fuse}")
             label = f"{name}, power cut in step {fuse}"
-            self.judge_images(root, lambda view: view in views, label, key=(name, "cut"), again=True)
+            self.judge_images(root, lambda view: self.is_between(name, view, views), label, key=(name, "cut"), again=True)
 
     def break_move(self, name: str, move: Callable, error: int) -> None:
         """Every step of one move fails once, as on a full or broken disk: as before or made, and then it can be repeated."""
@@ -125,8 +129,9 @@ class Campaign:
             fine = views if outcome != "done" else views[-1:]
             label = f"{name}, {errno.errorcode[error]} in step {number}"
             self.judge(root, lambda view, fine=fine: view in fine, label)
-            self.judge_images(root, lambda view, fine=fine: view in fine, label + ", power cut", key=(name, "error", outcome))
-            is_made = self.view(root) == views[-1]
+            self.judge_images(root, lambda view, fine=fine: self.is_between(name, view, fine), label + ", power cut",
+                              key=(name, "error", outcome))
+            is_made = self.view(root) != views[0]
             if self.attempt(move, root) != "done" or self.view(root) != views[-1] and not (is_made and name in COUNTING_MOVES):
                 self.complain(f"{label}: repeated, it is not what it would have been")
 
@@ -172,7 +177,7 @@ class Campaign:
 
         def is_fine(view: dict) -> bool:
             """Each task and lock is as it was at one of the moments, ..."""
-            return all(view.get(name) in [moment.get(name) for moment in (*views, last)] for name in {*view, *last, *views[0]})
+            return is_mixed(view, [*views, last])
 
         def is_kept(view: dict) -> bool:
             """... and what `second` said is done is done."""
@@ -320,6 +325,11 @@ class Campaign:
         self.meet_hand_made_locks()
         self.meet_late_agents()
         self.meet_stale_editors()
+
+
+def is_mixed(view: dict, moments: list[dict]) -> bool:
+    """Each task and lock is as it was at one of the moments."""
+    return all(view.get(name) in [moment.get(name) for moment in moments] for name in {*view, *moments[0], *moments[-1]})
 
 
 def changed_names(before: dict, after: dict) -> set[str]:

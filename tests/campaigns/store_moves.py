@@ -37,6 +37,17 @@ def with_fence(verb: str, agent: str, *args, **options) -> Callable:
     return in_transaction(move)
 
 
+def renew_all(*agents: str) -> Callable[[World], None]:
+    """What a host's connection does with a line that renews: no lock file is synced by itself, the folder is at the end."""
+    def verb(world: World) -> None:
+        host = SimpleNamespace(store=world.store, get_agent=lambda words: words["agent"], note_agents=lambda *told: None,
+                               pass_orders=lambda done: {})
+        words = {"claims": [{"agent": agent, "fence": FENCES[agent]} for agent in agents], "agents": []}
+        toolkit.HostMoves.renew(host, words)
+
+    return verb
+
+
 def submit(agent: str) -> Callable[[World], None]:
     """The verb itself; only git's part is stood in for."""
     def verb(world: World) -> None:
@@ -136,8 +147,10 @@ MOVES = {
 COMPOSITE_MOVES = {  # several moves under one mutex: each may be made, or not, by itself
     "expire": in_transaction(lambda world, tx: toolkit.TaskQueue(tx).expire()),
     "land two": land("t-0004", "t-0005"),
+    "renew two": renew_all("agent-001", "agent-002"),
 }
-COUNTING_MOVES = ("renew", "retry", "edit")  # made twice, they count twice
+UNORDERED_MOVES = ("renew two",)  # until it is acknowledged, a power cut keeps any of its files
+COUNTING_MOVES = ("renew", "renew two", "retry", "edit")  # made twice, they count twice
 LATER_MOVES = {  # by others, after a kill: an agent whose name sorts before or after the killed one's
     "claim t-0002 as agent-000": claim("agent-000", "t-0002"),
     "claim t-0002 as agent-009": claim("agent-009", "t-0002"),

@@ -233,6 +233,27 @@ def test_costs_are_cut_and_the_sum_stays(cut):
     assert toolkit.cost_of_task(toolkit.read_usage(store), "t-0001") == 2.0
 
 
+@pytest.mark.parametrize("call", ["link", "write_temp", "rename"])
+def test_a_cut_of_the_costs_that_was_killed_half_way_is_finished_by_the_next(cut, monkeypatch, call):
+    store = toolkit.Store(str(cut.repo))
+
+    def spend(numbers: range) -> None:
+        for number in numbers:
+            line = {"task": f"t-{number:04d}", "agent": "agent-001", "fence": f"t-{number:04d}.2"}
+            toolkit.note_usage(store, line, toolkit.Usage(1, 0, 0.5))
+
+    with monkeypatch.context() as patch:
+        def fail(*_args):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(store.disk, call, fail, raising=False)
+        spend(range(2, 30))
+    spend(range(30, 60))
+    for lines in (toolkit.read_usage(store), toolkit.read_usage(store, is_whole=True)):
+        assert toolkit.sum_usage(lines) == {"tokens_in": 58, "tokens_out": 0, "cost_usd": 29.0}
+    assert len(store.files_of("usage.jsonl")) > 1
+
+
 def test_a_verb_that_looks_reads_no_history(cut):
     """status of a farm whose history cannot even be opened."""
     store = toolkit.Store(str(cut.repo))
