@@ -138,6 +138,25 @@ def test_a_torn_line_at_the_archives_end_costs_nothing(grown):
     assert len(landed(grown)) == COUNT
 
 
+def test_of_an_archive_that_is_longer_than_known_only_the_end_is_read(grown):
+    """By the loop, between the two writes of a landing: a year's archive does not fit into its memory."""
+    store, sizes = toolkit.Store(str(grown.repo)), []
+    path = Path(store.path(toolkit.ARCHIVE_FILE))
+    before, line = path.stat().st_size, path.read_text().splitlines()[-1]
+    path.write_text(path.read_text() + line.replace("t-0", "t-9") + "\n")
+
+    class Counting(toolkit.Disk):
+        def read(self, path: str, since: int = 0) -> bytes:
+            data = super().read(path, since)
+            if path.endswith("landed.jsonl"):
+                sizes.append(len(data))
+            return data
+
+    state = toolkit.Store(str(grown.repo), Counting()).load()
+    assert state.is_behind and state.archive_bytes == path.stat().st_size
+    assert sizes == [path.stat().st_size - before] and sizes[0] < before
+
+
 def test_a_lost_archive_is_said_and_comes_back_from_the_history(grown):
     (grown.repo / ARCHIVE).unlink()
     assert "t-0001" not in landed(grown)

@@ -307,8 +307,8 @@ class System:
         names = tuple(node.entries) if isinstance(node, Folder) else ()
         return SimpleNamespace(st_ino=id(node), st_dev=0, st_size=len(getattr(node, "data", b"")), st_mtime_ns=hash(names))
 
-    def read(self, path: str) -> bytes:
-        return self.get(path).data
+    def read(self, path: str, since: int = 0) -> bytes:
+        return self.get(path).data[since:]
 
     def listdir(self, path: str) -> list[str]:
         return list(self.get(path).entries)
