@@ -1385,6 +1385,10 @@ class StopRequest:
 
     def note(self, number: int, _frame) -> None:
         self.signal, self.count = number, self.count + 1
+        self.wake()
+
+    def wake(self) -> None:
+        """End a wait early; any thread may."""
         try:
             os.write(self.writer, b"!")
         except BlockingIOError:
@@ -1396,18 +1400,16 @@ class StopRequest:
     # A system call goes on after a signal's handler (PEP 475), so select would wait to its end: it
     # is the byte in the pipe that ends it.
     def wait(self, seconds: float) -> None:
-        """Until one has come, or the time is over."""
+        """Until one has come, or `wake` was called, or the time is over."""
         import select
 
-        select.select([self.reader], [], [], seconds)
+        if select.select([self.reader], [], [], seconds)[0]:
+            os.read(self.reader, 65536)
 
     def clear(self) -> None:
         """Begin anew: what has come was meant for a command that has ended."""
         self.signal = self.count = 0
-        try:
-            os.read(self.reader, 65536)
-        except BlockingIOError:
-            pass
+        self.wait(0)
 
 
 def find_bash() -> str:
@@ -2090,9 +2092,9 @@ def rescue(repo: str, agent: str, worktree: str) -> str:
 
 
 def read_repo(repo: str) -> dict[str, list[str]]:
-    """What look.sh info says: {"main", "head", "branches", "obstacles", ...}, each with its
+    """What repo-info.sh says: {"main", "head", "branches", "obstacles", ...}, each with its
     fields."""
-    return {row[0]: row[1:] for row in run_script("merge/look.sh", "info", "-C", repo).rows}
+    return {row[0]: row[1:] for row in run_script("merge/repo-info.sh", "-C", repo).rows}
 
 
 def find_obstacles(call: Call) -> list[tuple[str, str]]:
@@ -4717,7 +4719,7 @@ class Gate:
 
     def start(self, folder: str, settings: Settings, log: str, wake, prefix=()) -> None:
         """Run the gate in `folder` (a worktree at the commit) on a thread of its own; `wake` is
-        set when it is over.
+        called when it is over.
 
         It sees the caller's environment without FARM_*, but FARM_PORT, FARM_SLOT (the folder, by
         which its processes are found) and a TMPDIR of its own. Standard input is /dev/null; both
@@ -4786,7 +4788,7 @@ class Gate:
             self.failure = error
         # last, as the merger reads the rest once it sees it
         self.is_done = True
-        wake.set()
+        wake()
 
     def wait_for_verdict(self, seconds: float, reader) -> Verdict:
         """What the gate says, once nothing of it runs any more. Raises FarmError when it could
@@ -4835,12 +4837,10 @@ class Slots:
     and not yet judged."""
 
     def __init__(self, store: Store, settings: Settings, folder: str):
-        import threading
-
         self.store, self.settings, self.folder = store, settings, folder
         self.number = settings.slots or default_slots()
         self.gates: list[Gate] = []
-        self.wake = threading.Event()  # set when a gate is over
+        self.wake = lambda: None  # a hook: called by a gate's thread when it is over
 
     def is_free(self) -> bool:
         return len(self.gates) < self.number
@@ -5917,7 +5917,7 @@ class Merger:
         Raises FarmError; for ever, that is a trouble like others: shown, and tried again after 2
         s, 4 s ... a minute.
         """
-        failures = 0
+        self.queue.slots.wake, failures = should_stop.wake, 0
         while not should_stop.is_set():
             try:
                 has_moved, failures = self.try_tick(), 0
@@ -5955,10 +5955,7 @@ class Merger:
     def wait(self, should_stop) -> None:
         """Until a move is made or a gate is over; a person's commit, or a file taken out of the
         way, tells nobody, so 5 s at most."""
-        slots, store = self.queue.slots, self.queue.store
-        # first: a gate that ends from here on sets it again, one that has ended before is seen by
-        # is_due
-        slots.wake.clear()
+        store = self.queue.store
         seen = store.signature()
 
         def is_due() -> bool:
@@ -5968,7 +5965,7 @@ class Merger:
                 or any(gate.is_done for gate in self.queue.running())
             )
 
-        wait_for(is_due, 5, 0.1, slots.wake.wait)
+        wait_for(is_due, 5, 0.1, should_stop.wait)
 
 
 # The file outlives its merger; pid and start time say whether it still speaks for anybody.

@@ -62,6 +62,8 @@ wait_for_bell() { # SECONDS-A-ROUND ROUNDS
 claim_task() {
   local lines line code
   : >"$mailbox/looked"
+  if is_stopping; then return 3; fi
+  if has_no_task; then return 1; fi
   lines=$(farm claim "$FARM_AGENT_NAME" --env 2>"$mailbox/claim.err")
   code=$?
   if [ "$code" -ne 0 ] && is_stopping; then return 3; fi
@@ -73,6 +75,15 @@ is_stopping() { # without a process: fifty ask at once
   local text=''
   IFS= read -r -d '' text 2>/dev/null <"$FARM_REPO/coordination/farm.json" || :
   [[ $text == *'"mode": "stopping"'* ]]
+}
+
+# Nothing waits, and nobody holds what a dead one may have left. In any other form of the file, as
+# a person may have written it, farm.py has to look.
+has_no_task() {
+  local text='' lock
+  for lock in "$FARM_REPO"/coordination/agent_locks/*.lock; do [ ! -e "$lock" ] || return 1; done
+  IFS= read -r -d '' -n 200 text 2>/dev/null <"$FARM_REPO/coordination/task_queue/pending.json" || :
+  [[ $text == *'"tasks": []'* ]]
 }
 
 use_own_home() {

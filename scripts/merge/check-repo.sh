@@ -37,13 +37,16 @@ check_middle() { # GIT_DIR
   fi
 }
 
-# By the mount table: df's where it tells types, else that of mount, as on macOS.
+# By the mount table: df's where it tells types, else that of mount, as on macOS; of lustre only
+# mount knows how it keeps locks.
 check_disk() {
   local folder=$repo/coordination kind place options=''
   if ! [ -d "$folder" ]; then folder=$repo; fi
   kind=$(df -PT "$folder" 2>/dev/null | awk 'NR == 2 { print $2 }')
-  place=$(df -P "$folder" 2>/dev/null | awk 'NR == 2 { print $6 }')
-  options=$(mount 2>/dev/null | grep -F " on $place " | tail -n 1)
+  if [ -z "$kind" ] || [ "$kind" = lustre ]; then
+    place=$(df -P "$folder" 2>/dev/null | awk 'NR == 2 { print $6 }')
+    options=$(mount 2>/dev/null | grep -F " on $place " | tail -n 1)
+  fi
   if [ -z "$kind" ]; then kind=${options##* (} kind=${kind%%,*} kind=${kind%)}; fi
   case $kind:$options in
     lustre:*[\(,]flock[\),]* | lustre:*[\(,]localflock[\),]*) return ;;

@@ -1,10 +1,8 @@
 #!/usr/bin/env bash
-# Usage: look.sh info [-C REPO]
-#        look.sh work [-C REPO] -b TARGET <ROWS          name<TAB>branch<TAB>path of each worktree
+# Usage: look.sh work [-C REPO] -b TARGET <ROWS          name<TAB>branch<TAB>path of each worktree
 #        look.sh partners [-C REPO] -b TARGET COMMIT
 #        look.sh broken [-C REPO] -b TARGET <LINES       id<TAB>commit
 # Looks, and changes nothing, not even a lock is taken.
-# info: what a farm must know of a repo, a fact a line; see repo-info.sh, which it runs.
 # work: how far the work in each worktree has come since its branch left TARGET, a line each as soon
 #   as it is known: name<TAB>commits<TAB>lines (added and removed ones of tracked files, committed
 #   or not). A worktree that cannot be read has no line.
@@ -112,7 +110,6 @@ look_for_broken() {
 main() {
   local verb=${1-} repo=. target='' option
   if [ "$verb" = -h ]; then usage; exit 0; fi
-  if [ "$verb" = info ]; then exec "$here/repo-info.sh" "${@:2}"; fi
   shift || true
   while getopts C:b:h option; do
     case $option in
@@ -128,7 +125,7 @@ main() {
     partners:yes:1) look_for_partners "$1" ;;
     broken:yes:0) look_for_broken ;;
     work::*) die 2 'against which branch?' 'mk-worktrees.sh | look.sh work -b main' ;;
-    *) die 2 'info, work, partners or broken, and against which branch?' 'look.sh -h' ;;
+    *) die 2 'work, partners or broken, and against which branch?' 'look.sh -h' ;;
   esac
 }
 main "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Usage: repo-info.sh [-C REPO]      also: look.sh info [-C REPO]
+# Usage: repo-info.sh [-C REPO]
 # Prints what a farm must know of a repo, a fact a line, TSV:
 #   main <path of the main worktree>
 #   head <branch that it has checked out, empty when detached> <commit>

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from bench_harness import PYTHON, Bench, Cost, Farmed, Row, Samples, all_at_once, bash, check, timed
 from paths import ROOT, SCRIPTS
-from sandbox import git, wait_until
+from sandbox import NeverStopped, git, wait_until
 
 import farm as toolkit
 
@@ -301,7 +301,7 @@ def merge_one(queue: toolkit.MergeQueue) -> dict[str, float]:
     """Run the merge queue in this process until it is empty: seconds by part; `rest` is the gate's start and all waits."""
     with timed_parts(queue) as spent, contextlib.redirect_stderr(io.StringIO()):
         began = time.perf_counter()
-        toolkit.Merger(queue, forever=False).run(threading.Event())
+        toolkit.Merger(queue, forever=False).run(NeverStopped())
         whole = time.perf_counter() - began
     parts = {"chain": "merge/chain.sh", "slot": "merge/gate-slot.sh", "land": "merge/land.sh", "pin": "merge/pins.sh",
              "record": "record"}

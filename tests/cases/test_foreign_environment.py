@@ -96,7 +96,7 @@ def test_every_script_leaves_the_other_repo_alone(farm, other):
     words = {
         "land.sh": ["-b", "main", "-o", head, "-n", head], "pins.sh": ["set", "refs/farm/ready/x", head],
         "rescue.sh": ["list"], "gate-slot.sh": ["prepare", farm.repo.parent / "slot", head],
-        "look.sh": ["info"], "find-checkout.sh": ["main"],
+        "look.sh": ["work", "-b", "main"], "find-checkout.sh": ["main"],
         "mk-worktrees.sh": ["-n", "1"], "setup-worktree.sh": [farm.repo], "repair-worktree.sh": [farm.repo / "no"]
     }
     for script in sorted(SCRIPTS.rglob("*.sh")):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,6 +119,21 @@ def wait_until(predicate: Callable[[], object], timeout: float = 20, message: st
         # what is dear to ask is asked less often: the farm that is waited for needs the cores, too
         time.sleep(max(pause, min(now - asked_at, 0.5)))
         pause = min(pause * 1.5, 0.1)
+
+
+class NeverStopped:
+    """A StopRequest that hears no signal, for a merger in this process."""
+
+    def __init__(self):
+        self.event = threading.Event()
+        self.wake = self.event.set
+
+    def is_set(self) -> bool:
+        return False
+
+    def wait(self, seconds: float) -> None:
+        self.event.wait(seconds)
+        self.event.clear()
 
 
 def find_processes(token: str) -> list[psutil.Process]:

@@ -6,12 +6,11 @@ import json
 import os
 import re
 import signal
-import threading
 from collections import Counter
 
 import pytest
 from merge_calls import GREEN, Queue, find_gate_processes, new_file
-from sandbox import Sandbox, commit_files, git, run, wait_until, write_files
+from sandbox import NeverStopped, Sandbox, commit_files, git, run, wait_until, write_files
 
 import farm as toolkit
 
@@ -227,7 +226,7 @@ def test_a_gate_that_cannot_be_ended_stops_the_merger_instead_of_holding_its_slo
 
     monkeypatch.setattr(toolkit, "end_gates", end_gates)
     with pytest.raises(toolkit.FarmError, match="could not be ended"):
-        toolkit.Merger(merges, forever=False).run(threading.Event())
+        toolkit.Merger(merges, forever=False).run(NeverStopped())
 
 
 # ---------------------------------------------------------------------------------------------- slots

@@ -296,7 +296,7 @@ def test_the_folder_of_the_merge_queue_does_its_work_copied_whole(make_repo, san
     landed = run([merge / "land.sh", "-C", repo, "-b", "main", "-o", old, "-n", tip], check=True).stdout
     assert (landed, (repo / "new.txt").read_text()) == (f"landed\t{tip}\n", "x\n")
     assert run([merge / "look.sh", "broken", "-C", repo, "-b", "main"], input=f"t-1\t{new}\n", check=True).stdout == ""
-    assert run([merge / "look.sh", "info", "-C", repo], check=True).stdout.splitlines()[1] == f"main\t{repo}"
+    assert run([merge / "repo-info.sh", "-C", repo], check=True).stdout.splitlines()[1] == f"main\t{repo}"
     assert run([merge / "pins.sh", "drop", "-C", repo, "-b", "main"], check=True).stdout == "refs/farm/ready/t-1\n"
 
 
