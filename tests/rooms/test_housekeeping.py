@@ -125,6 +125,26 @@ def test_objects_that_are_many_become_a_pack_and_none_is_dropped(keeper):
     assert git(farm.repo, "count-objects").split()[0] != "0", "0 means never"
 
 
+def test_an_object_that_a_power_cut_has_emptied_keeps_no_other_from_its_pack(keeper):
+    housekeeping, farm = keeper
+    blob = git(farm.repo, "hash-object", "-w", ".git/config")
+    objects = farm.repo / ".git/objects"
+    (objects / "17").mkdir(exist_ok=True)
+    empty = [objects / f"17/{number:038}" for number in range(2)]
+    for file in empty:
+        file.touch()
+    unfinished = [objects / "pack/tmp_pack_old", objects / "pack/tmp_pack_new"]
+    for file in unfinished:
+        file.touch()
+    os.utime(unfinished[0], (time.time() - 3 * 86400,) * 2)
+    git(farm.repo, "config", "gc.auto", "500")
+    for _ in range(2):
+        run_pack(housekeeping)
+    assert git(farm.repo, "count-objects").split()[0] == "2"
+    assert [file.exists() for file in (*empty, *unfinished)] == [True, True, False, True]
+    assert git(farm.repo, "cat-file", "-t", blob) == "blob"
+
+
 def run_pack(housekeeping) -> None:
     housekeeping.pack()
     assert housekeeping.packing.wait(30) == 0
