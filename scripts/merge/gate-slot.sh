@@ -45,9 +45,13 @@ delete_tree() {
   rm -rf "$1" 2>/dev/null || { find "$1" -type d -exec chmod u+rwx {} + && rm -rf "$1"; }
 }
 
+# An index in which git is told not to look at some files (a gate has made its slot sparse, say) goes.
 move_slot() {
   rm -rf "$GIT_DIR"/*.lock "$GIT_DIR"/MERGE_* "$GIT_DIR"/rebase-* "$GIT_DIR/sequencer"
   [ -f "$slot/.git" ] || printf 'gitdir: %s\n' "$GIT_DIR" >"$slot/.git"
+  if git_in "$slot" ls-files -v 2>/dev/null | grep -a '^[a-zS] ' >/dev/null; then
+    rm -f "$GIT_DIR/index"
+  fi
   in_slot checkout -q --detach --force "$1" -- && git_in "$slot" clean -ffdq
 }
 

@@ -10,6 +10,7 @@ git_in() {
     -c maintenance.auto=false -c submodule.recurse=false -c core.fsmonitor=false \
     -c core.trustctime=true -c core.untrackedCache=false -c core.checkStat=default \
     -c diff.autoRefreshIndex=true -c worktree.useRelativePaths=false \
+    -c core.sparseCheckout=false \
     -c core.filesRefLockTimeout=10000 "${@:2}"
 }
 

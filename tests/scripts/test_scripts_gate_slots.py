@@ -93,6 +93,15 @@ def leave_forgotten(folder: Path) -> None:
     shutil.rmtree(git(folder, "rev-parse", "--absolute-git-dir"))
 
 
+def leave_sparse(folder: Path) -> None:
+    git(folder, "sparse-checkout", "set", "nowhere")
+
+
+def leave_unwatched(folder: Path) -> None:
+    git(folder, "update-index", "--skip-worktree", "dir/b.txt")
+    (folder / "dir/b.txt").unlink()
+
+
 LEFT = [value for name, value in sorted(globals().items()) if name.startswith("leave_")]
 
 
@@ -104,7 +113,15 @@ def test_slot_is_made_good_after_a_gate_left(repo: Repo, gate_slot: Path, leave:
     assert done.returncode == 0, done.stderr
     assert slot("check", gate_slot, "main").returncode == 0
     assert git(gate_slot, "status", "--porcelain") == ""
+    assert (gate_slot / "dir/b.txt").exists()
     assert footprint(repo) == before
+
+
+def test_a_slot_of_a_sparse_checkout_has_every_file(repo: Repo, sandbox) -> None:
+    git(repo, "sparse-checkout", "set", "nowhere")
+    assert not (repo / "dir/b.txt").exists()
+    assert slot("prepare", "-C", repo, sandbox.work / "slots/1", "main").returncode == 0
+    assert (sandbox.work / "slots/1/dir/b.txt").exists()
 
 
 def test_slot_check_names_the_changed_files(gate_slot: Path) -> None:
