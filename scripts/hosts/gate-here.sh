@@ -17,10 +17,15 @@ read -r word || exit 1
 if [ -d "$from" ]; then from=$(cd "$from" && pwd -P); fi
 folder=$HOME/.cache/farm-gates/$slot-$(printf %s "$from" | git hash-object --stdin | cut -c 1-8)
 folder=$folder-${SLURMD_NODENAME:-${HOSTNAME:-host}}
-at() { git -C "$folder" -c core.hooksPath=/dev/null -c core.fsmonitor=false -c gc.auto=0 "$@"; }
+at() {
+  git -C "$folder" -c core.hooksPath=/dev/null -c core.fsmonitor=false -c gc.auto=0 \
+    -c core.sparseCheckout=false "$@"
+}
 
 [ -d "$folder/.git" ] || git init -q "$folder" || exit 1
 rm -f "$folder/.git/index.lock"
+# a gate before this one may have made the clone sparse
+if at ls-files -v | grep -a '^[a-zS] ' >/dev/null; then rm -f "$folder/.git/index"; fi
 at fetch -q --no-tags "$from" "+$ref:refs/farm/gate" </dev/null || exit 1
 at checkout -q --detach --force "$commit" -- </dev/null && at clean -ffdq || exit 1
 [ "$(at rev-parse HEAD)" = "$commit" ] || exit 1

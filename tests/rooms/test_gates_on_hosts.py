@@ -73,6 +73,14 @@ def test_a_green_lands_a_red_comes_back_and_each_verdict_names_its_host(farm, bo
     assert {run[:2] for run in found} == {("green", 0), ("red", 1)} and all(run[2].startswith("on ") for run in found), found
 
 
+def test_a_gate_on_a_host_has_every_file_also_where_the_one_before_it_made_the_clone_sparse(farm, box):
+    make_sparse = "git config core.sparseCheckout true && echo nowhere >.git/info/sparse-checkout && git read-tree -m -u HEAD"
+    for name in ("one", "two"):
+        task = submit(farm, name)
+        farm("merge", "--gate", f"test -e {name}.txt && {{ {make_sparse} || :; }}", timeout=120)
+        assert task in landed(farm), runs(farm)
+
+
 def test_hosts_that_disagree_on_a_tree_are_named_as_a_flake_is_and_the_work_lands(farm, box, sandbox):
     node = "SLURMD_NODENAME=n1; [ -e seen ] || SLURMD_NODENAME=n0; export SLURMD_NODENAME;"
     (sandbox.root / "no-ssh").write_text(NO_SSH.replace("exec sh", f"{node} exec sh"))
