@@ -9,6 +9,7 @@
 set -uo pipefail
 case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
 . "$here/../merge/common.sh"
+unset GIT_NO_REPLACE_OBJECTS # agents see what the repo's people see
 
 if [ "${1-}" = -h ]; then usage; exit 0; fi
 [ $# -eq 2 ] || die 2 "a folder and a commit are needed" "make-plan.sh -h"

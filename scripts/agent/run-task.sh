@@ -9,6 +9,7 @@
 set -uo pipefail
 case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
 . "$here/../merge/common.sh"
+unset GIT_NO_REPLACE_OBJECTS # agents see what the repo's people see
 
 if [ "${1-}" = -h ]; then usage; exit 0; fi
 mailbox=$FARM_REPO/coordination/mailbox/$FARM_AGENT_NAME
@@ -19,8 +20,7 @@ leave() {
   exit 3
 }
 
-# What this attempt has printed, the end of it: a log that is shorter than before was begun anew
-# meanwhile.
+# What this attempt has printed, the end of it: a log that is shorter now was begun anew meanwhile.
 size_of_log() {
   wc -c <"$FARM_REPO/coordination/logs/$FARM_AGENT_NAME.log" 2>/dev/null || printf 0
 }

@@ -12,6 +12,10 @@ if [ -z "${FARM_PINNED-}" ]; then
   for v in ${!GIT_@} CDPATH; do [[ $v =~ $ours ]] || unset "$v"; done
 fi
 
+# What lands is what git's objects are, and not what somebody's replace refs show in their place: a
+# gate would judge another tree than a clone of the target has.
+export GIT_NO_REPLACE_OBJECTS=1
+
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
 say() { printf 'farm: %s\n' "$*" >&2; }

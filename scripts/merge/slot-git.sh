@@ -6,7 +6,7 @@
 
 # git in folder $1, without hooks, and with nothing of the user's settings that could hide a change.
 git_in() {
-  ${box[@]+"${box[@]}"} git -C "$1" -c core.hooksPath=/dev/null -c gc.auto=0 \
+  ${box[@]+"${box[@]}"} git --no-replace-objects -C "$1" -c core.hooksPath=/dev/null -c gc.auto=0 \
     -c maintenance.auto=false -c submodule.recurse=false -c core.fsmonitor=false \
     -c core.trustctime=true -c core.untrackedCache=false -c core.checkStat=default \
     -c diff.autoRefreshIndex=true -c worktree.useRelativePaths=false \

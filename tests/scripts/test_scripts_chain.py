@@ -115,6 +115,16 @@ def test_chain_is_not_bent_by_the_users_settings(repo: Repo, way: Mapping[str, s
 
 
 @BOTH_WAYS
+def test_chain_is_not_bent_by_replace_refs(repo: Repo, way: Mapping[str, str]) -> None:
+    sha = branch(repo, "w", {"a.txt": "bad\n"})
+    commit_files(repo, {"new.txt": "new\n"})
+    plain = chain(repo, [entry("t-1", sha)], env=way)
+    git(repo, "replace", sha, "main~1")
+    git(repo, "replace", "--graft", "main")
+    assert chain(repo, [entry("t-1", sha)], env=way) == plain
+
+
+@BOTH_WAYS
 def test_chain_uses_the_attributes_of_the_base_and_not_of_the_checkout(repo: Repo, way: Mapping[str, str]) -> None:
     commit_files(repo, {".gitattributes": "/log merge=union\n", "sub/.gitattributes": "log merge=union\n"})
     commit_files(repo, {"log": "start\n", "sub/log": "start\n"})

@@ -124,6 +124,14 @@ def test_a_slot_of_a_sparse_checkout_has_every_file(repo: Repo, sandbox) -> None
     assert (sandbox.work / "slots/1/dir/b.txt").exists()
 
 
+def test_a_slot_has_what_lands_and_not_what_a_replace_ref_shows(repo: Repo, gate_slot: Path) -> None:
+    sha = branch(repo, "w", {"a.txt": "bad\n"})
+    git(repo, "replace", git(repo, "rev-parse", f"{sha}:a.txt"), git(repo, "rev-parse", "main:a.txt"))
+    assert slot("prepare", "-C", repo, gate_slot, sha).returncode == 0
+    assert (gate_slot / "a.txt").read_text() == "bad\n"
+    assert slot("check", gate_slot, sha).returncode == 0
+
+
 def test_slot_check_names_the_changed_files(gate_slot: Path) -> None:
     write_files(gate_slot, {"a.txt": "changed\n", "untracked.txt": "fine\n"})
     (gate_slot / "dir/b.txt").unlink()
