@@ -40,7 +40,7 @@ commit_step() {
   date=${message%%$'\n'*} message=${message#*$'\n'}
   [ $# -eq 3 ] ||
     message=$(printf '%s\n' "$message" |
-      git interpret-trailers --where end --if-exists add "${@:4}")
+      git interpret-trailers --no-divider --where end --if-exists add "${@:4}")
   printf '%s\n' "$message" |
     GIT_AUTHOR_NAME=${name:-unknown} GIT_AUTHOR_EMAIL=$email GIT_AUTHOR_DATE=$date \
     git commit-tree "$3" -p "$2" -F -

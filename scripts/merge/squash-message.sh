@@ -16,7 +16,7 @@ list_commits() { git rev-list --reverse --topo-order --no-merges "$base..$commit
 print_body() {
   local text trailers line
   text=$(git log -1 --format=%B "$1")
-  trailers=$(printf '%s\n' "$text" | git interpret-trailers --parse)
+  trailers=$(printf '%s\n' "$text" | git interpret-trailers --no-divider --parse)
   while IFS= read -r line; do
     case $'\n'$trailers$'\n' in *$'\n'"$line"$'\n'*) if [ -n "$line" ]; then continue; fi ;; esac
     printf '%s\n' "$line"
@@ -26,7 +26,7 @@ print_body() {
 print_trailers() {
   local sha
   for sha in $(list_commits); do
-    git log -1 --format=%B "$sha" | git interpret-trailers --parse
+    git log -1 --format=%B "$sha" | git interpret-trailers --no-divider --parse
   done
   for sha in $(list_commits); do git log -1 --format='Co-authored-by: %an <%ae>' "$sha"; done
 }

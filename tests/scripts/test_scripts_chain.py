@@ -296,6 +296,16 @@ def test_chain_rebases_the_entrys_own_commits_with_author_and_message(repo: Repo
     ]
 
 
+@pytest.mark.parametrize("style", ["squash", "rebase"])
+def test_chain_keeps_a_message_whole_that_has_a_rule_in_it(repo: Repo, style: str) -> None:
+    sha = branch(repo, "w", {"one.txt": "x\n"}, message="one\n\nWhy: so\n---\nmore\n\nSigned-off-by: S <s@e.org>")
+    tip = chain(repo, [entry("t-1", sha)], "-s", style)[1][2]
+    message = git(repo, "log", "-1", "--format=%B", tip)
+    assert "Why: so\n---\nmore\n" in message and message.count("Why: so") == 1
+    keys = git(repo, "log", "-1", "--format=%(trailers:keyonly,separator=%x2C)", tip).split(",")
+    assert [key for key in keys if key != "Co-authored-by"] == ["Signed-off-by", "Farm-Task", "Farm-Agent", "Farm-Tested-Tree"]
+
+
 def test_chain_rebases_stacked_work_only_once(repo: Repo) -> None:
     lower = branch(repo, "lower", {"a.txt": "lower\n"}, message="lower")
     upper = branch(repo, "upper", {"a.txt": "upper\n"}, start="lower", message="upper")
