@@ -68,8 +68,21 @@ make_clone() { # FOLDER
   fi
 }
 
+# Git brings nothing to a branch that is checked out, and an agent may have done that in its
+# worktree: it goes on on no branch, at the same commit.
+free_target() {
+  local kind path
+  bash "$here/../merge/find-checkout.sh" -C "$repo" "$target" |
+    while IFS=$'\t' read -r kind path; do
+      printf -v path '%b' "$path"
+      [ "$kind" != checkout ] ||
+        quiet_git "$path" update-ref --no-deref HEAD "$(git -C "$path" rev-parse HEAD)"
+    done || :
+}
+
 fetch_refs() {
   local from to
+  free_target
   quiet_git "$repo" fetch --quiet --no-tags hub "+refs/heads/$target:refs/heads/$target" </dev/null
   bash "$here/../merge/pins.sh" drop -C "$repo" -b "$target" >/dev/null
   bash "$here/../merge/tidy-refs.sh" list -C "$repo" -b "$target" |

@@ -79,6 +79,19 @@ def test_what_happens_to_attempts_on_a_host_is_as_on_the_hub(farm, ssh, monkeypa
     merger.wait(20)
 
 
+# The first attempt ends on the target's own branch, where git brings nothing to the host's clone any more.
+ON_TARGET = 'git checkout -q main; [ "$FARM_ATTEMPT" = 2 ] && echo x >"$FARM_TASK.txt"'
+
+
+def test_an_agent_that_is_on_the_targets_branch_keeps_its_host_from_nothing(farm, ssh, farm_cleanup):
+    task = farm.ok("add", "one")
+    spoke = Spoke(farm, "h1", ssh, 1, ON_TARGET).start()
+    wait_until(lambda: farm.task(task)["attempts"] == 1, 40, f"its first attempt: {spoke.said()}")
+    make_commit(farm.repo, {"newer.txt": "x"})
+    wait_until(lambda: farm.task(task)["state"] == "ready", 40, f"its second attempt: {spoke.said()}")
+    spoke.end()
+
+
 @pytest.fixture
 def sshd(farm, sandbox, monkeypatch) -> Iterator[Sshd]:
     monkeypatch.setenv("FARM_HOST_LEASE_SECONDS", "12")
