@@ -9835,6 +9835,7 @@ class Carrier:
         self.takes_new, self.is_over = True, threading.Event()
         self.coming: list[dict] = []  # claims that are not yet in this host's queue
         self.pushed: dict[str, str] = {}  # fence -> the commit that the hub has
+        self.broken: dict[str, str] = {}  # fence -> why git there does not take its commit
         self.lost: set[str] = set()  # fences that the hub has given to others
         self.done: dict[str, dict] = {}  # answers to orders that the hub may not have
         self.troubles: dict = {}  # what each thread could not do at its last try
@@ -9965,13 +9966,20 @@ class Carrier:
             self.push_at = CLOCK.monotonic() + self.third
         if lines:
             at = ("-C", self.store.repo, "-t", self.host)
-            self.pushed.update(read_tsv(run_carry("push", *at, stdin="".join(lines))))
+            rows = read_tsv(run_carry("push", *at, stdin="".join(lines)))
+            self.pushed.update(row for row in rows if len(row) == 2)
+            self.broken = {row[0]: one_line(row[2], 400) for row in rows if len(row) > 2}
 
     def give_back(self, task: Task) -> str:
         """Make the move on the hub that has ended an attempt here, and end here what is another's
         by now; then the task is the hub's. Returns why it stays."""
         note, fence = task.extra[HUB], task.extra[HUB]["fence"]
         move = "fail" if task.attempts > note["attempts"] else "release"
+        if why := self.broken.get(fence):  # what it has committed is here alone, and stays
+            task = task._replace(start=note["start"])
+            if task.state == "ready":
+                why = f"git on the hub does not take its commit: {why}"
+                task, move = task._replace(state="pending", reason=why), "fail"
         told = task if self.takes_new else task._replace(conversation={})
         more = {
             "task": told.to_json(),

@@ -11,7 +11,7 @@
 # How code goes between a host's clone and the hub, its remote `hub`. fetch drops what the target
 # has: branches of tasks that landed, and their pins. The hub takes no content of Git LFS: that goes
 # to a server that both reach, before the commit that names it, and without one there is no clone.
-# Prints: fetch: each TO that is there; push: FENCE<TAB>sha
+# Prints: fetch: each TO that is there; push: FENCE<TAB>sha, or FENCE<TAB>-<TAB>why not
 # Exit: 0 ok, 1 git failed, 2 usage
 set -euo pipefail
 case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
@@ -97,18 +97,33 @@ fetch_refs() {
   done
 }
 
+# Pushes SPECs; fails where the hub's fsck takes an object of them for broken, and sets why.
+send() { # SPEC...
+  local said
+  said=$(quiet_git "$repo" push --quiet hub "$@" 2>&1 </dev/null) && return
+  why=$(grep -m 1 '^remote: error: ' <<<"$said") || why=$said
+  case $said in *'fsck error'*) return 1 ;; esac
+  printf '%s\n' "$said" >&2
+  exit 1
+}
+
+# All at once; where one of them is broken, each by itself: the others are not to wait for that.
 push_refs() {
-  local from fence known sha specs=() told=''
+  local from fence known sha why i escaped specs=() told=()
   while read -r from fence known; do
     sha=$(git -C "$repo" rev-parse -q --verify "$from^{commit}") || continue
     if [ "$sha" = "$known" ]; then continue; fi
     push_lfs "$sha"
     specs+=("+$sha:refs/farm/in/$host/$fence")
-    told+=$fence$'\t'$sha$'\n'
+    told+=("$fence"$'\t'"$sha")
   done
   [ "${#specs[@]}" -gt 0 ] || return 0
-  quiet_git "$repo" push --quiet hub "${specs[@]}" </dev/null >&2
-  printf '%s' "$told"
+  if send "${specs[@]}"; then printf '%s\n' "${told[@]}" && return; fi
+  for ((i = 0; i < ${#specs[@]}; i++)); do
+    if send "${specs[i]}"; then printf '%s\n' "${told[i]}" && continue; fi
+    escape "${why#remote: error: }"
+    printf '%s\t-\t%s\n' "${told[i]%$'\t'*}" "$escaped"
+  done
 }
 
 main() {

@@ -92,6 +92,26 @@ def test_an_agent_that_is_on_the_targets_branch_keeps_its_host_from_nothing(farm
     spoke.end()
 
 
+# A commit that old tools have made so, and that git does not take where it looks (an agent that has merged some history).
+BROKEN = """
+echo x >"$FARM_TASK.txt"; git add -A; git commit -q -m work
+if [ "$FARM_TITLE-$FARM_ATTEMPT" = broken-1 ]; then
+  odd=$(git cat-file commit HEAD | sed '/^author/s/[+-][0-9]*$/+051800/' | git hash-object -t commit -w --stdin --literally)
+  git reset -q --hard "$odd"
+fi
+"""
+
+
+def test_a_commit_that_git_on_the_hub_takes_for_broken_goes_back_and_keeps_no_other_there(farm, ssh, farm_cleanup):
+    broken, whole = farm.ok("add", "broken"), farm.ok("add", "whole")
+    spoke = Spoke(farm, "h1", ssh, 2, BROKEN).start()
+    wait_until(lambda: farm.task(broken)["attempts"] == 1, 60, f"it goes back: {spoke.said()}")
+    assert "badTimezone" in farm.task(broken)["reason"]
+    for task in (whole, broken):
+        wait_until(lambda task=task: farm.task(task)["state"] == "ready", 60, f"both are handed in: {spoke.said()}")
+    spoke.end()
+
+
 @pytest.fixture
 def sshd(farm, sandbox, monkeypatch) -> Iterator[Sshd]:
     monkeypatch.setenv("FARM_HOST_LEASE_SECONDS", "12")
