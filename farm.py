@@ -5895,6 +5895,8 @@ class MergeQueue:
         except FarmError:  # a gate that cannot be ended: the recovery tries it again, and says so
             self.slots.gates = []
         self.just_landed = None
+        # merged in memory, and on no ref: somebody may have had it pruned (git gc --prune=now)
+        self.chain.steps.clear()
         self.trouble = str(error), error.hint or "./farm.py doctor"
         self.publish(())
 

@@ -150,6 +150,16 @@ def test_what_is_in_the_way_in_the_checkout_is_named_and_nothing_is_changed(queu
     assert (f"in the way: {path.name}\n" in said, picture()) == (True, before)
 
 
+def test_merges_that_a_person_has_had_pruned_are_made_anew(queue: Queue) -> None:
+    """What waits for its gate has been merged in memory already, and no ref has that."""
+    ids = queue.ready_all([new_file(f"f{number}") for number in range(30)])
+    with queue.merging(queue.blocked(GREEN), "--watch"):
+        queue.wait_for_gates(1)
+        git(queue.repo, "gc", "-q", "--prune=now")
+        queue.go.touch()
+        wait_until(lambda: queue.landed() == ids, 40, "all to land")
+
+
 @pytest.mark.parametrize("kind", ["edit", "untracked"])
 def test_the_queue_goes_on_by_itself_when_nothing_is_in_the_way_any_more(queue: Queue, kind: str) -> None:
     path = block_landing(queue, kind)
