@@ -84,10 +84,10 @@ fetch_refs() {
   local from to
   free_target
   quiet_git "$repo" fetch --quiet --no-tags hub "+refs/heads/$target:refs/heads/$target" </dev/null
-  bash "$here/../merge/pins.sh" drop -C "$repo" -b "$target" >/dev/null
   bash "$here/../merge/tidy-refs.sh" list -C "$repo" -b "$target" |
     sed -n 's/^\([^	]*\)	\([^	]*\)	in$/\1 \2/p' |
     bash "$here/../merge/tidy-refs.sh" drop -C "$repo"
+  bash "$here/../merge/pins.sh" drop -C "$repo" -b "$target" >/dev/null || : # at the next one
   while read -r from to; do
     case $from in refs/*) ;; *) from=refs/heads/$from ;; esac
     # a host that was lost before it had pushed has left nothing to begin from

@@ -16,7 +16,8 @@ export GIT_OPTIONAL_LOCKS=0 LC_ALL=C
 row() { printf '%s\t%s\n' "$1" "$2"; }
 
 check_middle() { # GIT_DIR
-  local at="git -C $repo"
+  local at="git -C $repo" common lock
+  open_repo "$repo"
   if [ -e "$1/MERGE_HEAD" ]; then
     row "a merge is in the middle in $repo" "$at merge --continue, or: $at merge --abort"
   fi
@@ -31,10 +32,10 @@ check_middle() { # GIT_DIR
     row "a revert is in the middle in $repo" "$at revert --continue, or: $at revert --abort"
   fi
   if [ -e "$1/BISECT_LOG" ]; then row "a bisect is in the middle in $repo" "$at bisect reset"; fi
-  if [ -e "$1/index.lock" ]; then
-    row "git's lock $1/index.lock is there: a git runs in $repo, or was killed" \
-      "ps ax | grep git; when none runs: rm $1/index.lock"
-  fi
+  for lock in "$1/index.lock" "$common/packed-refs.lock"; do
+    [ ! -e "$lock" ] || row "git's lock $lock is there: a git runs in $repo, or was killed" \
+      "ps ax | grep git; when none runs: rm $lock"
+  done
 }
 
 # By the mount table: df's where it tells types, else that of mount, as on macOS; of lustre only

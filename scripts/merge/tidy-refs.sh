@@ -5,6 +5,8 @@
 #        tidy-refs.sh drop [-C REPO] <LINES        deletes each "REF SHA" that still stands there
 # What the farm keeps in git for work that it knows. drop deletes a ref only at the commit that is
 # named, so that a branch or a pin which has moved meanwhile stays; prints nothing.
+# Environment: FARM_LOCK_SECONDS, how long to wait for another git's lock (10)
+# Beside it: remove-stale-lock.sh
 # Exit: 0 ok, 1 git failed, 2 usage, 3 no such branch or repo
 set -euo pipefail
 case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
@@ -30,12 +32,15 @@ list_refs() {
   done <<<"$all" | sed '/^	/d'
 }
 
-# In one transaction; where one of them has moved, one by one.
+# In one transaction; where one of them has moved, one by one. Each would wait in vain for the lock
+# that a killed git has left on all packed refs: it goes, or nothing does this time.
 drop_refs() {
-  local lines ref sha
+  local lines ref sha lock
   lines=$(cat)
   [ -n "$lines" ] || return 0
   if printf '%s\n' "$lines" | delete 2>/dev/null; then return; fi
+  lock=$(git -C "$repo" rev-parse --path-format=absolute --git-common-dir)/packed-refs.lock
+  "$here/remove-stale-lock.sh" "$lock" "$lock" || return 0
   while read -r ref sha; do
     printf '%s %s\n' "$ref" "$sha" | delete 2>/dev/null || true
   done <<<"$lines"
@@ -44,7 +49,7 @@ drop_refs() {
 # Never what such a ref points to: an agent may have made its branch a symbolic ref to another one.
 delete() {
   awk '{ printf "option no-deref\ndelete %s\n", $0 }' |
-    quiet_git "$repo" -c core.filesRefLockTimeout=1000 -c core.packedRefsTimeout=10000 \
+    quiet_git "$repo" -c core.filesRefLockTimeout=1000 -c core.packedRefsTimeout="${FARM_LOCK_SECONDS:-10}000" \
       update-ref --stdin
 }
 

@@ -75,6 +75,23 @@ def test_a_ref_that_has_moved_meanwhile_stays_and_the_others_go(keeper):
     assert f"refs/heads/farm/{A}/t-0001" in refs(farm.repo) and f"refs/heads/farm/{A}/t-0002" not in refs(farm.repo)
 
 
+def test_the_lock_that_a_killed_git_left_on_all_refs_keeps_nothing_and_one_that_is_held_does_not_for_long(keeper, monkeypatch):
+    housekeeping, farm = keeper
+    monkeypatch.setenv("FARM_LOCK_SECONDS", "1")
+    lock, before = farm.repo / ".git/packed-refs.lock", refs(farm.repo)
+    assert len(before) >= 8
+    with lock.open("w"):
+        began = time.monotonic()
+        housekeeping.go_on(housekeeping.store.snapshot())
+        assert (refs(farm.repo), lock.exists()) == (before, True)
+        assert time.monotonic() - began < 8, "each ref waits for the lock"
+        assert "packed-refs.lock" in farm("doctor").stdout
+    housekeeping.landed = housekeeping.tidy_at = 0
+    housekeeping.go_on(housekeeping.store.snapshot())
+    assert not lock.exists()
+    test_refs_of_landed_work_go_and_those_of_other_work_stay(keeper)
+
+
 def test_files_of_landed_work_go_when_they_are_old_enough(keeper):
     housekeeping, farm = keeper
     names = ("prompts/t-0001.1.md", "prompts/t-0001.2.resumed.md", "returns/t-0001.1.txt", "returns/t-0001.txt",
