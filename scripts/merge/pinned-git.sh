@@ -4,6 +4,8 @@
 # that every machine and both ways of merging reach the same shas: the options of merging, and the
 # identity (the configured user.name and user.email, else farm <farm@localhost>). No hooks, signing,
 # rerere, editor; no attributes of the user or the system.
+# A cut of history behind which all is there, as `git fetch --depth=1` of an agent makes one for all
+# worktrees, is none: else work from before it would share no history with the target.
 # Objects are fsynced: what a power cut empties is never written again, for the next run takes it
 # for being there.
 # What stays: the merge drivers that the configuration defines, for the paths that the repo's
@@ -50,6 +52,20 @@ pin_settings() {
     FARM_PINNED=1 LC_ALL=C
 }
 
+# Those cuts stay behind which a parent is not there: this repo is a shallow clone.
+open_cuts() {
+  local parents missing kept=$GIT_DIR/farm-shallow
+  [ -s "$GIT_DIR/shallow" ] || return 0
+  parents=$(git cat-file --batch <"$GIT_DIR/shallow" | tr -d '\0' | LC_ALL=C awk '
+    $2 == "commit" && NF == 3 && length($1) >= 40 { commit = $1 }
+    NF == 0 { commit = "" }
+    $1 == "parent" && commit != "" { print $2, commit }')
+  missing=$(cut -d ' ' -f 1 <<<"$parents" | git cat-file --batch-check | sed -n 's/ missing$//p')
+  grep -F "${missing:-none}" <<<"$parents" | cut -d ' ' -f 2 | sort -u >"$kept.$$" || :
+  mv "$kept.$$" "$kept"
+  export GIT_SHALLOW_FILE=$kept
+}
+
 main() {
   local common
   case ${1-} in -h) usage; exit 0 ;; esac
@@ -57,6 +73,7 @@ main() {
   open_repo "$1"
   export GIT_DIR=$common
   shift
+  open_cuts
   set_identity
   pin_settings
   exec "$@"

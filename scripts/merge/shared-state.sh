@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Usage: shared-state.sh [-C REPO]
 # Prints what all worktrees of a repo share and an agent can change: the repo's own settings, hooks,
-# remotes, attributes. A line each (\\ \t \n \r escaped):
+# remotes, attributes, cuts of its history. A line each (\\ \t \n \r escaped):
 #   config:KEY<TAB>value   file:NAME<TAB>checksum
 # Exit: 0 ok, 1 git failed, 2 usage or no repo
 set -euo pipefail
@@ -30,7 +30,7 @@ main() {
       case $pair in branch.* | lfs.* | maintenance.* | gc.* | submodule.*) continue ;; esac
       print_row "config:${pair%%$'\1'*}" "${pair#*$'\1'}"
     done
-  for file in "$common"/hooks/* "$common/info/attributes"; do
+  for file in "$common"/hooks/* "$common"/info/{attributes,grafts} "$common/shallow"; do
     case $file in *.sample) continue ;; esac
     if [ -f "$file" ]; then print_row "file:${file#"$common"/}" "$(cksum <"$file")"; fi
   done

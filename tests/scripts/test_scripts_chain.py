@@ -125,6 +125,26 @@ def test_chain_is_not_bent_by_replace_refs(repo: Repo, way: Mapping[str, str]) -
 
 
 @BOTH_WAYS
+def test_chain_sees_what_lies_behind_a_shallow_fetch_and_stays_within_a_shallow_clone(repo: Repo, way: Mapping[str, str]) -> None:
+    sha = branch(repo, "w", {"w.txt": "work\n"})
+    for number in range(3):
+        commit_files(repo, {"new.txt": f"{number}\n"})
+    plain = chain(repo, [entry("t-1", sha)], env=way)
+    server = repo.parent / "server"
+    git(repo, "clone", "-q", "--bare", repo, server)
+    git(repo, "fetch", "-q", "--depth=1", f"file://{server}", "main")
+    assert git(repo, "rev-list", "--count", "main") == "1"
+    assert "file:shallow\t" in run([SCRIPTS / "merge/shared-state.sh", "-C", repo]).stdout
+    assert chain(repo, [entry("t-1", sha)], env=way) == plain
+    clone = repo.parent / "clone"
+    git(repo, "clone", "-q", "--depth=2", f"file://{server}", clone)
+    new = branch(clone, "new", {"x.txt": "x\n"})
+    git(clone, "fetch", "-q", "origin", "w")
+    found = chain(clone, [entry("t-1", new), entry("t-2", "FETCH_HEAD")], env=way)
+    assert statuses(found) == {"t-1": "ok", "t-2": "unrelated"}
+
+
+@BOTH_WAYS
 def test_chain_uses_the_attributes_of_the_base_and_not_of_the_checkout(repo: Repo, way: Mapping[str, str]) -> None:
     commit_files(repo, {".gitattributes": "/log merge=union\n", "sub/.gitattributes": "log merge=union\n"})
     commit_files(repo, {"log": "start\n", "sub/log": "start\n"})
