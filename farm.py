@@ -272,6 +272,15 @@ def epoch(text: str) -> float:
         return 0.0
 
 
+NEVER = "9999-12-31T00:00:00Z"
+
+
+def is_ahead(text: str, now: float, longest: float) -> bool:
+    """Whether a stored time is still to come. One that lies further ahead than the `longest` wait
+    is of a clock that was set back since, and holds nobody up."""
+    return bool(text) and (utc(now) < text <= utc(now + longest) or text == NEVER)
+
+
 # Paths, titles and branch names may hold tabs and newlines; bash reads a line with `read`, and
 # would see two fields or two lines.
 ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
@@ -3627,9 +3636,14 @@ def kept_conversation(task: Task, now: float, told: str = "") -> dict:
 
 
 # No agent: that is the loop, which asks for all that anybody may claim.
-def is_kept_for_another(task: Task, agent: str, now: str) -> bool:
-    kept = task.conversation
-    return bool(agent and kept.get("agent") != agent and kept.get("until", "") > now)
+def is_kept_for_another(task: Task, agent: str, now: float) -> bool:
+    kept, longest = task.conversation, RETRY_SECONDS_MAX + RESUME_SECONDS
+    is_kept = is_ahead(kept.get("until", ""), now, longest)
+    return bool(agent and kept.get("agent") != agent and is_kept)
+
+
+def is_backing_off(task: Task, now: float) -> bool:
+    return is_ahead(task.not_before, now, RETRY_SECONDS_MAX)
 
 
 def shortened(draft: Task) -> Task:
@@ -3702,12 +3716,12 @@ class TaskQueue:
     def claimable(self, agent: str, presets: tuple | None = None) -> list[Task]:
         """What `agent` may claim now, best first: its own that was interrupted, priority, then
         first come. presets: those whose tasks it takes, None for all."""
-        registry, now = LockRegistry(self.tx), utc_now()
+        registry, now = LockRegistry(self.tx), CLOCK.now()
         tasks = [
             task
             for task in self.state.pending.values()
             if task.state == "pending"
-            and task.not_before <= now
+            and not is_backing_off(task, now)
             and not (HUB in task.extra and task.ended_by)  # which goes back to the hub
             and not self.state.open_before(task)
             and not is_kept_for_another(task, agent, now)
@@ -4046,7 +4060,8 @@ def describe_wait(task: Task, state: State, now: float) -> str:
         is_over = other is None or other.state in ("failed", "canceled")
         way_out = f": ./farm.py retry {name}, or ./farm.py cancel {task.id}" if is_over else ""
         return f"after {name}, {what}{way_out}"
-    return f"until {task.not_before}, as it has failed before" if task.not_before > utc(now) else ""
+    backs_off = is_backing_off(task, now)
+    return f"until {task.not_before}, as it has failed before" if backs_off else ""
 
 
 # `run --until-drained` ends when nothing but such tasks is left: it would wait for them for ever.
@@ -4071,7 +4086,7 @@ def find_stranded(state: State) -> set[str]:
 # Derived and not stored: time and other tasks change it, and nobody would be there to write it.
 def derived_state(task: Task, state: State, now: float) -> str:
     """A pending task that may not be claimed yet is shown as waiting."""
-    if task.state == "pending" and (task.not_before > utc(now) or state.open_before(task)):
+    if task.state == "pending" and (is_backing_off(task, now) or state.open_before(task)):
         return "waiting"
     return task.state
 
@@ -7047,10 +7062,19 @@ def read_limits(store: Store) -> dict[str, dict]:
     }
 
 
+def is_limited(limit: dict, now: float) -> bool:
+    """Whether a limit, or none, holds its CLI up now."""
+    if not limit or not limit["until"]:
+        return bool(limit)
+    if limit["cause"] in LASTING:  # how long that is, its provider has said
+        return limit["until"] > utc(now)
+    return is_ahead(limit["until"], now, PAUSE_SECONDS_MAX)
+
+
 def find_limit(store: Store, preset: str) -> str:
     """Why no agent of this preset starts now, in words; empty when it may."""
-    limit = read_limits(store).get(preset) if preset else None
-    if not limit or limit["until"] and limit["until"] <= utc_now():
+    limit = read_limits(store).get(preset, {}) if preset else {}
+    if not is_limited(limit, CLOCK.now()):
         return ""
     until = f" until {limit['until']}"
     if not limit["until"]:
@@ -7116,14 +7140,14 @@ def note_limit(tx: Transaction, preset: str, outcome: Outcome, now: float) -> st
     """
     limits = read_limits(tx.store)
     before = limits.get(preset, {})
-    is_on = bool(before) and (not before["until"] or before["until"] > utc(now))
+    was_on = is_limited(before, now)
     if outcome.move == "release":
         # ten agents that meet one limit together have met it once
-        is_known = is_on and outcome.cause in OWN_LIMITS
+        is_known = was_on and outcome.cause in OWN_LIMITS
         is_same = before.get("cause") == outcome.cause
         times = count(before, "count") + (not is_known) if is_same else 1
         until = pause_until(outcome, times, now)
-        if is_on and outcome.cause not in LASTING and before["cause"] in LASTING:
+        if was_on and outcome.cause not in LASTING and before["cause"] in LASTING:
             return before["until"]
         limits[preset] = {
             "cause": outcome.cause,
@@ -7131,7 +7155,7 @@ def note_limit(tx: Transaction, preset: str, outcome: Outcome, now: float) -> st
             "said": outcome.why,
             "count": times,
         }
-    elif before and (before["cause"] not in LASTING or not is_on):
+    elif before and (before["cause"] not in LASTING or not was_on):
         del limits[preset]
     else:
         return ""
@@ -7167,7 +7191,7 @@ def begin_trial(tx: Transaction, key: str, now: float) -> None:
     limits = read_limits(tx.store)
     limit = limits.get(key)
     if limit and limit["until"] and limit["cause"] not in OWN_LIMITS:
-        if limit["until"] > utc(now):
+        if is_limited(limit, now):
             raise NotFound("another agent tries whether it goes on", "./farm.py status")
         limits[key] = {**limit, "until": utc(now + PAUSE_SECONDS)}
         write_limits(tx, presets=limits)
@@ -7856,7 +7880,7 @@ PARK_AFTER, WINDOW_SECONDS, DELAY_MAX = 5, 900.0, 300.0
 
 
 def recent_ends(ends: list, now: float) -> list:
-    return [end for end in ends if now - end < WINDOW_SECONDS]
+    return [end for end in ends if 0 <= now - end < WINDOW_SECONDS]
 
 
 def next_start(ends: list, now: float) -> float | None:
@@ -9744,7 +9768,6 @@ def serve_lines(moves: HostMoves, reader, writer) -> None:
 # (tests/rooms/test_spoke.py, tests/rooms/test_spoke_clones.py)
 
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10"
-NEVER = "9999-12-31T00:00:00Z"
 
 
 def ssh_command() -> str:

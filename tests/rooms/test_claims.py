@@ -214,6 +214,26 @@ def test_backoff_doubles_up_to_five_minutes(farm, monkeypatch):
     assert waits == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
 
 
+def test_a_clock_that_is_set_back_keeps_no_task_and_no_agent_for_as_long(farm, monkeypatch):
+    clock = StoodStill()
+    monkeypatch.setattr(toolkit, "CLOCK", clock)
+    farm.ok("add", "a", "--max-attempts", "99")
+    me, told = toolkit.identify(farm.owner), {"preset": "claude", "id": "one"}
+    store = toolkit.Store(str(farm.repo))
+    for end in ("fail", "release"):
+        with store.transaction() as tx:
+            queue = toolkit.TaskQueue(tx)
+            fence = queue.claim(A, me, "", told).fence
+            getattr(queue, end)(A, fence, "no", **({"resume": True} if end == "release" else {}))
+            assert queue.claimable("agent-002") == []
+        clock.seconds -= 86400
+        with store.transaction() as tx:
+            assert len(toolkit.TaskQueue(tx).claimable("agent-002")) == 1
+            assert toolkit.describe_wait(tx.state.pending["t-0001"], tx.state, clock.now()) == ""
+    ends = [clock.seconds + 86400.0] * 5
+    assert toolkit.next_start(ends, clock.seconds) == clock.seconds
+
+
 # ---------------------------------------------------------------------------------------------- claim --wait
 
 

@@ -250,6 +250,14 @@ def test_a_pause_without_a_known_end_doubles_up_to_a_quarter_of_an_hour(store, c
     assert pauses == [30, 60, 120, 240, 480, 900, 900]
 
 
+def test_a_clock_that_is_set_back_prolongs_no_pause_of_our_own(store, clock):
+    note(store, "API failure")
+    clock.seconds -= 86400
+    assert toolkit.find_limit(store, "claude") == ""
+    note(store, "usage limit", "try again in 48 hours")
+    assert "usage limit until" in toolkit.find_limit(store, "claude")
+
+
 def test_ten_agents_that_meet_a_limit_together_have_met_it_once(store, clock):
     for _ in range(10):
         clock.seconds += 0.1
