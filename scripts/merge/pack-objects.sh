@@ -3,8 +3,8 @@
 # Puts what agents and merges have left as thousands of single files into a pack, once they are as
 # many as git's own bound (gc.auto; 0: never). git's own upkeep is off while agents work, for it
 # drops what no ref has yet. This drops nothing: a file goes only when a pack has its object, and
-# that on the next run, as others may be reading it. An object that is empty or garbled since a power
-# cut stays a file, and keeps no other from its pack.
+# that on the next run, as others may be reading it. An object that is garbled since a power cut
+# stays a file, and keeps no other from its pack.
 # Exit: 0 ok, or nothing to do, 1 git failed, 2 usage
 set -euo pipefail
 case $0 in */*) here=${0%/*} ;; *) here=. ;; esac

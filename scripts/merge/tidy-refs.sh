@@ -49,8 +49,8 @@ drop_refs() {
 # Never what such a ref points to: an agent may have made its branch a symbolic ref to another one.
 delete() {
   awk '{ printf "option no-deref\ndelete %s\n", $0 }' |
-    quiet_git "$repo" -c core.filesRefLockTimeout=1000 -c core.packedRefsTimeout="${FARM_LOCK_SECONDS:-10}000" \
-      update-ref --stdin
+    quiet_git "$repo" -c core.filesRefLockTimeout=1000 \
+      -c core.packedRefsTimeout="${FARM_LOCK_SECONDS:-10}000" update-ref --stdin
 }
 
 main() {
