@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Usage: rescue.sh save [-C REPO] [-a AGENT] WORKTREE
 #        rescue.sh list [-C REPO] | show [-C REPO] REF | restore [-C REPO] REF DIR
-# save: keeps all that WORKTREE holds uncommitted (staged, unstaged, untracked, not ignored; also in
-#   the middle of a merge or rebase, and edits that git was told not to look at) as a commit on
-#   HEAD, and a detached HEAD that no ref reaches. Its index, HEAD and files stay untouched. Where
-#   the staged content is another than the files', the commit's second parent holds it.
+# save: keeps all that WORKTREE holds uncommitted (staged, unstaged, untracked, edits that git was
+#   told not to look at; not ignored) as a commit on HEAD, whose second parent holds what is staged
+#   and not in the files; also in the middle of a merge or rebase, with what that has put aside; and
+#   a detached HEAD that no ref reaches. Its index, HEAD and files stay untouched.
 #   Prints ref<TAB>sha; nothing when nothing is unsaved. The same state twice is kept once.
 # list: ref<TAB>sha<TAB>date<TAB>subject    show: files and diff    restore: by restore-rescue.sh
 # Exit: 0 ok, 1 git failed, 2 usage, 3 not found, 4 files in the way, 6 no restore-rescue.sh
@@ -110,9 +110,9 @@ save() { # WORKTREE
   [ -n "$agent" ] || agent=$(cd -- "$top" && pwd) agent=${agent##*/} agent=${agent%-worktree}
   agent=${agent//[^A-Za-z0-9_-]/-}
   status=$(git -C "$top" status --porcelain=v2 --branch -unormal --ignore-submodules=dirty \
-    2>/dev/null) || status="# branch.oid $(git -C "$top" rev-parse HEAD)
-# branch.head unknown
-! its index cannot be read"
+    2>/dev/null) || status="branch.oid $(git -C "$top" rev-parse HEAD)"$'\nbranch.head unknown\n! '
+  { cat "$git_dir"/rebase-*/autostash "$git_dir/MERGE_AUTOSTASH" 2>/dev/null || :; } |
+    sed "s|.*|update refs/farm/rescue/$agent/autostash-& &|" | git -C "$top" update-ref --stdin
   head=${status#*branch.oid } head=${head%%$'\n'*} head=${head#'(initial)'}
   branch=${status#*branch.head } branch=${branch%%$'\n'*}
   [ -z "$(list_unwatched "$top" 2>/dev/null | tr -d '\0' | head -c 1)" ] ||

@@ -148,6 +148,22 @@ def test_a_merge_in_progress_goes_on_as_it_was(worktree):
     assert git(worktree, "status") == before
 
 
+def test_what_a_rebase_has_put_aside_is_pinned_once(worktree):
+    """git keeps it in a file of the rebase only (rebase.autoStash): it would go with the worktree."""
+    git(worktree, "checkout", "-q", "-b", "other")
+    commit_files(worktree, {"a.txt": "other\n"})
+    git(worktree, "checkout", "-q", "-")
+    commit_files(worktree, {"a.txt": "mine\n", "b.txt": "b\n"})
+    write_files(worktree, {"b.txt": "unsaved\n"})
+    assert run(["git", "-C", worktree, "rebase", "-q", "--autostash", "other"]).returncode
+    assert (worktree / "b.txt").read_text() == "b\n"
+    for _ in range(2):
+        save(worktree)
+    [ref] = git(worktree, "for-each-ref", "--format=%(refname)", "refs/farm/rescue/*/autostash-*").split()
+    assert git(worktree, "show", f"{ref}:b.txt") == "unsaved"
+    assert rescue("show", "-C", worktree, ref).returncode == 0
+
+
 def test_the_agents_index_stays_byte_for_byte(worktree):
     write_files(worktree, {"a.txt": "staged\n", "new.txt": "new\n"})
     git(worktree, "add", "a.txt")
