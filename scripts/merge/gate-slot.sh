@@ -45,7 +45,7 @@ delete_tree() {
   rm -rf "$1" 2>/dev/null || { find "$1" -type d -exec chmod u+rwx {} + && rm -rf "$1"; }
 }
 
-# An index in which git is told not to look at some files goes: a gate may have made its slot sparse.
+# An index goes in which git is told not to look at a file: a gate may have made its slot sparse.
 move_slot() {
   rm -rf "$GIT_DIR"/*.lock "$GIT_DIR"/MERGE_* "$GIT_DIR"/rebase-* "$GIT_DIR/sequencer"
   [ -f "$slot/.git" ] || printf 'gitdir: %s\n' "$GIT_DIR" >"$slot/.git"
