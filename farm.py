@@ -8656,7 +8656,7 @@ TIDY_SECONDS, SWEEP_SECONDS, KEEP_SECONDS = 10.0, 3600.0, 60.0
 def task_of_ref(ref: str) -> str:
     """The task that a pin or a branch of the farm belongs to; empty for any other ref."""
     found = re.fullmatch(
-        r"refs/farm/(?:ready|returned)/([^/]+)(?:/[\d.]+)?|"
+        r"refs/farm/(?:ready|returned)/([^/]+)(?:/(?:old-)?[\d.]+)?|"
         r"refs/heads/farm/[^/]+/([^/]+)|"
         r"refs/farm/in/[^/]+/([^/]+)\.\d+",
         ref,

@@ -52,6 +52,17 @@ def test_refs_of_landed_work_go_and_those_of_other_work_stay(keeper):
         f"refs/heads/farm/{A}/t-0004", f"refs/heads/farm/{A}/t-0005"]
 
 
+def test_the_pin_of_a_branch_that_was_moved_goes_as_others_do(keeper):
+    """start-task.sh makes it where an attempt begins elsewhere."""
+    housekeeping, farm = keeper
+    for task, ref in (("t-0001", "ready/t-0001"), ("t-0002", "returned/t-0002/1"), ("t-0004", "ready/t-0004")):
+        git(farm.repo, "update-ref", f"refs/farm/returned/{task}/old-1", f"refs/farm/{ref}")
+    housekeeping.go_on(housekeeping.store.snapshot())
+    assert [ref for ref in refs(farm.repo) if ref.endswith("old-1")] == [
+        "refs/farm/returned/t-0002/old-1", "refs/farm/returned/t-0004/old-1"]
+    assert "returned/t-0002/old-1" in farm("doctor").stdout
+
+
 def test_what_only_a_ref_of_landed_work_has_is_listed_by_doctor(keeper):
     housekeeping, farm = keeper
     housekeeping.go_on(housekeeping.store.snapshot())
