@@ -8695,12 +8695,14 @@ def keep_objects(repo: str) -> None:
 
 
 class Housekeeping:
-    """Tidies up after each landing, and once an hour what is older than FARM_KEEP_DAYS."""
+    """Tidies up after each landing, and once an hour what is older than FARM_KEEP_DAYS, and git's
+    objects also where nothing lands, as on a host."""
 
     def __init__(self, store: Store, settings: Settings, target: str):
         self.store, self.settings, self.target = store, settings, target
         self.landed, self.tidy_at, self.sweep_at, self.keep_at = 0, 0.0, 0.0, 0.0
         self.packing, self.pack_at = None, 0.0  # the process that packs git's objects
+        self.look_at = 0.0  # when there may be many of them
 
     def go_on(self, state: State) -> None:
         now = CLOCK.monotonic()
@@ -8719,6 +8721,9 @@ class Housekeeping:
                     # with the sha that was seen: a ref that has moved meanwhile stays
                     stdin="".join(f"{ref} {sha}\n" for ref, sha in over),
                 )
+            self.look_at = now
+        if now >= self.look_at:
+            self.look_at = now + SWEEP_SECONDS
             self.pack()
         if self.settings.keep_days and now >= self.sweep_at:
             self.sweep_at = now + SWEEP_SECONDS

@@ -153,6 +153,23 @@ def test_objects_that_are_many_become_a_pack_and_none_is_dropped(keeper):
     assert git(farm.repo, "count-objects").split()[0] != "0", "0 means never"
 
 
+def test_objects_are_packed_where_nothing_lands_too(farm):
+    """A host's farm: what it does lands on its hub."""
+    farm.ok("add", "one")
+    store = toolkit.Store(str(farm.repo))
+    housekeeping = toolkit.Housekeeping(store, toolkit.load_settings(str(farm.repo)), "main")
+    git(farm.repo, "config", "gc.auto", "500")
+    (farm.repo / ".git/objects/17").mkdir(exist_ok=True)
+    for number in range(2):
+        (farm.repo / f".git/objects/17/no-object-{number}").touch()
+    housekeeping.go_on(store.snapshot())
+    assert housekeeping.packing.wait(30) == 0
+    assert list((farm.repo / ".git/objects/pack").glob("*.pack"))
+    housekeeping.packing = None
+    housekeeping.go_on(store.snapshot())
+    assert housekeeping.packing is None, "once an hour"
+
+
 def test_an_object_that_a_power_cut_has_emptied_keeps_no_other_from_its_pack(keeper):
     housekeeping, farm = keeper
     blob = git(farm.repo, "hash-object", "-w", ".git/config")
