@@ -41,6 +41,9 @@ open_repo() { # REPO
   for head in "$common"/worktrees/*/HEAD; do [ ! -p "$head" ] || rm -f "$head"; done
 }
 
+# Whether git takes NAME for somebody's: not where it is nothing but blanks and these.
+has_letters() { [[ $1 == *[!.,:\;\<\>\"\\\'[:space:]]* ]]; } # NAME
+
 # Sets escaped, TEXT as a field of a line.
 escape() { # TEXT
   escaped=${1//\\/\\\\} escaped=${escaped//$'\t'/\\t}

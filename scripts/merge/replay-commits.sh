@@ -38,11 +38,14 @@ commit_step() {
   name=${message%%$'\n'*} message=${message#*$'\n'}
   email=${message%%$'\n'*} message=${message#*$'\n'}
   date=${message%%$'\n'*} message=${message#*$'\n'}
+  # what git would not take from us, as in history that was made elsewhere
+  has_letters "$name" || name=unknown
+  [[ $date =~ ^@[0-9]+\ [+-][0-9]{4}$ ]] || date=$GIT_AUTHOR_DATE
   [ $# -eq 3 ] ||
     message=$(printf '%s\n' "$message" |
       git interpret-trailers --no-divider --where end --if-exists add "${@:4}")
   printf '%s\n' "$message" |
-    GIT_AUTHOR_NAME=${name:-unknown} GIT_AUTHOR_EMAIL=$email GIT_AUTHOR_DATE=$date \
+    GIT_AUTHOR_NAME=$name GIT_AUTHOR_EMAIL=$email GIT_AUTHOR_DATE=$date \
     git commit-tree "$3" -p "$2" -F -
 }
 

@@ -34,6 +34,7 @@ print_trailers() {
 main() {
   local base=$1 commit=$2 sha author trailers line seen='' email
   author=$(git log -1 --format=%an "$commit") email=$(git log -1 --format=%ae "$commit")
+  has_letters "$author" || author=unknown
   printf '%s\n' "$3" >"$5"
   for sha in $(list_commits); do
     line=$(print_body "$sha")
@@ -47,7 +48,7 @@ main() {
     seen=$seen$'\n'$line$'\n'
     printf '%s\n' "$line"
   done <<<"$trailers" >>"$5"
-  GIT_AUTHOR_NAME=${author:-unknown} GIT_AUTHOR_EMAIL=$email git commit-tree "$6" -p "$7" -F "$5"
+  GIT_AUTHOR_NAME=$author GIT_AUTHOR_EMAIL=$email git commit-tree "$6" -p "$7" -F "$5"
 }
 
 main "$@"

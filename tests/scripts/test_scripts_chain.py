@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -324,6 +325,17 @@ def test_chain_keeps_a_message_whole_that_has_a_rule_in_it(repo: Repo, style: st
     assert "Why: so\n---\nmore\n" in message and message.count("Why: so") == 1
     keys = git(repo, "log", "-1", "--format=%(trailers:keyonly,separator=%x2C)", tip).split(",")
     assert [key for key in keys if key != "Co-authored-by"] == ["Signed-off-by", "Farm-Task", "Farm-Agent", "Farm-Tested-Tree"]
+
+
+@pytest.mark.parametrize("style", ["merge", "squash", "rebase"])
+@pytest.mark.parametrize("author", [". <a@x> 1600000000 +0000", " <> 1600000000 +0000", "a <a@x> -1600000000 +0000", "a <a@x>"])
+def test_chain_takes_an_author_whom_git_would_not_take_from_us(repo: Repo, style: str, author: str) -> None:
+    """As old tools have written them into some history that an agent has merged: else one entry would stop all."""
+    text = git(repo, "cat-file", "commit", branch(repo, "w", {"one.txt": "x\n"})) + "\n"
+    odd = re.sub(r"(?m)^author .*", f"author {author}", text)
+    done = run(["git", "-C", repo, "hash-object", "-t", "commit", "-w", "--stdin", "--literally"], input=odd, check=True)
+    lines = chain(repo, [entry("t-1", done.stdout.strip()), entry("t-2", branch(repo, "v", {"two.txt": "x\n"}))], "-s", style)
+    assert statuses(lines) == {"t-1": "ok", "t-2": "ok"}
 
 
 def test_chain_rebases_stacked_work_only_once(repo: Repo) -> None:
