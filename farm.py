@@ -2778,7 +2778,12 @@ class Reader(Folder):
 
     def read_claims(self) -> dict[str, Claim]:
         """Every lock file, by agent. A damaged one stops all claims: what it holds is not known."""
-        claims = [self.recall(name, self.read_claim) for name in self.lock_files()]
+        names = self.lock_files()
+        claims = [self.recall(name, self.read_claim) for name in names]
+        # each with-lock has a name of its own: a loop of months would remember them all
+        for gone in {*self.known} - {*names}:
+            if gone.startswith(LOCK_FOLDER):
+                self.known.pop(gone, None)
         return {claim.agent: claim for claim in claims if claim is not None}
 
     def read_pending(self, name: str) -> tuple[dict, list[Task], dict]:
@@ -5925,6 +5930,8 @@ class Merger:
 
     def __init__(self, queue: MergeQueue, *, forever: bool):
         self.queue, self.forever = queue, forever
+        if forever:  # nobody will ask what has moved, and it would be as long as the farm lives
+            queue.tally.moved = deque(maxlen=0)
         self.is_recovered = False  # whether what a killed merger left has been seen to
         queue.is_watching = forever
 
@@ -10029,6 +10036,8 @@ class Carrier:
         if claim is not None:
             end_attempt(self.store, claim.agent, claim.fence, "lost", answer["error"])
         self.lost.discard(fence)
+        for name in (fence, f"rescue/{fence}"):
+            self.pushed.pop(name, None)
         return ""
 
     # -- from the hub

@@ -390,3 +390,17 @@ def test_a_lock_file_is_read_again_when_it_changes_or_has_changed_within_a_tick(
     assert [heard("2022", now), heard("2023", now)] == ["2022", "2023"], "of one tick"
     path.unlink()
     assert store.load().claims == {}
+
+
+def test_of_a_lock_that_is_gone_nothing_is_remembered(farm):
+    """Each with-lock has a name of its own; a loop lives for a year."""
+    store = toolkit.Store(str(farm.repo))
+    farm.ok("add", "Fix")
+    for number in range(5):
+        agent = f"with-lock-{number}"
+        farm.ok("lock", agent, f"name-{number}", "--owner-pid", str(farm.owner))
+        os.utime(lock_file(farm, agent), (1, 1))
+        assert [*store.read_claims()] == [agent] and len(store.known) == 1
+        farm.ok("unlock", agent, f"name-{number}")
+    store.load()
+    assert not [name for name in store.known if "with-lock" in name]

@@ -290,3 +290,14 @@ def test_a_second_merge_waits_for_the_first_and_reports_what_it_did(queue: Queue
         queue.go.touch()
         out, _ = second.communicate(timeout=30)
     assert json.loads(out)["landed"] == [task_id]
+
+
+@pytest.mark.parametrize(("forever", "kept"), [(True, 0), (False, 1)])
+def test_only_who_will_report_it_keeps_a_list_of_what_has_moved(queue: Queue, forever: bool, kept: int) -> None:
+    """A farm's merger runs for a year."""
+    settings, store = toolkit.load_settings(str(queue.repo)), toolkit.Store(str(queue.repo))
+    store.ensure_folders()
+    merges = toolkit.MergeQueue(store, settings, "main", f"{queue.repo}-farm")
+    toolkit.Merger(merges, forever=forever)
+    merges.tally.note("t-0001", "landed", "c0ffee")
+    assert (len(merges.tally.moved), merges.tally.counts["landed"]) == (kept, 1)
