@@ -86,6 +86,16 @@ has_no_task() {
   [[ $text == *'"tasks": []'* ]]
 }
 
+# What another task has left in TMPDIR is not this one's business, and would fill the disk in time; a
+# conversation that goes on may still need it.
+clear_temp() {
+  if [ -n "${FARM_RESUME:-}" ] || [ -z "${FARM_WORKTREES:-}" ] || [ -L "$TMPDIR" ]; then return; fi
+  rm -rf "$TMPDIR" 2>/dev/null ||
+    { find "$TMPDIR" -type d -exec chmod u+rwx {} + && rm -rf "$TMPDIR"; } ||
+    say "what is left in $TMPDIR cannot be removed"
+  mkdir -p "$TMPDIR"
+}
+
 use_own_home() {
   local home=${FARM_WORKTREES:-$FARM_WORKTREE}/homes/$FARM_AGENT_NAME
   FARM_USER_HOME=$(cd -P -- "$HOME" && pwd) && export FARM_USER_HOME
@@ -109,7 +119,7 @@ main() {
     fi
     claim_task
     case $? in
-      0) bash "$scripts/agent/run-task.sh" || exit ;;
+      0) clear_temp; bash "$scripts/agent/run-task.sh" || exit ;;
       3) exit 0 ;;
       4) wait_for_bell 5 1 ;;
       *) wait_for_bell 30 10 ;;

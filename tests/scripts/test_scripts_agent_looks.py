@@ -1,4 +1,4 @@
-"""run-agent.sh asks for a task where there may be one, and only there: of fifty that start at once each costs a Python."""
+"""run-agent.sh: where it asks for a task (of fifty that start at once each costs a Python), and what a task finds in TMPDIR."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ EMPTY = toolkit.dump_records({"schema": 1}, {"tasks": []}).decode()
 ONE = toolkit.dump_records({"schema": 1}, {"tasks": [toolkit.Task(id="t-0001", title='"tasks": []').to_json()]}).decode()
 
 
-def start(sandbox: Sandbox, queue: str | None, **files: str) -> tuple[Started, Path, Path]:
-    """Its session with a farm.py that says there is no task: (the process, the agent's mailbox, where each call is noted)."""
+def start(sandbox: Sandbox, queue: str | None, answer: str = "exit 3", **files: str) -> tuple[Started, Path, Path]:
+    """Its session with a farm.py that gives this answer: (the process, the agent's mailbox, where each call is noted)."""
     home, repo, calls = sandbox.work / "home", sandbox.work / "app", sandbox.work / "calls"
-    write_files(home, {"farm.py": "", "scripts/farm": f"#!/bin/sh\necho \"$@\" >>'{calls}'\nexit 3\n"})
+    write_files(home, {"farm.py": "", "scripts/farm": f"#!/bin/sh\necho \"$@\" >>'{calls}'\n{answer}\n"})
     (home / "scripts/farm").chmod(0o755)
     found = {f"coordination/{name.replace('__', '/')}": text for name, text in files.items()}
     if queue is not None:
@@ -29,7 +29,7 @@ def start(sandbox: Sandbox, queue: str | None, **files: str) -> tuple[Started, P
     os.utime(repo / "coordination/events.jsonl", (1, 1))
     (sandbox.work / "tree").mkdir()
     settings = {"FARM_AGENT_NAME": A, "FARM_WORKTREE": sandbox.work / "tree", "FARM_REPO": repo, "FARM_HOME": home,
-                "FARM_AGENT": "true", "FARM_TARGET": "main"}
+                "FARM_AGENT": "true", "FARM_TARGET": "main", "FARM_WORKTREES": sandbox.work / "farm"}
     env = {**os.environ, **{name: str(value) for name, value in settings.items()}}
     return Started(["bash", SCRIPTS / "run-agent.sh"], env=env, stdin=subprocess.DEVNULL), repo / "coordination/mailbox" / A, calls
 
@@ -77,3 +77,18 @@ def test_where_the_farm_is_stopping_it_ends_and_asks_nobody(sandbox):
     with process:
         assert process.wait(40) == 0
     assert not calls.exists()
+
+
+def test_a_task_finds_nothing_of_another_in_its_tmpdir_and_one_that_goes_on_finds_its_own(sandbox):
+    """Else a year of tasks fills the disk, and what others have left counts for FARM_AGENT_DISK_MIB."""
+    claims, seen = sandbox.work / "claims", sandbox.work / "seen"
+    claims.write_text("FARM_TASK=t-1\nFARM_TASK=t-2\nFARM_TASK=t-2 FARM_RESUME=1\nFARM_TASK=t-3 FARM_RESUME=\n")
+    work = f"ls -A \"$TMPDIR\" | tr '\\n' ' ' >>'{seen}'; echo >>'{seen}'\nmkdir -m 500 \"$TMPDIR/$FARM_TASK-$RANDOM\"\n"
+    write_files(sandbox.work / "home", {"scripts/agent/run-task.sh": work})
+    answer = f"[ -s '{claims}' ] || exit 3; head -n 1 '{claims}' | tr ' ' '\\n'; sed -i.old 1d '{claims}'"
+    process, mailbox, _ = start(sandbox, ONE, answer)
+    with process:
+        wait_until(lambda: seen.exists() and seen.read_text().count("\n") == 4, message="four attempts")
+        end(process, mailbox)
+    first, second, again, third = seen.read_text().splitlines()
+    assert (first, second, third, again.startswith("t-2-")) == ("", "", "", True)
