@@ -86,7 +86,7 @@ remove() { # NAME PATH
   case $'\n'$inside$'\n' in *$'\n'"$2"[/$'\n']*) keep "$1" "$why"; return ;; esac
   make_safe "$1" "$2" || { keep "$1" "$why"; return; }
   mv -- "$2" "$trash" || { keep "$1" 'it cannot be renamed'; return; }
-  rm -rf "$entry"
+  rm -rf "$entry" "$dir/tmp/$1"
   removed+=("$1")
   printf '%s\tremoved\t%s\n' "$1" "$notes"
 }
@@ -97,7 +97,7 @@ delete_trash() { # of this run and of earlier ones; nothing waits for it
   (
     trap '' HUP
     rm -rf "$dir"/.trash-* || { chmod -R u+rwX "$dir"/.trash-*; rm -rf "$dir"/.trash-*; }
-    rmdir "$dir"
+    rmdir "$dir/tmp" "$dir"
   ) </dev/null >/dev/null 2>&1 9>&- &
 }
 

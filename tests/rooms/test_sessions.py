@@ -124,11 +124,15 @@ def test_clean_is_refused_while_agents_run(ready):
     ready.refused(4, "clean")
 
 
-def test_clean_after_down_removes_the_worktrees(ready):
+def test_clean_after_down_removes_the_worktrees_and_what_agents_have_left_in_their_tmpdir(ready):
     up(ready, "-n", "1", "--agent", "true")
+    left = ready.repo.parent / f"{ready.repo.name}-farm/tmp" / A
+    wait_until(left.is_dir, message="its TMPDIR")
+    (left / "left").mkdir()
     ready.ok("down", timeout=120)
     ready.ok("clean")
     assert [line for line in git(ready.repo, "worktree", "list").splitlines() if "agent-" in line] == []
+    assert not left.exists()
 
 
 def test_clean_keeps_a_branch_that_has_not_landed(ready):
