@@ -6665,9 +6665,9 @@ def check_command(agent: str, repo: str) -> None:
     command = CLIS[agent].program() if agent in CLIS else agent
     words = [word for word in command.split() if not re.match(r"[A-Za-z_]\w*=", word)]
     word = words[0].strip("'\"") if words else ""
-    found = subprocess.run(
-        [*shell('type -t -- "$1" >/dev/null'), "bash", word], cwd=repo, timeout=10
-    )
+    # scripts/ is first on PATH in a session, too: an agent may begin with `farm lock`
+    look = f'PATH={shell_word(SCRIPTS)}:$PATH; type -t -- "$1" >/dev/null'
+    found = subprocess.run([*shell(look), "bash", word], cwd=repo, timeout=10)
     if found.returncode and re.fullmatch(r"[\w./+-]+", word):
         where = f"not there (looked up in {repo})" if "/" in word else "not on PATH"
         raise MissingTool(

@@ -126,7 +126,7 @@ main() {
   [ -z "${FARM_SANDBOXED:-}" ] || export FARM_MAILBOX=$mailbox
   [ -z "${FARM_PRESET:-}" ] || prepare_cli
   [ -z "${FARM_RESUME:-}" ] || command=$FARM_AGENT_RESUME
-  rm -f "$mailbox/pid"
+  rm -f "$mailbox/pid" "$mailbox"/*.request "$mailbox"/*.answer # nobody waits for these any more
   set_sandbox agent
   log_start=$(size_of_log)
   serve_mailbox &

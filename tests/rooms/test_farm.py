@@ -320,6 +320,20 @@ def test_a_sandboxed_agent_makes_its_moves_through_its_mailbox(make_repo):
     assert [path.name for path in (repo / "coordination/mailbox/agent-001").iterdir() if "." in path.name] in ([], ["claim.err"])
 
 
+def test_what_was_asked_in_an_attempt_that_has_ended_is_not_done_in_the_next(make_repo):
+    """A lock, say, that nobody would give up."""
+    repo = make_repo()
+    add_tasks(repo, 1)
+    box = repo / "coordination/mailbox/agent-001"
+    box.mkdir(parents=True)
+    (box / "1.request").write_text(json.dumps(["lock", "agent-001", "stale"]))
+    agent = 'farm lock agent-001 mine && farm unlock agent-001 mine && echo x >"$FARM_TASK" && git add -A && git commit -qm x'
+    done = farm(repo, "run", "-n", "1", "--agent", agent, "--until-drained", env={"FARM_SANDBOXED": "1"})
+    assert (done.returncode, states(repo)) == (0, {"landed": 1}), done.stderr
+    assert "stale" not in "".join(path.read_text() for path in (repo / "coordination/agent_locks").iterdir())
+    assert not list(box.glob("1.*"))
+
+
 def test_a_mailbox_makes_no_move_for_another_agent(make_repo):
     repo = make_repo()
     add_tasks(repo, 1)
