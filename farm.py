@@ -9586,6 +9586,7 @@ def run_notice(command: str, event: dict, store: Store) -> None:
 # (tests/rooms/test_hosts.py)
 
 LINE_BYTES_MAX = 1024 * 1024
+ORDER_SECONDS = 600.0  # nobody waits as long for the answer to an order
 
 
 def get_text(words: dict, key: str) -> str:
@@ -9684,11 +9685,14 @@ class HostMoves:
 
     def pass_orders(self, done: dict) -> dict:
         """id -> what a person has typed here for this host; `done` has the answers to earlier
-        ones, for those who still wait for them."""
+        ones, for those who still wait for them. What a killed verb has left goes: a host that
+        starts anew would do it once more."""
         folder, orders = self.store.path("orders", self.host), {}
         for name in names_in(folder):
             key, _, ending = name.rpartition(".")
-            if ending == "order" and key in done:
+            if CLOCK.now() - changed_at(f"{folder}/{name}") / 1e9 > ORDER_SECONDS:
+                self.store.discard(f"{folder}/{name}")
+            elif ending == "order" and key in done:
                 write_object(os.path.join(folder, key + ".answer"), done[key])
             elif ending == "order":
                 orders[key] = self.store.read_json(os.path.join("orders", self.host, name))

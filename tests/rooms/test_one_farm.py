@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import time
@@ -81,6 +82,19 @@ def test_down_lets_agents_of_hosts_finish_and_names_a_host_that_is_not_heard(far
     hosts[1].process.send_signal(signal.SIGCONT)
     assert hosts[1].process.wait(30) == 0
     loop.wait(20)
+
+
+def test_what_a_killed_verb_has_ordered_is_not_done_for_ever(farm):
+    folder = farm.folder / "orders/h1"
+    folder.mkdir(parents=True)
+    for name, age in (("new", 5), ("old", 3600)):
+        path = folder / f"{name}.order"
+        path.write_text(json.dumps({"argv": ["send", "001", "hello"], "stdin": ""}))
+        os.utime(path, (time.time() - age,) * 2)
+    with Served(farm) as served:
+        served.hello()
+        assert [*served.renew()["orders"]] == ["new"]
+    assert [path.name for path in folder.iterdir()] == ["new.order"]
 
 
 def test_doctor_tells_of_a_host_its_version_its_clock_its_trouble_and_what_its_own_doctor_says(farm):
