@@ -75,13 +75,12 @@ free_target() {
   bash "$here/../merge/find-checkout.sh" -C "$repo" "$target" |
     while IFS=$'\t' read -r kind path; do
       printf -v path '%b' "$path"
-      [ "$kind" != checkout ] ||
-        quiet_git "$path" update-ref --no-deref HEAD "$(git -C "$path" rev-parse HEAD)"
+      [ "$kind" != checkout ] || quiet_git "$path" update-ref --no-deref HEAD HEAD
     done || :
 }
 
 fetch_refs() {
-  local from to
+  local from to said
   free_target
   quiet_git "$repo" fetch --quiet --no-tags hub "+refs/heads/$target:refs/heads/$target" </dev/null
   bash "$here/../merge/tidy-refs.sh" list -C "$repo" -b "$target" |
@@ -90,9 +89,10 @@ fetch_refs() {
   bash "$here/../merge/pins.sh" drop -C "$repo" -b "$target" >/dev/null || : # at the next one
   while read -r from to; do
     case $from in refs/*) ;; *) from=refs/heads/$from ;; esac
-    # a host that was lost before it had pushed has left nothing to begin from
-    if quiet_git "$repo" fetch --quiet --no-tags hub "+$from:$to" </dev/null 2>/dev/null; then
+    if said=$(quiet_git "$repo" fetch --quiet --no-tags hub "+$from:$to" 2>&1 </dev/null); then
       printf '%s\n' "$to"
+    else # a host that was lost before it had pushed has left nothing to begin from
+      case $said in *'find remote ref'*) ;; *) printf '%s\n' "$said" >&2 && return 1 ;; esac
     fi
   done
 }
@@ -133,8 +133,7 @@ main() {
   while getopts ':C:u:b:t:i:h' option; do
     case $option in
       C) repo=$OPTARG ;; u) url=$OPTARG ;; b) target=$OPTARG ;; t) host=$OPTARG ;;
-      i) identity=$OPTARG ;;
-      h) usage; exit 0 ;;
+      i) identity=$OPTARG ;; h) usage; exit 0 ;;
       *) die 2 "-$OPTARG is unknown or lacks its value" "carry.sh -h" ;;
     esac
   done

@@ -6,8 +6,9 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from farm_calls import landed
+from farm_calls import landed, make_commit
 from host_calls import Spoke, make_ssh
+from paths import SCRIPTS
 from sandbox import commit_files, git, run, wait_until
 
 needs_lfs = pytest.mark.skipif(not shutil.which("git-lfs"), reason="git-lfs is not installed: apt install git-lfs")
@@ -46,6 +47,25 @@ def test_a_host_of_a_repo_whose_lfs_content_cannot_come_to_the_hub_does_not_begi
     track_lfs(farm.repo)
     spoke = Spoke(farm, "h1", str(make_ssh(sandbox.root, farm.repo)), 1, "true").start()
     assert spoke.process.wait(60) == 4 and "no server for them" in spoke.said()
+
+
+def test_what_a_task_begins_from_is_there_or_not_as_the_hub_says_and_no_cut_in_between(farm, sandbox, monkeypatch):
+    """Else the next attempt would begin anew, without the work that the hub has."""
+    ssh, cut, clone = sandbox.root / "ssh", sandbox.root / "cut", sandbox.work / "clone"
+    # from its second call on there is no connection, where `cut` is there
+    fails = f"[ ! -e {cut} ] || case $(wc -l <{cut}) in 0) echo >{cut} ;; *) exit 255 ;; esac"
+    ssh.write_text(f'#!/bin/sh\nshift "$(($# - 1))"; {fails}\nexec sh -c "$*"\n')
+    ssh.chmod(0o755)
+    monkeypatch.setenv("GIT_SSH_COMMAND", str(ssh))
+    carry = SCRIPTS / "hosts/carry.sh"
+    run([carry, "clone", "-u", f"hub:{farm.repo}", "-b", "main", clone], check=True)
+    git(farm.repo, "update-ref", "refs/farm/returned/t-1/1", make_commit(farm.repo, {"f": "x"}))
+    lines = "".join(f"refs/farm/returned/t-{number}/1 refs/farm/from/t-{number}.2\n" for number in (1, 2))
+    cut.touch()
+    done = run([carry, "fetch", "-C", clone, "-b", "main"], input=lines)
+    assert (done.returncode, done.stdout) == (1, "")
+    cut.unlink()
+    assert run([carry, "fetch", "-C", clone, "-b", "main"], input=lines, check=True).stdout == "refs/farm/from/t-1.2\n"
 
 
 def test_a_host_of_a_hub_that_lacks_objects_does_not_begin_and_says_what_helps(farm, sandbox):
