@@ -5157,7 +5157,7 @@ class Landing:
             "old": base,
             "new": steps[-1].commit,
             "entries": [[step.id, step.commit] for step in steps],
-            "revs": [task.rev for task in tasks],
+            "works": [task.commit for task in tasks],
         }
         # before the swap: a kill behind it leaves a target that has moved, and this says for whom
         self.store.write_json(INTENT_FILE, intent)
@@ -5180,11 +5180,11 @@ class Landing:
         if result.code == 0:
             # of each entry the commit before it: what `revert` and `diff` of it begin from
             befores = [intent["old"], *(commit for _, commit in intent["entries"])]
-            revs = intent.get("revs") or [None] * len(befores)
+            works = intent.get("works") or [None] * len(befores)
             self.record(
                 [
-                    (*entry, before, rev)
-                    for entry, before, rev in zip(intent["entries"], befores, revs, strict=False)
+                    (*entry, before, work)
+                    for entry, before, work in zip(intent["entries"], befores, works, strict=False)
                 ]
             )
         elif (
@@ -5266,18 +5266,18 @@ class Landing:
             intent["new"],
         ]
 
-    def record(self, entries: list[tuple[str, str, str, int | None]]) -> None:
-        """Move each (id, commit, the commit before it, the task's rev then) from ready to landed;
-        those recorded before a crash are passed over, and what was submitted anew is."""
+    def record(self, entries: list[tuple[str, str, str, str | None]]) -> None:
+        """Move each (id, commit, the commit before it, the commit that was submitted) from ready
+        to landed; those recorded before a crash are passed over, and what was submitted anew is."""
         with self.store.transaction() as tx:
-            for task_id, commit, before, rev in entries:
+            for task_id, commit, before, work in entries:
                 task = tx.state.ready.get(task_id) or tx.state.pending.get(task_id)
                 if task is None:
                     continue
                 # what was canceled or returned a moment too late is in the target all the same, and
                 # said to be
                 is_back = task.state == "pending" and task.ended_by == "return"
-                is_meant = task.state == "ready" and rev in (None, task.rev)
+                is_meant = task.state == "ready" and work in (None, task.commit)
                 if not (is_meant or is_back or task.state == "canceled"):
                     continue
                 tx.move(
@@ -5307,10 +5307,10 @@ class Landing:
         wait_for_landing(intent["new"])
         found = run_script("merge/land.sh", "recover", *self.arguments(intent), allow=(0, 3))
         ready = self.store.snapshot().ready
-        # a rev tells of each move since: canceled, returned, submitted anew
-        now = [getattr(ready.get(task_id), "rev", 0) for task_id, _ in intent["entries"]]
+        # another where one was canceled, returned or submitted anew since
+        now = [getattr(ready.get(task_id), "commit", "") for task_id, _ in intent["entries"]]
         goes_on = found.code == 0 and (
-            found.stdout.startswith("landed") or now == intent.get("revs", now)
+            found.stdout.startswith("landed") or now == intent.get("works", now)
         )
         what = "finished now" if goes_on else "planned anew"
         say(f"a landing that was cut short is {what}: {intent['old'][:10]} -> {intent['new'][:10]}")

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from merge_calls import GREEN, Files, Queue, branch_of, edited_line, new_file
-from sandbox import commit_files, git, run
+from sandbox import NeverStopped, commit_files, git, run
+
+import farm as toolkit
 
 pytestmark = pytest.mark.usefixtures("no_gate_is_left")
 
@@ -24,6 +26,27 @@ def test_a_style_lands_its_own_shape_of_commits_and_no_red_tree(queue: Queue, st
     parents = git(queue.repo, "log", "--first-parent", "--format=%P", f"{before}..main").splitlines()
     shapes = [len(line.split()) for line in parents]
     assert (queue.red_values(), queue.landed(), shapes) == ([], [ids[0], ids[2], ids[3]], [SHAPES[style]] * 3)
+
+
+@pytest.mark.parametrize("style", SHAPES)
+def test_a_yes_in_the_middle_of_a_landing_changes_nothing_of_it(queue: Queue, style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what has landed by another commit than its own would be taken for work that changes nothing."""
+    task_id = queue.ready(new_file("a"))
+    store, real, before = toolkit.Store(str(queue.repo)), toolkit.run_script, git(queue.repo, "rev-parse", "main")
+    store.ensure_folders()
+
+    def run_script(name: str, *args: str, **options):
+        if name == "merge/land.sh":
+            toolkit.approve(store, task_id, "", "person")
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(toolkit, "run_script", run_script)
+    settings = toolkit.load_settings(str(queue.repo), {"gate": "true", "style": style})
+    merges = toolkit.MergeQueue(store, settings, "main", f"{queue.repo}-farm")
+    toolkit.Merger(merges, forever=False).run(NeverStopped())
+    landed = store.snapshot().landed[task_id]
+    assert (landed.landed_commit, landed.landed_from) == (git(queue.repo, "rev-parse", "main"), before)
+    assert merges.tally.counts["gates"] == 1
 
 
 def test_rebase_keeps_the_messages_of_the_entrys_own_commits(queue: Queue) -> None:
