@@ -121,7 +121,7 @@ main() {
   local code command=$FARM_AGENT log_start sandbox=()
   say "$FARM_AGENT_NAME works on $FARM_TASK: $FARM_TITLE"
   prepare_branch || leave
-  export FARM_OUTPUT=$mailbox/output
+  export FARM_OUTPUT=$mailbox/output GIT_MERGE_AUTOEDIT=no # nobody sits at a merge's editor
   tidy_mailbox
   [ -z "${FARM_SANDBOXED:-}" ] || export FARM_MAILBOX=$mailbox
   [ -z "${FARM_PRESET:-}" ] || prepare_cli

@@ -320,6 +320,17 @@ def test_a_sandboxed_agent_makes_its_moves_through_its_mailbox(make_repo):
     assert [path.name for path in (repo / "coordination/mailbox/agent-001").iterdir() if "." in path.name] in ([], ["claim.err"])
 
 
+def test_a_merge_in_a_session_opens_no_editor_at_which_nobody_sits(make_repo):
+    repo = make_repo()
+    add_tasks(repo, 1)
+    agent = ('export GIT_EDITOR="sleep 600 #"; git checkout -q -b side && echo s >s && git add s && git commit -qm side && '
+             'git checkout -q - && echo x >x && git add x && git commit -qm work && [ -t 0 ] && [ -t 1 ] && git merge side')
+    up(repo, 1, agent)
+    wait_for_states(repo, {"landed": 1})
+    assert (repo / "s").exists()
+    down(repo)
+
+
 def test_what_was_asked_in_an_attempt_that_has_ended_is_not_done_in_the_next(make_repo):
     """A lock, say, that nobody would give up."""
     repo = make_repo()
