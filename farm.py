@@ -1524,7 +1524,8 @@ SETTINGS = {
         False,
     ),
     "keep_days": Setting(
-        "days until verdicts, prompts and returns of landed work go (0: never)", 30.0
+        "days until verdicts, prompts, returns and squashed commits of what landed go (0: never)",
+        30.0,
     ),
     "min_free_mib": Setting(
         "no new agent starts and no gate runs below this much free disk or memory", 512
@@ -8692,6 +8693,28 @@ def find_leftovers(repo: str, target: str, state: State) -> tuple[list[list[str]
     return over, [ref for ref, sha, _ in rows if [ref, sha] not in over]
 
 
+# As long as verdicts are kept a person may want the single commits; and while the target does not
+# have what was made of them (somebody has moved it back) they are all that there is.
+def find_superseded(repo: str, target: str, state: State, oldest: float) -> list[list[str]]:
+    """[ref, sha] of the pins of work that has landed as another commit (squash, rebase) before
+    `oldest` (epoch seconds), which the target has; some hundred at a time."""
+    script = ("merge/tidy-refs.sh", "list", "-C", repo, "-b", target)
+    pins = {
+        ref: sha
+        for ref, sha, where in run_script(*script).rows
+        if where == "out" and ref.startswith("refs/farm/ready/")
+    }
+    tasks = {
+        f"refs/farm/ready/{task.id}": task
+        for task in (state.all_tasks() if any(map(state.is_done, map(task_of_ref, pins))) else ())
+        if task.state == "landed" and epoch(task.landed_at) < oldest
+    }
+    pins = [[ref, pins[ref]] for ref in pins if ref in tasks and tasks[ref].commit == pins[ref]]
+    lines = "".join(f"{tasks[ref].landed_commit}\n" for ref, _ in pins[:200])
+    has = run_script("merge/tidy-refs.sh", "has", *script[2:], stdin=lines).stdout.split()
+    return [pin for pin in pins if tasks[pin[0]].landed_commit in has]
+
+
 def keep_objects(repo: str) -> None:
     """Take what is loose of git's objects out of the reach of sandboxed agents, into packs; one
     that is not what its name says stays, and is named."""
@@ -8718,23 +8741,22 @@ class Housekeeping:
             keep_objects(self.store.repo)
         if state.count_landed() != self.landed and now >= self.tidy_at:
             self.tidy_at, self.landed = now + TIDY_SECONDS, state.count_landed()
-            over, _ = find_leftovers(self.store.repo, self.target, state)
-            if over:
-                run_script(
-                    "merge/tidy-refs.sh",
-                    "drop",
-                    "-C",
-                    self.store.repo,
-                    # with the sha that was seen: a ref that has moved meanwhile stays
-                    stdin="".join(f"{ref} {sha}\n" for ref, sha in over),
-                )
+            self.drop(find_leftovers(self.store.repo, self.target, state)[0])
             self.look_at = now
         if now >= self.look_at:
             self.look_at = now + SWEEP_SECONDS
             self.pack()
         if self.settings.keep_days and now >= self.sweep_at:
             self.sweep_at = now + SWEEP_SECONDS
-            self.sweep(state, CLOCK.now() - self.settings.keep_days * 86400)
+            oldest = CLOCK.now() - self.settings.keep_days * 86400
+            self.sweep(state, oldest)
+            self.drop(find_superseded(self.store.repo, self.target, state, oldest))
+
+    def drop(self, refs: list[list[str]]) -> None:
+        """Delete each [ref, sha]: with the sha that was seen, so one that has moved stays."""
+        lines = "".join(f"{ref} {sha}\n" for ref, sha in refs)
+        if lines:
+            run_script("merge/tidy-refs.sh", "drop", "-C", self.store.repo, stdin=lines)
 
     # Beside the loop, as it may take a minute. What cannot be packed (a damaged object, a full
     # disk) is tried again an hour later.

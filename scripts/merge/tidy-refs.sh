@@ -2,6 +2,7 @@
 # Usage: tidy-refs.sh list [-C REPO] [-b TARGET]   prints ref<TAB>sha<TAB>in|out, a line each of the
 #                                                  farm's pins and of its branches that no worktree
 #                                                  is on; in: TARGET has the commit
+#        tidy-refs.sh has [-C REPO] -b TARGET <COMMITS        prints those that TARGET has
 #        tidy-refs.sh drop [-C REPO] <LINES        deletes each "REF SHA" that still stands there
 # What the farm keeps in git for work that it knows. drop deletes a ref only at the commit that is
 # named, so that a branch or a pin which has moved meanwhile stays; prints nothing.
@@ -30,6 +31,14 @@ list_refs() {
       *) printf '%s\tout\n' "$line" ;;
     esac
   done <<<"$all" | sed '/^	/d'
+}
+
+list_contained() {
+  local sha
+  while read -r sha; do
+    ! git -C "$repo" merge-base --is-ancestor "$sha" "refs/heads/$target" 2>/dev/null ||
+      printf '%s\n' "$sha"
+  done
 }
 
 # In one transaction; where one of them has moved, one by one. Each would wait in vain for the lock
@@ -67,8 +76,9 @@ main() {
   done
   case $verb in
     list) list_refs ;;
+    has) list_contained ;;
     drop) drop_refs ;;
-    *) die 2 "list or drop?" "tidy-refs.sh -h" ;;
+    *) die 2 "list, has or drop?" "tidy-refs.sh -h" ;;
   esac
 }
 main "$@"

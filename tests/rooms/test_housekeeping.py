@@ -71,6 +71,32 @@ def test_what_only_a_ref_of_landed_work_has_is_listed_by_doctor(keeper):
     assert "disk: " in shown and "coordination" in shown and "5 refs" in shown
 
 
+def land_as_another(farm, task: str, *, is_in_main: bool = True) -> None:
+    """What squash leaves: the pin has the commits as they were submitted, main one that says the same."""
+    own = git(farm.repo, "commit-tree", "main^{tree}", "-p", "main", "-m", f"own {task}")
+    git(farm.repo, "update-ref", f"refs/farm/ready/{task}", own)
+    landed = git(farm.repo, "commit-tree", "main^{tree}", "-p", "main", "-m", f"squashed {task}")
+    if is_in_main:
+        git(farm.repo, "reset", "-q", "--hard", landed)
+    store = toolkit.Store(str(farm.repo))
+    with store.transaction() as tx:
+        record = tx.state.landed[task]
+        tx.state.landed[task] = record._replace(commit=own, landed_commit=landed)
+        tx.write("landed")
+
+
+@pytest.mark.parametrize("days", [30.0, 36500.0, 0.0])
+def test_the_pin_of_what_has_landed_as_another_commit_goes_after_the_days_that_are_kept(keeper, days):
+    """Else a farm that lands by squash or rebase has a ref more for each task for ever."""
+    housekeeping, farm = keeper
+    land_as_another(farm, "t-0001")
+    land_as_another(farm, "t-0002", is_in_main=False)
+    housekeeping.settings = housekeeping.settings._replace(keep_days=days)
+    housekeeping.go_on(housekeeping.store.snapshot())
+    pins = [ref.rpartition("/")[2] for ref in refs(farm.repo) if ref.startswith("refs/farm/ready")]
+    assert pins == (["t-0002", "t-0004"] if days == 30 else ["t-0001", "t-0002", "t-0004"])
+
+
 def test_a_branch_that_a_worktree_is_on_stays(keeper):
     housekeeping, farm = keeper
     git(farm.repo, "worktree", "add", "-q", "../there", f"farm/{A}/t-0001")
