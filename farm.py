@@ -90,7 +90,7 @@ from collections import Counter, defaultdict, deque, namedtuple
 
 SCHEMA = 1
 TOOLKIT = os.path.dirname(os.path.abspath(__file__))
-SCRIPTS = os.path.join(TOOLKIT, "scripts")
+SCRIPTS = f"{TOOLKIT}/scripts"
 
 
 # ==================================================================================== PART I Ground
@@ -544,7 +544,7 @@ def describe_damage(path: str, error: Exception) -> DamagedState:
 
 def hide_bytecode() -> None:
     """Keep the toolkit's __pycache__ out of the git status of a repo that it was copied into."""
-    ignore = os.path.join(TOOLKIT, "__pycache__", ".gitignore")
+    ignore = f"{TOOLKIT}/__pycache__/.gitignore"
     if os.path.isdir(os.path.dirname(ignore)) and not os.path.exists(ignore):
         try:
             write_whole(ignore, "*\n")
@@ -924,10 +924,10 @@ def import_package(name: str):
 
             site.main()
             return import_package(name)
-        venv_python = os.path.join(TOOLKIT, ".venv", "bin", "python")
+        venv_python = f"{TOOLKIT}/.venv/bin/python"
         if os.path.exists(venv_python) and not given("FARM_REEXEC"):
             os.environ["FARM_REEXEC"] = "1"
-            os.execv(venv_python, [venv_python, os.path.join(TOOLKIT, "farm.py"), *sys.argv[1:]])
+            os.execv(venv_python, [venv_python, f"{TOOLKIT}/farm.py", *sys.argv[1:]])
     raise MissingTool(
         f"the Python package {name} is not installed for {sys.executable}",
         f"make -C {TOOLKIT} setup, or: uv run farm.py ..., or: pip install {name}",
@@ -1254,7 +1254,7 @@ def kill_group(group: int) -> None:
 
 
 # an empty folder among the slots, where FARM_REVIEWER runs
-REVIEWER = os.path.join("tmp", "reviewer")
+REVIEWER = "tmp/reviewer"
 
 
 # By the folders, not by what a merger has noted: a killed one may not have come to its note.
@@ -1262,9 +1262,9 @@ def end_all_gates(slots_folder: str) -> None:
     """End the gates that a dead merger of this farm has left running."""
     for name in names_in(slots_folder):
         if re.fullmatch(r"gate-\d+", name):
-            end_gates(os.path.join(slots_folder, name))
-    if os.path.isdir(os.path.join(slots_folder, REVIEWER)):
-        end_gates(os.path.join(slots_folder, REVIEWER))
+            end_gates(f"{slots_folder}/{name}")
+    if os.path.isdir(f"{slots_folder}/{REVIEWER}"):
+        end_gates(f"{slots_folder}/{REVIEWER}")
 
 
 def in_session(leader: int) -> list:
@@ -1421,7 +1421,7 @@ def find_bash() -> str:
 # (tests/rooms/test_settings.py)
 
 GUARD = "farm-guard"  # a file in coordination/.git, which is no repo of anybody's
-FARM_HOME_NOTE = os.path.join("farm", "main")  # in the common git dir
+FARM_HOME_NOTE = "farm/main"  # in the common git dir
 
 # the default is of the kind that the setting has; most are texts, and empty
 Setting = namedtuple("Setting", "meaning default", defaults=[""])
@@ -1592,7 +1592,7 @@ def load_settings(repo: str, flags: dict | None = None, remembered: dict | None 
     flags, remembered = flags or {}, remembered or {}
     if given("FARM_AS_TOLD"):
         flags = {**remembered, **flags}
-    env_file = read_env_file(os.path.join(repo, "farm.env"))
+    env_file = read_env_file(f"{repo}/farm.env")
     values = {}
     for name, setting in SETTINGS.items():
         variable = variable_of(name)
@@ -1719,19 +1719,17 @@ def shell(command: str) -> list[str]:
 def find_git_dirs(folder: str) -> tuple[str, str]:
     """(git dir, common git dir) of a worktree's top folder or of a bare repo; ("", "") when it
     is neither."""
-    git_dir = os.path.join(folder, ".git")
+    git_dir = f"{folder}/.git"
     # whoever stands in coordination/ is in the repo above it: its .git is a guard
-    if not os.path.exists(git_dir) or os.path.exists(os.path.join(git_dir, GUARD)):
-        is_bare = all(
-            os.path.exists(os.path.join(folder, name)) for name in ("HEAD", "objects", "refs")
-        )
+    if not os.path.exists(git_dir) or os.path.exists(f"{git_dir}/{GUARD}"):
+        is_bare = all(os.path.exists(f"{folder}/{name}") for name in ("HEAD", "objects", "refs"))
         return (folder, folder) if is_bare else ("", "")
     if not os.path.isdir(git_dir):
         # a linked worktree's .git is a file that names the folder, possibly relative to itself
         git_dir = os.path.join(folder, read_line(git_dir).removeprefix("gitdir:").strip(" "))
     git_dir = os.path.realpath(git_dir)
     return git_dir, os.path.realpath(
-        os.path.join(git_dir, read_line(os.path.join(git_dir, "commondir")) or ".")
+        os.path.join(git_dir, read_line(f"{git_dir}/commondir") or ".")
     )
 
 
@@ -1740,13 +1738,11 @@ def find_git_dirs(folder: str) -> tuple[str, str]:
 def is_bare(common: str) -> bool:
     """Whether a common git dir has no worktree of its own. One with an index has: some tool has
     set core.bare there."""
-    settings = "\n".join(
-        read_line(os.path.join(common, name)) for name in ("config", "config.worktree")
-    )
+    settings = "\n".join(read_line(f"{common}/{name}") for name in ("config", "config.worktree"))
     lines = {"".join(line.split()).lower() for line in settings.splitlines()}
     return not lines.isdisjoint(
         ("bare=true", "bare=yes", "bare=on", "bare=1", "bare")
-    ) and not os.path.exists(os.path.join(common, "index"))
+    ) and not os.path.exists(f"{common}/index")
 
 
 def find_repo(start: str) -> str:
@@ -1767,7 +1763,7 @@ def find_repo(start: str) -> str:
             )
         folder = os.path.dirname(folder)
     git_dir, common = found
-    noted = read_line(os.path.join(common, FARM_HOME_NOTE))
+    noted = read_line(f"{common}/{FARM_HOME_NOTE}")
     # a copied or moved repo brings a note along that is not its own
     if noted and find_git_dirs(noted)[1] == common:
         return noted
@@ -1785,18 +1781,18 @@ def find_repo(start: str) -> str:
 # into one. GUARD is written last, so that where it is, all of it is there.
 def make_guard(git_dir: str) -> None:
     """An empty repo, for git to pass over the folder that it is in."""
-    if not os.path.exists(os.path.join(git_dir, GUARD)):
+    if not os.path.exists(f"{git_dir}/{GUARD}"):
         for name in ("objects", "refs"):
-            os.makedirs(os.path.join(git_dir, name), exist_ok=True)
-        write_whole(os.path.join(git_dir, "HEAD"), "ref: refs/heads/none\n")
-        write_whole(os.path.join(git_dir, GUARD), "git clean and git stash leave this alone\n")
+            os.makedirs(f"{git_dir}/{name}", exist_ok=True)
+        write_whole(f"{git_dir}/HEAD", "ref: refs/heads/none\n")
+        write_whole(f"{git_dir}/{GUARD}", "git clean and git stash leave this alone\n")
 
 
 def note_home(repo: str) -> None:
     """Write down which checkout the farm lives in, where git could not tell it from the others."""
     common = find_git_dirs(repo)[1]
     if common and (os.path.basename(common) != ".git" or is_bare(common)):
-        note = os.path.join(common, FARM_HOME_NOTE)
+        note = f"{common}/{FARM_HOME_NOTE}"
         os.makedirs(os.path.dirname(note), exist_ok=True)
         write_whole(note, repo + "\n")
 
@@ -1807,7 +1803,7 @@ def agent_names(count: int) -> list[str]:
 
 
 def worktree_of(repo: str, settings: Settings, agent: str) -> str:
-    return os.path.join(worktrees_folder(repo, settings), agent + "-worktree")
+    return f"{worktrees_folder(repo, settings)}/{agent}-worktree"
 
 
 def agent_number(name: str) -> str:
@@ -1892,7 +1888,7 @@ def run_script(
     drop_lost_tmpdir()
     try:
         process = subprocess.Popen(
-            [*prefix, "bash", os.path.join(SCRIPTS, name), *args],
+            [*prefix, "bash", f"{SCRIPTS}/{name}", *args],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -1926,7 +1922,7 @@ def drop_relative_places() -> None:
 def is_isolated(repo: str = "") -> bool:
     """Whether agents are sandboxed: as this process was told, else as the farm was started."""
     if repo and "FARM_ISOLATE" not in os.environ:
-        farm = read_json_lines(os.path.join(repo, "coordination", "farm.json"))
+        farm = read_json_lines(f"{repo}/coordination/farm.json")
         os.environ["FARM_ISOLATE"] = str(next(farm, {}).get("isolation", "none"))
         drop_relative_places()
     return os.environ.get("FARM_ISOLATE", "none") not in ("", "none")
@@ -1947,13 +1943,13 @@ def run_unfiltered(repo: str, name: str, *args: str, **options) -> ScriptResult:
 
 def unfiltered(repo: str) -> list[str]:
     """What goes before a command that looks at agents' trees from outside of a sandbox."""
-    script = os.path.join(SCRIPTS, "sandbox", "tame-filters.sh")
+    script = f"{SCRIPTS}/sandbox/tame-filters.sh"
     return ["bash", script, "off", repo] if is_isolated(repo) else []
 
 
 def isolated(kind: str, repo: str, folder: str) -> list[str]:
     """What goes before a command that works in `folder`; confine.sh says what the kinds are."""
-    script = os.path.join(SCRIPTS, "sandbox", "confine.sh")
+    script = f"{SCRIPTS}/sandbox/confine.sh"
     return ["bash", script, kind, repo, folder] if is_isolated(repo) else []
 
 
@@ -1966,7 +1962,7 @@ def spawn_script(name: str, *args: str) -> str:
     try:
         actions = [(os.POSIX_SPAWN_DUP2, write_end, 1), (os.POSIX_SPAWN_CLOSE, read_end)]
         pid = os.posix_spawnp(
-            "bash", ["bash", os.path.join(SCRIPTS, name), *args], os.environ, file_actions=actions
+            "bash", ["bash", f"{SCRIPTS}/{name}", *args], os.environ, file_actions=actions
         )
     # our copy of the writing end has to go: else the read below would never come to an end
     finally:
@@ -1980,7 +1976,7 @@ def spawn_script(name: str, *args: str) -> str:
 
 
 # in the common git dir: socket<TAB>pid<TAB>common git dir, by spawn-tmux.sh
-TMUX_NOTE = os.path.join("farm", "tmux")
+TMUX_NOTE = "farm/tmux"
 
 
 def find_server(repo: str) -> str:
@@ -1992,13 +1988,13 @@ def find_server(repo: str) -> str:
     farm's.
     """
     common = find_git_dirs(repo)[1]
-    socket, _, owner = (read_line(os.path.join(common, TMUX_NOTE)).split("\t") + ["", "", ""])[:3]
+    socket, _, owner = (read_line(f"{common}/{TMUX_NOTE}").split("\t") + ["", "", ""])[:3]
     # of a repo that was moved the folder that is named is gone, and the server is its own still;
     # of a copy it is there, and the server is that one's
     if not socket or owner != common and os.path.isdir(owner):
         return farm_socket(repo)
     if not os.path.exists(socket) and (pid := find_living_server(repo)):
-        remake_socket(os.path.join(common, TMUX_NOTE), socket, pid)
+        remake_socket(f"{common}/{TMUX_NOTE}", socket, pid)
     return socket if os.path.isdir(os.path.dirname(socket)) else farm_socket(repo)
 
 
@@ -2017,7 +2013,7 @@ def remake_socket(note: str, socket: str, pid: int) -> None:
 def find_living_server(repo: str) -> int | None:
     """The pid of the farm's tmux server as it is written down, while it lives, whether or not
     anybody can reach it; else None."""
-    note = read_line(os.path.join(find_git_dirs(repo)[1], TMUX_NOTE))
+    note = read_line(f"{find_git_dirs(repo)[1]}/{TMUX_NOTE}")
     socket, pid = (note.split("\t") + [""])[:2]
     return int(pid) if pid.isdigit() and is_tmux(int(pid), socket) else None
 
@@ -2197,13 +2193,13 @@ def describe_isolation(settings: Settings) -> str:
 # Each task once, in memory, wherever its copies lie; which of two copies is the task.
 # (tests/rooms/test_store_machine.py, tests/rooms/test_archive.py)
 
-PENDING_FILE = os.path.join("task_queue", "pending.json")
-READY_FILE = os.path.join("merge_queue", "ready-to-merge.json")
+PENDING_FILE = "task_queue/pending.json"
+READY_FILE = "merge_queue/ready-to-merge.json"
 # What has happened; cut at this size into events-0001.jsonl and so on, as logs are.
 HISTORY_FILE, HISTORY_BYTES = "events.jsonl", 16 * 1024 * 1024
 # What has landed, a record a line; the queue file holds the last of them. They move in batches of
 # twenty, so that the archive is made durable once for many landings.
-ARCHIVE_FILE = os.path.join("merge_queue", "landed.jsonl")
+ARCHIVE_FILE = "merge_queue/landed.jsonl"
 LANDED_MAX, LANDED_KEPT = 40, 20
 # what this version writes at the top of that file; `load` keeps other keys for a newer one
 READY_KEYS = ("ready", "landed", "done", "archived", "archive_bytes", "seqs")
@@ -2492,7 +2488,7 @@ class Folder:
         for folder in ("", *(FOLDERS if os.path.exists(self.path("README.md")) else ())):
             make_guard(self.path(folder, ".git"))
         # info/exclude and not .gitignore, which is the user's file and is committed
-        exclude = os.path.join(common, "info", "exclude")
+        exclude = f"{common}/info/exclude"
         if "/coordination/" not in read_line(exclude).splitlines():
             os.makedirs(os.path.dirname(exclude), exist_ok=True)
             self.disk.append(exclude, b"/coordination/\n")
@@ -2542,7 +2538,7 @@ class Folder:
         os.makedirs(folder, exist_ok=True)
         linked = []
         for name in self.files_of(HISTORY_FILE):
-            history, copy = self.path(name), os.path.join(folder, name)
+            history, copy = self.path(name), f"{folder}/{name}"
             if os.path.exists(copy) and not os.path.samefile(history, copy):
                 # under its number it has its second name already
                 is_cut = any(os.path.samefile(copy, other) for other in linked)
@@ -2558,7 +2554,7 @@ class Folder:
     def copy_of_history(self) -> str:
         """Where the history's second name is; empty outside of a git repo."""
         common = find_git_dirs(self.repo)[1]
-        return os.path.join(common, "farm", HISTORY_FILE) if common else ""
+        return f"{common}/farm/{HISTORY_FILE}" if common else ""
 
     def is_there(self) -> bool:
         return any(
@@ -2721,7 +2717,7 @@ class Reader(Folder):
     def lock_files(self) -> list[str]:
         """Names of the lock files, relative to coordination/."""
         return [
-            os.path.join(LOCK_FOLDER, name)
+            f"{LOCK_FOLDER}/{name}"
             for name in names_in(self.path(LOCK_FOLDER), self.disk.list_folder)
             # a dot in front: the temp file of a writer that was killed
             if name.endswith(".lock") and not name.startswith(".")
@@ -2746,7 +2742,7 @@ class Reader(Folder):
 
     def find_claim(self, agent: str) -> Claim | None:
         """What one agent holds, by one read."""
-        return self.read_claim(os.path.join(LOCK_FOLDER, agent + ".lock"))
+        return self.read_claim(f"{LOCK_FOLDER}/{agent}.lock")
 
     # Of a thousand lock files a move changes one. A host's connection makes many moves, the loop
     # looks each second: they read what is as it was once.
@@ -2907,7 +2903,7 @@ class Store(Reader):
         path = self.path(name)
         folder, base = os.path.split(path)
         # in the same folder: a rename works within one file system only
-        temp = os.path.join(folder, f".{base}.tmp")
+        temp = f"{folder}/.{base}.tmp"
         try:
             self.disk.write_temp(temp, data)
             if exclusive:
@@ -3129,13 +3125,13 @@ class Transaction:
         # By link, a file that somebody has put there meanwhile is an error and not replaced: the
         # lock would have two holders.
         is_new = claim.agent not in self.state.claims
-        name = os.path.join(LOCK_FOLDER, claim.agent + ".lock")
+        name = f"{LOCK_FOLDER}/{claim.agent}.lock"
         self.store.write_json(name, claim.to_json(), exclusive=is_new, sync=sync)
         self.state.claims[claim.agent] = claim
 
     def remove_lock(self, agent: str, *, sync: bool = True) -> None:
         self.mark_dirty()
-        self.store.disk.unlink(self.store.path(LOCK_FOLDER, agent + ".lock"))
+        self.store.disk.unlink(self.store.path(f"{LOCK_FOLDER}/{agent}.lock"))
         if sync:
             self.store.sync_folder(self.store.path(LOCK_FOLDER))
         self.state.claims.pop(agent, None)
@@ -3205,8 +3201,8 @@ class Transaction:
         return claim
 
 
-INTENT_FILE = os.path.join("merge_queue", "landing.json")
-NOW_FILE = os.path.join("merge_queue", "now.json")
+INTENT_FILE = "merge_queue/landing.json"
+NOW_FILE = "merge_queue/now.json"
 
 
 def read_events(store: Store, containing: bytes = b"", files: int = 0):
@@ -3322,16 +3318,14 @@ def find_traces(store: Store, worktrees: str) -> str:
     if store.is_there():
         return ""
     common = find_git_dirs(store.repo)[1]
-    packed = read_line(os.path.join(common, "packed-refs"))
+    packed = read_line(f"{common}/packed-refs")
     agents = [name for name in names_in(worktrees) if name.endswith("-worktree")]
     traces = [f"{number(len(agents), 'worktree')} in {worktrees}"] if agents else []
     for folder, words in (
         ("refs/farm", "pinned work below refs/farm"),
         ("refs/heads/farm", "branches farm/..."),
     ):
-        if f" {folder}/" in packed or any(
-            files for _, _, files in os.walk(os.path.join(common, folder))
-        ):
+        if f" {folder}/" in packed or any(files for _, _, files in os.walk(f"{common}/{folder}")):
             traces.append(words)
     told = f"{store.folder} is not there, but a farm has left {', '.join(traces)}"
     return told if traces else ""
@@ -3389,9 +3383,9 @@ def bring_history_back(store: Store) -> list[str]:
     for name in store.files_of(HISTORY_FILE, folder):
         try:
             # linked, so that the second copy goes on following
-            os.link(os.path.join(folder, name), store.path(name))
+            os.link(f"{folder}/{name}", store.path(name))
         except OSError:  # a git dir on another disk
-            shutil.copyfile(os.path.join(folder, name), store.path(name))
+            shutil.copyfile(f"{folder}/{name}", store.path(name))
     store.guard()
     return ["events.jsonl is back, from the copy in the git dir"]
 
@@ -4592,7 +4586,7 @@ class Verdicts:
         # which a busy farm has thousands.
         for name in () if known else self.store.disk.list_folder(self.store.path("results")):
             if name.endswith(f"-{self.key}.json"):
-                self.count(self.evidence_in(os.path.join("results", name)), 1)
+                self.count(self.evidence_in(f"results/{name}"), 1)
 
     def count(self, found: Evidence, step: int) -> None:
         """Keep the numbers of trees that were ever green, and of those that were red as well."""
@@ -4604,10 +4598,10 @@ class Verdicts:
 
     # Not below results/, where what is old is swept away.
     def sums_file(self) -> str:
-        return os.path.join("merge_queue", f"verdicts-{self.key}.json")
+        return f"merge_queue/verdicts-{self.key}.json"
 
     def name_of(self, tree: str, ending: str) -> str:
-        return os.path.join("results", f"{tree[:16]}-{self.key}.{ending}")
+        return f"results/{tree[:16]}-{self.key}.{ending}"
 
     def evidence(self, tree: str) -> Evidence:
         """Greens and reds of a tree. Without a gate every tree counts as green. Raises
@@ -4725,7 +4719,7 @@ class Gate:
         self.log, self.folder = log, folder
         command = [*prefix, *shell(settings.gate)]
         if settings.gate_on:
-            script = os.path.join(SCRIPTS, "hosts", "gate.sh")
+            script = f"{SCRIPTS}/hosts/gate.sh"
             command = ["bash", script, settings.gate_on, self.commit, settings.gate]
         self.process = self.spawn(command)
         # One thread drains the pipe, or a gate that prints much would stand still; one waits, as
@@ -4851,7 +4845,7 @@ class Slots:
         Raises FarmError when the slot's worktree cannot be made.
         """
         slot = min({*range(1, self.number + 1)} - {gate.slot for gate in self.gates})
-        folder = os.path.join(self.folder, f"gate-{slot}")
+        folder = f"{self.folder}/gate-{slot}"
         run_script("merge/gate-slot.sh", "prepare", "-C", self.store.repo, folder, commit)
         gate = Gate(slot, ids, commit, tree, diagnosis)
         prefix = isolated("gate", self.store.repo, folder)
@@ -5166,7 +5160,7 @@ class Landing:
             )
         elif (
             result.code == 4
-            and show_tip(self.store.repo, "refs/heads/" + intent["target"]).commit == intent["old"]
+            and show_tip(self.store.repo, f"refs/heads/{intent['target']}").commit == intent["old"]
         ):
             # Our target is where it was, so it is the remote's branch that has moved.
             self.trouble = self.catch_up(intent["target"])
@@ -5220,7 +5214,7 @@ class Landing:
                 f"git -C {shell_word(repo)} push {remote} {target}, or take them out; the queue "
                 f"goes on by itself",
             )
-        ours = show_tip(repo, "refs/heads/" + target).commit
+        ours = show_tip(repo, f"refs/heads/{target}").commit
         move = ("merge/land.sh", "-C", repo, "-b", target, "-o", ours, "-n", row[1])
         result = run_script(*move, allow=(0, 4, 5), detach=True)
         if result.code == 5:
@@ -5323,14 +5317,14 @@ class Returns:
             ).code
             == 0
         )
-        name = os.path.join("returns", f"{task.id}.{attempt}.txt")
+        name = f"returns/{task.id}.{attempt}.txt"
         self.store.write_durably(name, f"{reason}\n{detail}\n".encode("utf-8", "replace"))
         with self.store.transaction() as tx:
             current = tx.state.ready.get(task.id)
             # canceled, or submitted anew: this verdict was not about that
             if current is None or current.rev != task.rev:
                 return True
-            start = "refs/heads/" + self.target if not goes_on else ref if pinned else ""
+            start = f"refs/heads/{self.target}" if not goes_on else ref if pinned else ""
             back = TaskQueue(tx).give_back(current, reason, "return", start=start, counts=counts)
         what = back.state if back.state == "failed" else "returned"
         self.tally.note(task.id, what, reason)
@@ -5379,7 +5373,7 @@ class Returns:
         )
         say(f"{task.id}: {words}")
         with open(
-            self.store.path("returns", f"{task.id}.{task.attempt}.txt"), "a", encoding="utf-8"
+            self.store.path(f"returns/{task.id}.{task.attempt}.txt"), "a", encoding="utf-8"
         ) as file:
             file.write(f"\n{words}\n")
         with self.store.transaction() as tx:
@@ -5394,7 +5388,7 @@ class Returns:
         """(reason, detail) of work that no chain can hold."""
         if step.status == "conflict":
             reason = f"it conflicts with {self.target} in {step.detail}"
-            return reason, read_printable(self.store.path("returns", f"{task.id}.txt"))[:60_000]
+            return reason, read_printable(self.store.path(f"returns/{task.id}.txt"))[:60_000]
         if step.status == "gitlink":
             return step.detail, (
                 "Remove its .git and add its files; or make it a submodule (git submodule add URL "
@@ -5490,9 +5484,9 @@ class Review:
         said = run_script(
             "merge/diff-work.sh", "-C", self.store.repo, "-b", self.target, task.commit
         )
-        name = self.store.path("results", f"{task.commit[:16]}-review")
+        name = self.store.path(f"results/{task.commit[:16]}-review")
         write_whole(f"{name}.txt", printable(f"{task.title}\n\n{task.prompt}\n\n{said.stdout}"))
-        folder = os.path.join(self.slots.folder, REVIEWER)
+        folder = f"{self.slots.folder}/{REVIEWER}"
         shutil.rmtree(folder, ignore_errors=True)
         os.makedirs(folder)
         command = f"exec <{shell_word(name + '.txt')}; {self.settings.reviewer}"
@@ -5650,7 +5644,7 @@ class MergeQueue:
         """Where the target is now: what is ready is merged on that."""
         # A person's commit shows at the latest when the swap is refused; so right after our own
         # landing nobody need ask git.
-        base = self.just_landed or show_tip(self.store.repo, "refs/heads/" + self.target)
+        base = self.just_landed or show_tip(self.store.repo, f"refs/heads/{self.target}")
         self.just_landed = None
         self.chain.begin(base, self.tasks)
         self.verdicts.review(base.tree)
@@ -6248,7 +6242,7 @@ class ClaudeCode(Cli):
 
     @staticmethod
     def folder(home: str) -> str:
-        return given("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
+        return given("CLAUDE_CONFIG_DIR") or f"{home}/.claude"
 
     def find_transcript(self, conversation: str) -> str:
         """The file in which it keeps the conversation, below the HOME of the caller; empty when
@@ -6258,7 +6252,7 @@ class ClaudeCode(Cli):
         # below projects/ each worktree has a folder whose name is Claude Code's own business: any
         # will do
         folder = glob.escape(self.folder(os.path.expanduser("~")))
-        pattern = os.path.join(folder, "projects", "*", f"{conversation}.jsonl")
+        pattern = f"{folder}/projects/*/{conversation}.jsonl"
         return next(iter(glob.glob(pattern)), "") if conversation else ""
 
     def has_conversation(self, conversation: str) -> bool:
@@ -6294,7 +6288,7 @@ class ClaudeCode(Cli):
 
     def read_session(self, home: str, pid: int) -> dict:
         """From sessions/PID.json, when it is that of this very process."""
-        path = os.path.join(self.folder(home), "sessions", f"{pid}.json")
+        path = f"{self.folder(home)}/sessions/{pid}.json"
         told = next(read_json_lines(path), {})
         is_known = type(told.get("statusUpdatedAt")) is int
         # a file of that pid may be left from a process before the last reboot
@@ -6352,7 +6346,7 @@ class ClaudeCode(Cli):
     def find_questions(repo: str, folder: str) -> list[str]:
         """What its .claude.json says that it would ask here."""
         try:
-            with open(os.path.join(folder, ".claude.json"), encoding="utf-8") as file:
+            with open(f"{folder}/.claude.json", encoding="utf-8") as file:
                 told = json.load(file)
             projects, answers = told.get("projects") or {}, told.get("customApiKeyResponses") or {}
             trusted = (projects.get(repo) or {}).get("hasTrustDialogAccepted")
@@ -6708,7 +6702,7 @@ def find_blockers(repo: str, settings: Settings, shared: list[str]) -> list[tupl
 def agent_home(repo: str, settings: Settings, agent: str) -> str:
     """The HOME that an agent's CLI has."""
     return (
-        os.path.join(worktrees_folder(repo, settings), "homes", agent)
+        f"{worktrees_folder(repo, settings)}/homes/{agent}"
         if settings.agent_home
         else os.path.expanduser("~")
     )
@@ -6718,7 +6712,7 @@ def read_cli_session(store: Store, agent: str, preset: str, home: str) -> dict:
     """What the CLI itself says of the process at work; empty when that is nothing."""
     try:
         # an agent can write there: no link, no FIFO, not more than a number
-        pid = int(read_foreign(store.path("mailbox", agent, "pid"), 99, os.O_NOFOLLOW))
+        pid = int(read_foreign(store.path(f"mailbox/{agent}/pid"), 99, os.O_NOFOLLOW))
         return cli_of(preset).read_session(home, pid)
     except (OSError, ValueError):
         return {}
@@ -7233,7 +7227,7 @@ def describe_history(store: Store, task: Task) -> str:
     if task.rescue:
         lines.append(f"Unsaved work of that attempt is kept: git show --stat {task.rescue}")
     if task.agent:
-        lines.append(f"What its agent printed is in {store.path('logs', task.agent + '.log')}")
+        lines.append(f"What its agent printed is in {store.path(f'logs/{task.agent}.log')}")
     if returned := read_return(store, task):
         lines.append("\n" + returned)
     return "\n".join(lines) + "\n"
@@ -7537,7 +7531,7 @@ def submit(store: Store, agent: str, fence: str, *, branch: str = "", commit: st
             with store.transaction() as tx:  # an old fence is refused, a repeated submit is fine
                 if TaskQueue(tx).get_claimed(agent, fence, "submit").ended_by:
                     return
-        head = commit or find_own_head(agent, branch) or "refs/heads/" + branch
+        head = commit or find_own_head(agent, branch) or f"refs/heads/{branch}"
         verify_objects(store.repo, head)
         pin = ("merge/pins.sh", "set", "-C", store.repo, f"refs/farm/ready/{task_id}", head)
         pinned = spawn_script(*pin).strip()
@@ -8195,7 +8189,7 @@ def undo_of(repo: str, key: str, known: dict) -> str:
     if kind == "config":
         was = f"{name} {shell_word(known[key])}" if key in known else f"--unset-all {name}"
         return f"git -C {shell_word(repo)} config --local {was}   (if it is right: ./farm.py up)"
-    path = shell_word(os.path.join(find_git_dirs(repo)[1], name))
+    path = shell_word(f"{find_git_dirs(repo)[1]}/{name}")
     wanted = "as before" if key in known else "removed"
     return f"look at {path}; it is to be {wanted} (if it is right: ./farm.py up)"
 
@@ -8203,7 +8197,7 @@ def undo_of(repo: str, key: str, known: dict) -> str:
 # Its time and not a number in it: each `up` writes it anew, also where nothing has changed.
 def stamp_of(repo: str) -> str:
     """Which `up` has written the note of what is shared."""
-    return str(changed_at(os.path.join(find_git_dirs(repo)[1], SHARED_NOTE)))
+    return str(changed_at(f"{find_git_dirs(repo)[1]}/{SHARED_NOTE}"))
 
 
 def read_changes(store: Store) -> list[tuple[str, str]]:
@@ -8222,7 +8216,7 @@ class SharedWatch:
 
     def __init__(self, repo: str, changes: dict):
         self.repo, self.changes, self.due_at = repo, changes, 0.0
-        self.note = os.path.join(find_git_dirs(repo)[1], SHARED_NOTE)
+        self.note = f"{find_git_dirs(repo)[1]}/{SHARED_NOTE}"
 
     def read(self) -> dict[str, str]:
         return dict(run_script("merge/shared-state.sh", "-C", self.repo, timeout=30).rows)
@@ -9647,13 +9641,13 @@ class HostMoves:
     def pass_orders(self, done: dict) -> dict:
         """id -> what a person has typed here for this host; `done` has the answers to earlier
         ones, for those who still wait for them."""
-        folder, orders = self.store.path("orders", self.host), {}
+        folder, orders = self.store.path(f"orders/{self.host}"), {}
         for name in names_in(folder):
             key, _, ending = name.rpartition(".")
             if ending == "order" and key in done:
-                write_object(os.path.join(folder, key + ".answer"), done[key])
+                write_object(f"{folder}/{key}.answer", done[key])
             elif ending == "order":
-                orders[key] = self.store.read_json(os.path.join("orders", self.host, name))
+                orders[key] = self.store.read_json(f"orders/{self.host}/{name}")
         return {key: order for key, order in orders.items() if order}
 
     def note_agents(self, agents: list, about: dict) -> None:
@@ -9668,7 +9662,7 @@ class HostMoves:
         told.update({key: one_line(str(about.get(key, "")), 500) for key in TOLD_OF_HOST})
         told["apart"] = round(float(about.get("now", CLOCK.now())) - CLOCK.now())
         os.makedirs(self.store.path("hosts"), exist_ok=True)
-        write_object(self.store.path("hosts", self.host + ".json"), told)
+        write_object(self.store.path(f"hosts/{self.host}.json"), told)
 
     def fail(self, words: dict) -> None:
         """fail, release or submit, as the host's own record of the "task" tells of its end: why,
@@ -9707,7 +9701,7 @@ class HostMoves:
 def order(store: Store, host: str, *argv: str, stdin: str = "", seconds: float = 30.0) -> dict:
     """Have a host run a verb on its own farm: {"code", "out", "err"}. Its connection takes the
     order there, as no host need be reached from here. Raises FarmError when nothing comes back."""
-    path = store.path("orders", host, random_uuid())
+    path = store.path(f"orders/{host}/{random_uuid()}")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     write_object(path + ".order", {"argv": argv, "stdin": stdin})
     try:
@@ -9841,7 +9835,7 @@ class Carrier:
         job = given("SLURM_JOB_ID")
         self.about = {
             "toolkit": run_script("hosts/describe.sh").stdout.strip(),
-            "farm": f"{os.path.join(TOOLKIT, 'farm.py')} --repo {self.store.repo}",
+            "farm": f"{TOOLKIT}/farm.py --repo {self.store.repo}",
             "reach": f"srun --jobid={job} --overlap --pty" if job else "",
         }
         self.renew_at = self.push_at = 0.0
@@ -10034,11 +10028,11 @@ class Carrier:
             for name, task, returned in found:
                 self.put(tx, name, task, local_start(task) if local_start(task) in there else "")
                 if returned:
-                    path = self.store.path("returns", f"{task.id}.{task.attempts}.txt")
+                    path = self.store.path(f"returns/{task.id}.{task.attempts}.txt")
                     write_whole(path, returned)
         self.coming = []
         for name, _, _ in found:
-            ring(self.store.path("mailbox", name, "bell"))
+            ring(self.store.path(f"mailbox/{name}/bell"))
 
     def put(self, tx: Transaction, name: str, task: Task, start: str) -> None:
         """Its order and its paths are the hub's business; its number is above that of any copy
@@ -11080,7 +11074,7 @@ def report_page(document: dict) -> str:
     import base64
     import hashlib
 
-    with open(os.path.join(SCRIPTS, "report.html"), encoding="utf-8") as file:
+    with open(f"{SCRIPTS}/report.html", encoding="utf-8") as file:
         page = file.read()
     script = page.split("<script>")[1].split("</script>")[0]
     totals, into = document["totals"], document["into"] or "the target branch"
@@ -12935,7 +12929,7 @@ def verb_approve(call: Call) -> int:
         try:
             task = find_submitted(call, text)
             chain = Chain(call.store, call.settings(), target, Verdicts(call.store, "", ""))
-            chain.begin(show_tip(call.repo, "refs/heads/" + target), {task.id: task})
+            chain.begin(show_tip(call.repo, f"refs/heads/{target}"), {task.id: task})
             step = chain.build_all()[0]
             if step.status not in ("ok", "landed", "empty"):
                 raise Rejected(
@@ -12992,7 +12986,7 @@ def have_plan_made(call: Call, settings: Settings, goal: str) -> str:
     check_command(agent, call.repo)
     carry_isolation(settings)
     folder = f"{worktrees_folder(call.repo, settings)}/plan-{os.getpid()}"
-    told, output = call.store.path(CLI_SETTINGS_FILE), call.store.path("mailbox", "plan", "output")
+    told, output = call.store.path(CLI_SETTINGS_FILE), call.store.path("mailbox/plan/output")
     write_object(told, hook_settings(settings))
     env = {
         "FARM_AGENT": cli.launch(settings.permissions, is_isolated()).start,
@@ -13002,7 +12996,7 @@ def have_plan_made(call: Call, settings: Settings, goal: str) -> str:
         "FARM_CONVERSATION": random_uuid(),
         "FARM_CLI_SETTINGS": told,
     }
-    tip = show_tip(call.repo, "refs/heads/" + target_of(call))
+    tip = show_tip(call.repo, f"refs/heads/{target_of(call)}")
     say(f"the agent is at work; what it says is in {output}")
     try:
         done = run_script(
@@ -13166,7 +13160,7 @@ def verb_spoke(call: Call) -> int:
 
 def open_host_farm(link: Link, url: str, folder: str, options: dict) -> Farm:
     """A clone of the hub's repo, and a farm on it with the hub's settings and no merger."""
-    target, repo = link.told["target"], os.path.join(folder, "repo")
+    target, repo = link.told["target"], f"{folder}/repo"
     identity = "\t".join(link.told["identity"][:2])
     run_carry("clone", "-u", url, "-b", target, "-i", identity, repo, timeout=3600)
     store = Store(repo)
@@ -13235,7 +13229,7 @@ def verb_completion(call: Call) -> None:
         return
     if len(call.args) != 1 or call.args[0] not in COMPLETION:
         raise UsageError("completion of which shell?", "./farm.py completion bash")
-    farm = f"FARM_PYTHON={shell_word(sys.executable)} {shell_word(os.path.join(SCRIPTS, 'farm'))}"
+    farm = f"FARM_PYTHON={shell_word(sys.executable)} {shell_word(f'{SCRIPTS}/farm')}"
     print(COMPLETION[call.args[0]].replace("{farm}", farm))
 
 
