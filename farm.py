@@ -587,9 +587,28 @@ def read_json_lines(path: str):
             yield item
 
 
+def read_object(path: str) -> dict:
+    """The first JSON object of a file; empty when there is none."""
+    return next(read_json_lines(path), {})
+
+
 def object_of(value) -> dict:
     """What is an object in JSON of others, else an empty one."""
     return value if isinstance(value, dict) else {}
+
+
+def items_of(value, fits) -> dict:
+    """Of an object in JSON of others, the items whose value `fits`."""
+    return {key: item for key, item in object_of(value).items() if fits(item)}
+
+
+def has_kinds(value, kinds: dict) -> bool:
+    """Whether it is an object, with a value of its kind under each key of `kinds`."""
+    return all(isinstance(object_of(value).get(key), kind) for key, kind in kinds.items())
+
+
+def is_number_pair(value) -> bool:
+    return isinstance(value, list) and [*map(type, value)] == [int, int]
 
 
 def count(record, *keys: str) -> int:
@@ -704,16 +723,14 @@ class Record:
             if key not in defaults or key == "extra":
                 extra[key] = value
                 continue
-            fields[key] = value
+            kind = type(defaults[key])
             # a person writes 60 where 60.0 is meant, and JSON has one kind of number
-            if type(value) is int and type(defaults[key]) is float:
-                fields[key] = float(value)
-            elif type(value) is not type(defaults[key]):
-                kind = type(defaults[key]).__name__
+            fields[key] = float(value) if kind is float and type(value) is int else value
+            if type(fields[key]) is not kind:
                 raise ValueError(
-                    f"{cls.__name__}.{key} must be {kind}, not {dump_line(value)[:60]}"
+                    f"{cls.__name__}.{key} must be {kind.__name__}, not {dump_line(value)[:60]}"
                 )
-            if value.__class__ is list and not is_texts(value):
+            if kind is list and not is_texts(value):
                 raise ValueError(f"{cls.__name__}.{key} must be a list of text")
         return cls._make(fields.values())
 
@@ -1922,8 +1939,8 @@ def drop_relative_places() -> None:
 def is_isolated(repo: str = "") -> bool:
     """Whether agents are sandboxed: as this process was told, else as the farm was started."""
     if repo and "FARM_ISOLATE" not in os.environ:
-        farm = read_json_lines(f"{repo}/coordination/farm.json")
-        os.environ["FARM_ISOLATE"] = str(next(farm, {}).get("isolation", "none"))
+        farm = read_object(f"{repo}/coordination/farm.json")
+        os.environ["FARM_ISOLATE"] = str(farm.get("isolation", "none"))
         drop_relative_places()
     return os.environ.get("FARM_ISOLATE", "none") not in ("", "none")
 
@@ -2615,27 +2632,16 @@ class Reader(Folder):
         """
         name = LOOP_FILE if os.path.exists(self.path(LOOP_FILE)) else AGENTS_FILE
         data, agents = self.read_json(name) or {}, self.read_part(name, "agents")
-        told, work, lapses, changes = (
-            data.get(key) for key in ("told", "work", "lapses", "changes")
-        )
+        agents = items_of(agents, lambda record: isinstance(record, dict))
+        told = data.get("told")
         return {
-            "agents": {
-                key: {"ends": [], **record}
-                for key, record in agents.items()
-                if isinstance(record, dict)
-            },
+            "agents": {key: {"ends": [], **record} for key, record in agents.items()},
             "told": told if is_texts(told) else [],
-            "lapses": lapses if isinstance(lapses, dict) and is_texts([*lapses.values()]) else {},
-            "changes": {
-                key: pair
-                for key, pair in object_of(changes).items()
-                if is_texts(pair) and len(pair) == 3
-            },
-            "work": {
-                key: pair
-                for key, pair in object_of(work).items()
-                if isinstance(pair, list) and list(map(type, pair)) == [int, int]
-            },
+            "lapses": items_of(data.get("lapses"), lambda at: isinstance(at, str)),
+            "changes": items_of(
+                data.get("changes"), lambda change: is_texts(change) and len(change) == 3
+            ),
+            "work": items_of(data.get("work"), is_number_pair),
         }
 
     def farm(self) -> dict:
@@ -2678,8 +2684,7 @@ class Reader(Folder):
             if not isinstance(done, dict) or not all(type(rev) is int for rev in done.values()):
                 raise ValueError("done must be an object of id: rev")
             Ids.from_json(data.get("archived", {}))
-            seqs = data.get("seqs", [0, 0])
-            if not isinstance(seqs, list) or [type(one) for one in seqs] != [int, int]:
+            if not is_number_pair(data.get("seqs", [0, 0])):
                 raise ValueError("seqs must be two numbers")
             if type(data.get("archive_bytes", 0)) is not int:
                 raise ValueError("archive_bytes must be a number")
@@ -2888,7 +2893,7 @@ class Store(Reader):
                 self.write_queue(name, State())
         # before the event that says all is made; a kill until then has the next verb do it again
         note_home(self.repo)
-        self.append_event("created", None)
+        self.append_event("created")
         self.guard()
 
     def write_durably(
@@ -2966,7 +2971,7 @@ class Store(Reader):
             pass
 
     # The whole record in each event: mending rebuilds a lost queue from the last one of each task.
-    def append_event(self, event: str, task: Task | None, **details) -> None:
+    def append_event(self, event: str, task: Task | None = None, **details) -> None:
         """One line of history with the task's full record. Not fsynced, and no reason to fail:
         the queues are the truth."""
         record = {"at": utc_now(), "event": event, **details}
@@ -4580,7 +4585,7 @@ class Verdicts:
         # disk, for it is no evidence.
         self.unjudged, self.silent, self.ask_again_at = Counter(), {}, 0.0
         # over all that was ever gated: one queue alone shows too little of a gate's flakes
-        known = next(read_json_lines(store.path(self.sums_file())), {})
+        known = read_object(store.path(self.sums_file()))
         self.sums = {key: count(known, key) for key in ("green_trees", "flaky_trees")}
         # The sums are a short cut: where their file is gone, all verdicts are read once more, of
         # which a busy farm has thousands.
@@ -4851,7 +4856,7 @@ class Slots:
         prefix = isolated("gate", self.store.repo, folder)
         gate.start(folder, self.settings, log, self.wake, prefix)
         self.gates.append(gate)
-        self.store.append_event("gate-started", None, **gate.named())
+        self.store.append_event("gate-started", **gate.named())
 
     def reap(self) -> list[Gate]:
         """Those that are over, their slots free again."""
@@ -4884,7 +4889,7 @@ class Slots:
 
     def note_end(self, gate: Gate, verdict: Verdict) -> None:
         """Each gate-started in the history has its gate-ended."""
-        self.store.append_event("gate-ended", None, **gate.named(), **verdict._asdict())
+        self.store.append_event("gate-ended", **gate.named(), **verdict._asdict())
 
     # Before anything else uses the slots: a dead merger's gate would go on in a folder that is
     # being made another tree.
@@ -5966,7 +5971,7 @@ class Merger:
 def find_activity(store: Store) -> dict:
     """What a live merger is doing (merge_queue/now.json); empty when none runs."""
     now = store.read_json(NOW_FILE) or {}
-    shapes = {
+    kinds = {
         "pid": int,
         "start": str,
         "target": str,
@@ -5976,7 +5981,7 @@ def find_activity(store: Store) -> dict:
     }
     gates = now.get("testing", [])
     if (
-        not all(isinstance(now.get(key), kind) for key, kind in shapes.items())
+        not has_kinds(now, kinds)
         or not all(isinstance(gate, dict) and is_texts(gate.get("ids")) for gate in gates)
         or not is_texts(now["trouble"])
         or len(now["trouble"]) not in (0, 2)
@@ -5989,7 +5994,7 @@ def find_activity(store: Store) -> dict:
 # counts.
 def find_reviews(store: Store, state: State) -> dict[str, str]:
     """id -> commit of what is green and waits for a yes, as the merger has found it last."""
-    told = object_of(next(read_json_lines(store.path(NOW_FILE)), {}).get("reviews"))
+    told = object_of(read_object(store.path(NOW_FILE)).get("reviews"))
     return {
         task.id: task.commit
         for task in state.ready.values()
@@ -6288,8 +6293,7 @@ class ClaudeCode(Cli):
 
     def read_session(self, home: str, pid: int) -> dict:
         """From sessions/PID.json, when it is that of this very process."""
-        path = f"{self.folder(home)}/sessions/{pid}.json"
-        told = next(read_json_lines(path), {})
+        told = read_object(f"{self.folder(home)}/sessions/{pid}.json")
         is_known = type(told.get("statusUpdatedAt")) is int
         # a file of that pid may be left from a process before the last reboot
         return told if is_known and told.get("procStart") == start_of(pid) else {}
@@ -6318,7 +6322,7 @@ class ClaudeCode(Cli):
 
     def read_cost(self, path: str, conversation: str) -> float:
         """From what its status line was told."""
-        told = next(read_json_lines(path), {})
+        told = read_object(path)
         # the file may still hold what the conversation before this one has cost
         cost = told.get("cost") if told.get("session_id") == conversation else None
         return dollars_of(object_of(cost).get("total_cost_usd"))
@@ -6897,9 +6901,7 @@ def read_usage(store: Store, *, is_whole: bool = False) -> list[dict]:
 
 def is_usage(line: dict) -> bool:
     kinds = {"task": str, "agent": str, "fence": str, "tokens_in": int, "tokens_out": int}
-    return isinstance(line.get("cost_usd"), (int, float)) and all(
-        isinstance(line.get(key), kind) for key, kind in kinds.items()
-    )
+    return has_kinds(line, {**kinds, "cost_usd": (int, float)})
 
 
 def note_review(store: Store, command: str, task: Task, log: str) -> None:
@@ -7031,12 +7033,8 @@ def limit_key(preset: str) -> str:
 def read_limits(store: Store) -> dict[str, dict]:
     """preset -> {"cause", "until" (UTC; empty: until a person has acted), "said", "count"} of
     what holds a CLI up."""
-    return {
-        name: limit
-        for name, limit in store.read_part(LIMITS_FILE, "presets").items()
-        if isinstance(limit, dict)
-        and is_texts([limit.get(key) for key in ("cause", "until", "said")])
-    }
+    kinds = dict.fromkeys(("cause", "until", "said"), str)
+    return items_of(store.read_part(LIMITS_FILE, "presets"), lambda limit: has_kinds(limit, kinds))
 
 
 def find_limit(store: Store, preset: str) -> str:
@@ -7088,7 +7086,7 @@ def set_mode(store: Store, mode: str, reason: str = "") -> None:
         if mode == "running":
             forget_limits(tx)
         tx.store.write_json(FARM_FILE, {**farm, "mode": mode, "reason": reason})
-        tx.store.append_event("paused" if mode == "paused" else "resumed", None, why=reason)
+        tx.store.append_event("paused" if mode == "paused" else "resumed", why=reason)
 
 
 def pause_until(outcome: Outcome, times: int, now: float) -> str:
@@ -8575,7 +8573,6 @@ class Supervisor:
         if waits[0] != waits[1]:
             self.store.append_event(
                 "agent-waits" if waits[1] else "agent-goes-on",
-                None,
                 agent=name,
                 why=turn.get("message", ""),
                 id=claim.task["id"],
@@ -8933,7 +8930,7 @@ class Farm:
                     record = self.agents[name] = {"ends": []}
                 if record.get("pid") != session.pid:
                     record["pid"] = session.pid
-                    self.store.append_event("session-started", None, agent=name)
+                    self.store.append_event("session-started", agent=name)
                 continue
             if record.pop("pid", None) is None and "down" in record:
                 continue
@@ -8944,7 +8941,7 @@ class Farm:
             worktree = worktree_of(self.repo, self.settings, name)
             if os.path.isdir(worktree):
                 record["rescue"] = rescue(self.repo, name, worktree)
-            self.store.append_event("session-ended", None, agent=name, cause=record["cause"])
+            self.store.append_event("session-ended", agent=name, cause=record["cause"])
             say(f"{name}: {record['cause']}")
 
     def expire(self) -> None:
@@ -9707,8 +9704,7 @@ def order(store: Store, host: str, *argv: str, stdin: str = "", seconds: float =
     try:
         if not wait_for(lambda: os.path.exists(path + ".answer"), seconds, 0.05):
             raise FarmError(f"{host} has not answered within {seconds:.0f} s", "./farm.py status")
-        with open(path + ".answer", encoding="utf-8") as file:
-            return json.load(file)
+        return read_object(path + ".answer")
     finally:
         for ending in (".order", ".answer"):
             if os.path.exists(path + ending):
@@ -10832,7 +10828,7 @@ TASK_KEYS = (
 
 def word(record, key: str, width: int = 100) -> str:
     """A field of an event that anybody may have written, as one line; empty when it is no text."""
-    value = record.get(key) if isinstance(record, dict) else None
+    value = object_of(record).get(key)
     return one_line(value, width) if isinstance(value, str) else ""
 
 
