@@ -4580,16 +4580,18 @@ class Verdicts:
         self.key = hashlib.sha1(
             json.dumps([gate, named]).encode(), usedforsecurity=False
         ).hexdigest()[:8]
+        # not below results/, where what is old is swept away
+        self.sums_path = store.path(f"merge_queue/verdicts-{self.key}.json")
         self.memo: dict[str, Evidence] = {}  # the planner asks for each prefix at each tick
         # Trees that gave no verdict: how often, why, and when to ask the target again. Never on
         # disk, for it is no evidence.
         self.unjudged, self.silent, self.ask_again_at = Counter(), {}, 0.0
         # over all that was ever gated: one queue alone shows too little of a gate's flakes
-        known = read_object(store.path(self.sums_file()))
+        known = read_object(self.sums_path)
         self.sums = {key: count(known, key) for key in ("green_trees", "flaky_trees")}
         # The sums are a short cut: where their file is gone, all verdicts are read once more, of
         # which a busy farm has thousands.
-        for name in () if known else self.store.disk.list_folder(self.store.path("results")):
+        for name in () if known else names_in(store.path("results"), store.disk.list_folder):
             if name.endswith(f"-{self.key}.json"):
                 self.count(self.evidence_in(f"results/{name}"), 1)
 
@@ -4601,12 +4603,12 @@ class Verdicts:
     def reds_needed(self) -> int:
         return reds_needed(**self.sums)
 
-    # Not below results/, where what is old is swept away.
-    def sums_file(self) -> str:
-        return f"merge_queue/verdicts-{self.key}.json"
+    def name_of(self, tree: str) -> str:
+        return f"results/{tree[:16]}-{self.key}.json"
 
-    def name_of(self, tree: str, ending: str) -> str:
-        return f"results/{tree[:16]}-{self.key}.{ending}"
+    def log_of(self, tree: str) -> str:
+        """The path of what the gate printed about a tree."""
+        return self.store.path(f"results/{tree[:16]}-{self.key}.log")
 
     def evidence(self, tree: str) -> Evidence:
         """Greens and reds of a tree. Without a gate every tree counts as green. Raises
@@ -4614,7 +4616,7 @@ class Verdicts:
         if not self.gate:
             return Evidence(1, 0)
         if tree not in self.memo:
-            self.memo[tree] = self.evidence_in(self.name_of(tree, "json"))
+            self.memo[tree] = self.evidence_in(self.name_of(tree))
         return self.memo[tree]
 
     def runs_in(self, name: str) -> list[dict]:
@@ -4626,7 +4628,7 @@ class Verdicts:
 
     def record(self, tree: str, verdict: Verdict) -> None:
         """Add one run's verdict, durably."""
-        name = self.name_of(tree, "json")
+        name = self.name_of(tree)
         data = self.store.read_json(name) or {
             "schema": SCHEMA,
             "tree": tree,
@@ -4640,7 +4642,7 @@ class Verdicts:
         if len(self.memo) > 1000:
             self.forget()
         self.count(self.evidence(tree), 1)
-        write_object(self.store.path(self.sums_file()), self.sums)
+        write_object(self.sums_path, self.sums)
 
     def hold_red(self, tree: str, verdict: Verdict) -> None:
         """A tree that twice gave no verdict is held to be red, in memory only, for it is no
@@ -4677,14 +4679,14 @@ class Verdicts:
 
     def told_by(self, tree: str) -> str:
         """Which host has said what of a tree; empty where its gates ran here."""
-        runs = self.runs_in(self.name_of(tree, "json"))
+        runs = self.runs_in(self.name_of(tree))
         told = ", ".join(f"{run['colour']} {run['note']}" for run in runs if run["note"])
         return told and f" ({told})"
 
     # It goes back with the work, for an agent to read: the end says what has failed.
     def tail(self, tree: str) -> str:
         """The end of what the gate printed about a tree."""
-        printed = read_printable(self.store.path(self.name_of(tree, "log")))
+        printed = read_printable(self.log_of(tree))
         return "".join(printed.splitlines(keepends=True)[-60:])[-16_000:]
 
 
@@ -4920,16 +4922,10 @@ tree of the chain after it."""
 
 # The commit's date will be that of the submission: made at any other time, the chain has the same
 # shas.
-def chain_line(task: Task) -> str:
+def chain_row(task: Task) -> tuple[str, ...]:
     """One entry of merge/chain.sh's input."""
-    fields = (
-        task.id,
-        task.commit,
-        str(int(epoch(task.submitted_at))),
-        task.agent,
-        one_line(task.title),
-    )
-    return write_tsv([fields])
+    at = str(int(epoch(task.submitted_at)))
+    return task.id, task.commit, at, task.agent, one_line(task.title)
 
 
 def show_tip(repo: str, revision: str) -> Step:
@@ -4978,18 +4974,16 @@ class Chain:
         said = run_script("merge/find-author.sh", "-C", self.store.repo, commit, allow=(0, 1))
         who = said.rows
         by = f"; that commit was made by {who[0][0]} for {who[0][1]}" if who else ""
-        verdict = self.store.path(self.verdicts.name_of(tree, "log"))
         return (
             f"{name} itself is red at {commit[:10]}: the gate fails on it without any new work{by} "
-            f"(see {verdict})",
+            f"(see {self.verdicts.log_of(tree)})",
             f"mend {name} and commit, and it goes on by itself; or have all judged again: "
             f"rm {self.store.path('results')}/*-{self.verdicts.key}.json",
         )
 
     def build_all(self, apart=()) -> list[Step]:
         """A Step for each ready task but those `apart`, in landing order."""
-        line = [task for task in self.tasks.values() if task.id not in apart]
-        return self.build(line, self.base.commit)
+        return self.build([task for task in self.tasks.values() if task.id not in apart])
 
     def run_script(self, tasks: list[Task], base: str) -> list[Step]:
         """merge/chain.sh from the commit `base` on: the first Step is the base itself."""
@@ -4997,21 +4991,21 @@ class Chain:
         result = run_script(
             "merge/chain.sh",
             *args,
-            stdin="".join(map(chain_line, tasks)),
+            stdin=write_tsv(map(chain_row, tasks)),
             env={"FARM_CONFLICTS": self.store.path("returns"), "FARM_IDENTITY": self.identity},
         )
         return [Step(*(row + [""] * 5)[:5]) for row in result.rows]
 
-    def build(self, tasks: list[Task], parent: str) -> list[Step]:
-        """Each task merged on those before it that merge, from `parent` on; steps known from
+    def build(self, tasks: list[Task]) -> list[Step]:
+        """Each task merged on those before it that merge, on the target; steps known from
         earlier ticks are not redone."""
         # the chain is deterministic, so the same place and the same commit always give the same
         # step
-        known, tip = [], parent
+        known, tip = [], self.base.commit
         for task in tasks:
             step = self.steps.get((tip, task.id, task.commit))
             # what held it has landed: now it conflicts
-            if step is None or (step.status == "held" and tip == parent):
+            if step is None or (step.status == "held" and tip == self.base.commit):
                 break
             known.append(step)
             tip = step.commit if step.status == "ok" else tip
@@ -5019,11 +5013,11 @@ class Chain:
         if not rest:
             return known
         steps = self.run_script(rest, tip)[1:]
-        if tip != parent and any(step.status != "ok" for step in steps):
+        if tip != self.base.commit and any(step.status != "ok" for step in steps):
             # The script takes `tip` for the target. Only the whole chain tells a conflict with the
             # target from one with the work ahead, and what has landed from what is only in the work
             # ahead, which may yet come back.
-            known, rest, tip = [], tasks, parent
+            known, rest, tip = [], tasks, self.base.commit
             steps = self.run_script(rest, tip)[1:]
         for task, step in zip(rest, steps, strict=True):
             self.steps[(tip, task.id, task.commit)] = step
@@ -5076,7 +5070,7 @@ class Chain:
         """The last step of the chain of `ids` on the target; None when they do not merge so."""
         if not ids:
             return self.base
-        steps = self.build([self.tasks[task_id] for task_id in ids], self.base.commit)
+        steps = self.build([self.tasks[task_id] for task_id in ids])
         return steps[-1] if all(step.status == "ok" for step in steps) else None
 
 
@@ -5474,10 +5468,11 @@ class Review:
     def go_on(self, tasks: list[Task]) -> bool:
         """Do what the command has said, or ask it about the next of `tasks`, whose gates are
         green; True when something has moved."""
-        if self.gate is not None and not self.gate.is_done:
-            return False
-        if self.gate is not None and self.take_answer(self.gate, self.task):
-            return True
+        if self.gate is not None:
+            if not self.gate.is_done:
+                return False
+            if self.take_answer(self.gate, self.task):
+                return True
         left = [task for task in tasks if task.commit not in self.silent]
         if left and self.settings.reviewer:
             self.ask(left[0])
@@ -5621,7 +5616,7 @@ class MergeQueue:
         for task_id, task in self.waiting.items():
             # the others go first: this one may be one of a hundred
             if any(gate.is_done for gate in self.slots.gates) or self.move_ungated(
-                self.chain.build([task], self.chain.base.commit)
+                self.chain.build([task])
             ):
                 return True
             answer = plan((task_id,), self.chain.evidence_of, 1, 0.5, reds=reds)
@@ -5755,8 +5750,7 @@ class MergeQueue:
     def start_gate(self, ids: tuple, step: Step, diagnosis: Task | None = None) -> None:
         """A gate on the tree of `ids` on the target, or on a returned entry's own."""
         commit, tree = self.chain.next_to_gate(step)
-        log = self.store.path(self.verdicts.name_of(tree, "log"))
-        self.slots.start(ids, commit, tree, log, diagnosis)
+        self.slots.start(ids, commit, tree, self.verdicts.log_of(tree), diagnosis)
         self.front += [task_id for task_id in ids if task_id not in self.front]
         self.tally.counts["gates"] += not diagnosis
 
@@ -5793,7 +5787,7 @@ class MergeQueue:
     def land(self, ids: tuple) -> bool:
         """Move the target to the tested commit of `ids`."""
         tasks = [self.tasks[task_id] for task_id in ids]
-        steps = self.chain.build(tasks, self.chain.base.commit)
+        steps = self.chain.build(tasks)
         has_moved = self.landing.land(tasks, steps, self.chain.base.commit)
         self.trouble, self.just_landed = self.landing.trouble, None
         if not has_moved:
