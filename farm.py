@@ -401,6 +401,18 @@ def names_in(folder: str, list_folder=os.listdir) -> list[str]:
         return []
 
 
+def write_all(descriptor: int, data: bytes) -> None:
+    """All of it: a signal or a disk that is nearly full cuts a write short."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def make_parent(path: str) -> None:
+    """The folder that a file is to lie in."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+
+
 class Disk:
     """The file system calls of a move, one method each: the seam where tests cut the power."""
 
@@ -418,9 +430,7 @@ class Disk:
             os.unlink(path)
             descriptor = os.open(path, flags, 0o666)
         try:
-            view = memoryview(data)
-            while view:  # a signal or a disk that is nearly full cuts a write short
-                view = view[os.write(descriptor, view) :]
+            write_all(descriptor, data)
             # before the name is there: else a power cut may leave the name on an empty file
             os.fsync(descriptor)
         finally:
@@ -447,9 +457,7 @@ class Disk:
         try:
             size = os.fstat(descriptor).st_size
             torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
-            view = memoryview(b"\n" + data if torn else data)
-            while view:
-                view = view[os.write(descriptor, view) :]
+            write_all(descriptor, b"\n" + data if torn else data)
             if durably:
                 os.fsync(descriptor)
             return os.fstat(descriptor).st_size
@@ -1270,6 +1278,21 @@ def kill_group(group: int) -> None:
         pass
 
 
+def start_apart(argv: list[str], **options):
+    """A process that leads a session of its own, where no signal to our group reaches it; with
+    nothing on its standard input, unless `options` (Popen's) name something."""
+    import subprocess
+
+    options = {"stdin": subprocess.DEVNULL, **options}
+    return subprocess.Popen(argv, start_new_session=True, **options)
+
+
+def end_apart(process) -> None:
+    """End what `start_apart` has started, and all of its group."""
+    kill_group(process.pid)
+    process.wait()
+
+
 # an empty folder among the slots, where FARM_REVIEWER runs
 REVIEWER = "tmp/reviewer"
 
@@ -1810,7 +1833,7 @@ def note_home(repo: str) -> None:
     common = find_git_dirs(repo)[1]
     if common and (os.path.basename(common) != ".git" or is_bare(common)):
         note = f"{common}/{FARM_HOME_NOTE}"
-        os.makedirs(os.path.dirname(note), exist_ok=True)
+        make_parent(note)
         write_whole(note, repo + "\n")
 
 
@@ -2507,7 +2530,7 @@ class Folder:
         # info/exclude and not .gitignore, which is the user's file and is committed
         exclude = f"{common}/info/exclude"
         if "/coordination/" not in read_line(exclude).splitlines():
-            os.makedirs(os.path.dirname(exclude), exist_ok=True)
+            make_parent(exclude)
             self.disk.append(exclude, b"/coordination/\n")
         self.keep_copy()
 
@@ -3010,7 +3033,7 @@ def take_mutex(path: str) -> int:
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except FileNotFoundError:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            make_parent(path)
         os.close(descriptor)
 
 
@@ -3544,9 +3567,6 @@ class LockRegistry:
         claim = claim._replace(locks=[name for name in claim.locks if name not in names])
         self.tx.write_lock(claim) if claim.locks or claim.task else self.tx.remove_lock(agent)
 
-    def has_dead_owner(self) -> bool:
-        return any(map(is_orphan, self.tx.state.claims.values()))
-
 
 def describe_holder(claim: Claim) -> str:
     """Who holds a lock file, in words."""
@@ -3855,7 +3875,7 @@ class TaskQueue:
         rescues: agent -> ref of the unsaved work that was kept.
         """
         ended = []
-        for claim in list(self.tx.state.claims.values()):
+        for claim in list(self.state.claims.values()):
             alive = find_liveness(claim.get_owner())
             if alive or alive is None and not is_lapsed(claim):
                 continue
@@ -3864,7 +3884,7 @@ class TaskQueue:
                 rescue = (rescues or {}).get(claim.agent, "")
                 self.requeue_orphan(claim, rescue, is_seen=alive is False)
             # the move took the file along where it held no named locks
-            if claim.agent in self.tx.state.claims:
+            if claim.agent in self.state.claims:
                 self.tx.remove_lock(claim.agent)
             ended.append(claim)
         return ended
@@ -3889,18 +3909,9 @@ class TaskQueue:
     def end_claim(self, claim: Claim, rescue: str = "") -> None:
         """End a claim whose agent the farm itself has stopped: no attempt is counted, the branch
         is the next one's start."""
-        task = claim.get_task()
-        if task:
-            self.give_back(
-                task,
-                task.reason,
-                "release",
-                counts=False,
-                start=branch_of(claim.agent, task.id),
-                rescue=rescue,
-                resume=True,
-            )
-        if claim.agent in self.tx.state.claims:
+        if claim.task:
+            self.release(claim.agent, claim.fence, rescue=rescue)
+        if claim.agent in self.state.claims:
             self.tx.remove_lock(claim.agent)
 
     def keep_for_agents(self, agents: list[str]) -> None:
@@ -4026,7 +4037,7 @@ def take_over(store: Store, settings: Settings, watch: LeaseWatch, move):
     rescues = None
     while True:
         with store.transaction() as tx:
-            if rescues is not None or not LockRegistry(tx).has_dead_owner():
+            if rescues is not None or not any(map(is_orphan, tx.state.claims.values())):
                 TaskQueue(tx).expire(watch.is_lapsed, rescues)
                 return move(tx)
         rescues = rescue_dead_owners(store, settings)
@@ -4750,14 +4761,12 @@ class Gate:
         env = {key: value for key, value in os.environ.items() if not key.startswith("FARM_")}
         port = str(port_base(os.path.dirname(self.folder)) + self.slot)
         env.update(TMPDIR=temp, FARM_PORT=port, FARM_SLOT=self.folder, GIT_TERMINAL_PROMPT="0")
-        return subprocess.Popen(
+        return start_apart(
             command,
             cwd=self.folder,
             env={**env, **isolation_environment()},
-            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
         )
 
     def keep_output(self) -> None:
@@ -7938,13 +7947,12 @@ class WorkCount:
         with tempfile.TemporaryFile() as lines:
             lines.write(os.fsencode(write_tsv(rows)))
             lines.seek(0)
-            self.process = subprocess.Popen(
+            self.process = start_apart(
                 [*unfiltered(store.repo), *argv],
                 stdin=lines,
                 stdout=self.output,
                 stderr=subprocess.DEVNULL,
                 cwd=TOOLKIT,
-                start_new_session=True,
             )
 
     def collect(self) -> None:
@@ -7954,8 +7962,7 @@ class WorkCount:
         if self.process.poll() is None:
             if seconds < self.SECONDS_MAX:
                 return
-            kill_group(self.process.pid)
-            self.process.wait()
+            end_apart(self.process)
         self.output.seek(0)
         # without a last line that the kill has cut in two
         whole = os.fsdecode(self.output.read()).rpartition("\n")[0]
@@ -8216,7 +8223,7 @@ class SharedWatch:
     def remember(self) -> None:
         """What is so now is as it should be."""
         self.changes = {}
-        os.makedirs(os.path.dirname(self.note), exist_ok=True)
+        make_parent(self.note)
         write_object(self.note, self.read())
 
     def compare(self, busy: list[str]) -> None:
@@ -8687,24 +8694,19 @@ class Housekeeping:
     # disk) is tried again an hour later.
     def pack(self) -> None:
         """Have what agents and merges have written to git packed, when that is much."""
-        import subprocess
-
         code = self.packing.poll() if self.packing else 0
         if code:
             self.pack_at = CLOCK.monotonic() + SWEEP_SECONDS
         self.packing = self.packing if code is None else None
         if self.packing is None and CLOCK.monotonic() >= self.pack_at:
-            self.packing = subprocess.Popen(
-                ["bash", f"{SCRIPTS}/merge/pack-objects.sh", "-C", self.store.repo],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
+            self.packing = start_apart(
+                ["bash", f"{SCRIPTS}/merge/pack-objects.sh", "-C", self.store.repo]
             )
 
     def close(self) -> None:
         """End the packing; what is not in a pack yet stays as it is."""
         if self.packing and self.packing.poll() is None:
-            kill_group(self.packing.pid)
-            self.packing.wait()
+            end_apart(self.packing)
 
     # Of trees that is safe for all: without its verdict a tree is gated once more. Prompts and
     # returns of tasks that are not done are still read.
@@ -8762,19 +8764,16 @@ class MergerProcess:
     # A session of its own: a Ctrl-C in the terminal of a foreground `run` goes to all of its group,
     # while it is for `down` to end the merger.
     def start(self) -> None:
-        import subprocess
-
-        os.makedirs(self.store.path("logs"), exist_ok=True)  # somebody may have tidied up
-        with open(self.store.path("logs/merger.log"), "ab") as log:
-            self.process = subprocess.Popen(
+        path = self.store.path("logs/merger.log")
+        make_parent(path)  # somebody may have tidied up
+        with open(path, "ab") as log:
+            self.process = start_apart(
                 [f"{SCRIPTS}/farm", "--repo", self.store.repo, "merge", "--watch"],
-                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=TOOLKIT,
                 # this interpreter, as it has the packages that a merger needs
                 env={**os.environ, "FARM_AS_TOLD": "1", "FARM_PYTHON": sys.executable},
-                start_new_session=True,
             )
 
 
@@ -9124,8 +9123,9 @@ class Farm:
             return  # nothing is written where everything was taken away
         text = f"{utc_now()}\n{traceback.format_exc()}"
         try:
-            os.makedirs(self.store.path("logs"), exist_ok=True)
-            self.store.disk.append(self.store.path("logs/loop.log"), text.encode())
+            path = self.store.path("logs/loop.log")
+            make_parent(path)
+            self.store.disk.append(path, text.encode())
         except OSError:
             pass  # a full disk, which was the failure itself: the loop outlives that, too
 
@@ -9506,20 +9506,18 @@ def run_notice(command: str, event: dict, store: Store) -> None:
     env = {**os.environ, "FARM_REPO": store.repo, "FARM_AGENT_NAME": CONTROL}
     try:
         with open(store.path("logs/notify.log"), "ab") as log:
-            process = subprocess.Popen(
+            process = start_apart(
                 shell(command),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 cwd=store.repo,
                 env=env,
-                start_new_session=True,
             )
             try:
                 process.communicate(line_bytes(event), timeout=NOTICE_SECONDS)
             except subprocess.TimeoutExpired:
-                kill_group(process.pid)
-                process.wait()
+                end_apart(process)
                 # what it had started dies with it; the kernel takes its time to bury it
                 end_all(lambda: in_session(process.pid), 2)
             log.write(f"{utc_now()} {event['event']}: exit code {process.returncode}\n".encode())
@@ -9652,8 +9650,9 @@ class HostMoves:
         told = {"heard_at": utc_now(), "agents": records}
         told.update({key: one_line(str(about.get(key, "")), 500) for key in TOLD_OF_HOST})
         told["apart"] = round(float(about.get("now", CLOCK.now())) - CLOCK.now())
-        os.makedirs(self.store.path("hosts"), exist_ok=True)
-        write_object(self.store.path(f"hosts/{self.host}.json"), told)
+        path = self.store.path(f"hosts/{self.host}.json")
+        make_parent(path)
+        write_object(path, told)
 
     def fail(self, words: dict) -> None:
         """fail, release or submit, as the host's own record of the "task" tells of its end: why,
@@ -9693,7 +9692,7 @@ def order(store: Store, host: str, *argv: str, stdin: str = "", seconds: float =
     """Have a host run a verb on its own farm: {"code", "out", "err"}. Its connection takes the
     order there, as no host need be reached from here. Raises FarmError when nothing comes back."""
     path = store.path(f"orders/{host}/{random_uuid()}")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    make_parent(path)
     write_object(path + ".order", {"argv": argv, "stdin": stdin})
     try:
         if not wait_for(lambda: os.path.exists(path + ".answer"), seconds, 0.05):
@@ -9767,14 +9766,11 @@ class Link:
 
     def connect(self) -> None:
         import socket
-        import subprocess
 
         self.socket, other = socket.socketpair()
         self.reader = self.socket.makefile("rb")
         with other:
-            self.process = subprocess.Popen(
-                ["bash", "-c", self.command], stdin=other, stdout=other, start_new_session=True
-            )
+            self.process = start_apart(["bash", "-c", self.command], stdin=other, stdout=other)
         told = self.exchange("hello", self.owner)
         if told["code"]:
             self.close()
@@ -9795,8 +9791,7 @@ class Link:
     def close(self) -> None:
         """End the connection and what it runs in."""
         if self.process is not None:
-            kill_group(self.process.pid)
-            self.process.wait()
+            end_apart(self.process)
             self.reader.close()
             self.socket.close()
             self.process = None
@@ -10568,9 +10563,7 @@ class Terminal:
 
     # Not by sys.stdout: what Ctrl-Z comes in the middle of may not be entered again.
     def write(self, text: str) -> None:
-        data = text.encode(sys.stdout.encoding, "replace")
-        while data:
-            data = data[os.write(1, data) :]
+        write_all(1, text.encode(sys.stdout.encoding, "replace"))
 
     def draw(self, lines: list[str]) -> None:
         """One write a frame, each line cleared behind its end: no flicker, and nothing of the
