@@ -3592,8 +3592,8 @@ class LeaseWatch:
     """Leases of owners that cannot be seen, counted on this process's monotonic clock from the
     first look at each renewal."""
 
-    def __init__(self, lease_seconds: float, host_lease_seconds: float = 90.0):
-        self.lease_seconds, self.host_lease_seconds = lease_seconds, host_lease_seconds
+    def __init__(self, settings: Settings):
+        self.settings = settings
         # agent -> (its renewal, when that was seen first)
         self.first_seen = {}
 
@@ -3603,8 +3603,8 @@ class LeaseWatch:
         renewal = (claim.fence, claim.claimed_at, claim.renewals)
         if self.first_seen.get(claim.agent, ((), 0.0))[0] != renewal:
             self.first_seen[claim.agent] = (renewal, CLOCK.monotonic())
-        is_on_host = claim.get_owner().is_on_host
-        lease = self.host_lease_seconds if is_on_host else self.lease_seconds
+        is_on_host, told = claim.get_owner().is_on_host, self.settings
+        lease = told.host_lease_seconds if is_on_host else told.lease_seconds
         return self.first_seen[claim.agent][1] + lease - CLOCK.monotonic()
 
     def is_lapsed(self, claim: Claim) -> bool:
@@ -4029,7 +4029,7 @@ def rescue_dead_owners(store: Store, settings: Settings) -> dict[str, str]:
 
 # Two rounds at most: an owner that dies during the rescues leaves its unsaved work in its
 # worktree, which nobody resets before a rescue of its own.
-def take_over(store: Store, settings: Settings, watch: LeaseWatch, move):
+def take_over(store: Store, watch: LeaseWatch, move):
     """`move(tx)` in a transaction in which dead owners hold nothing any more.
 
     Their unsaved work is kept first, outside of it: no git runs under the mutex.
@@ -4040,7 +4040,7 @@ def take_over(store: Store, settings: Settings, watch: LeaseWatch, move):
             if rescues is not None or not any(map(is_orphan, tx.state.claims.values())):
                 TaskQueue(tx).expire(watch.is_lapsed, rescues)
                 return move(tx)
-        rescues = rescue_dead_owners(store, settings)
+        rescues = rescue_dead_owners(store, watch.settings)
 
 
 def describe_wait(task: Task, state: State, now: float) -> str:
@@ -7474,12 +7474,10 @@ def check_hand_out(store: Store, settings: Settings) -> None:
         )
 
 
-def claim_once(
-    call: Call, agent: str, owner: Owner, watch: LeaseWatch, settings: Settings
-) -> Claim:
+def claim_once(call: Call, agent: str, owner: Owner, watch: LeaseWatch) -> Claim:
     """Free what dead owners hold, then claim. Raises NotFound when there is nothing, or the farm
     takes no new work."""
-    check_hand_out(call.store, settings)
+    check_hand_out(call.store, watch.settings)
     preset = given("FARM_PRESET")
     # a claim by hand is nobody's preset
     key = limit_key(preset) if preset or given("FARM_AGENT") else ""
@@ -7489,11 +7487,11 @@ def claim_once(
     def move(tx: Transaction) -> Claim:
         # in the transaction of the claim: of ten agents that come at once, one is to be the trial
         begin_trial(tx, key, CLOCK.now())
-        takes = find_presets(call.store, settings, key) if key else None
+        takes = find_presets(call.store, watch.settings, key) if key else None
         asked = (agent, owner, call.get("id", ""), new_conversation(preset), takes)
         return TaskQueue(tx).claim(*asked)
 
-    return take_over(call.store, settings, watch, move)
+    return take_over(call.store, watch, move)
 
 
 # git's own words, and those of the programs that sign for it
@@ -8798,7 +8796,7 @@ class Farm:
         self.told, self.work = noted["told"], WorkCount()
         # agent -> when the lease of its unseen owner is over (UTC)
         self.lapses = {}
-        self.leases = LeaseWatch(settings.lease_seconds, settings.host_lease_seconds)
+        self.leases = LeaseWatch(settings)
         self.merger = MergerProcess(store)
         self.blocked = self.saved = ""
         self.identity = []  # user.name and user.email at the start by a person
@@ -9556,7 +9554,7 @@ class HostMoves:
                 f"{host} is this machine's own name, and no process of a host is looked for here",
                 "farm spoke HUB --name ANOTHER",
             )
-        self.watch = LeaseWatch(self.settings.lease_seconds, self.settings.host_lease_seconds)
+        self.watch = LeaseWatch(self.settings)
 
     def answer(self, line: bytes) -> dict:
         """Make one line's move."""
@@ -9605,9 +9603,7 @@ class HostMoves:
         agent, takes = self.get_agent(words), tuple(words["takes"])
         check_hand_out(self.store, self.settings)
         asked = (agent, self.owner, "", {"preset": get_text(words, "preset")}, takes)
-        claim = take_over(
-            self.store, self.settings, self.watch, lambda tx: TaskQueue(tx).claim(*asked)
-        )
+        claim = take_over(self.store, self.watch, lambda tx: TaskQueue(tx).claim(*asked))
         return {"claim": claim.to_json(), "returned": read_return(self.store, claim.get_task())}
 
     def renew(self, words: dict) -> dict:
@@ -11952,7 +11948,7 @@ def verb_retry(call: Call) -> int:
 def wait_until_made(call: Call, settings: Settings, error: type, move):
     """What `move(watch)` returns: while it raises `error`, again at each change of the state, up
     to --wait seconds."""
-    watch = LeaseWatch(settings.lease_seconds, settings.host_lease_seconds)
+    watch = LeaseWatch(settings)
     deadline = CLOCK.monotonic() + call.get("wait", 0)
     while True:
         before = call.store.signature()
@@ -11974,7 +11970,7 @@ def verb_claim(call: Call) -> None:
     agent, owner = call.agent(), caller(call.get("owner_pid"))
     settings = call.settings()
     claim = wait_until_made(
-        call, settings, NotFound, lambda watch: claim_once(call, agent, owner, watch, settings)
+        call, settings, NotFound, lambda watch: claim_once(call, agent, owner, watch)
     )
     cli = cli_of(given("FARM_PRESET"))
     resumes = cli.can_resume(claim)
@@ -12141,14 +12137,11 @@ def answer_request(agent: str, repo: str, path: str) -> dict:
 
 def acquire_waiting(call: Call, agent: str, names: list[str], owner: Owner) -> None:
     """Hold all names. Raises Refused."""
-    settings = call.settings()
 
     def acquire(watch: LeaseWatch) -> None:
-        take_over(
-            call.store, settings, watch, lambda tx: LockRegistry(tx).acquire(agent, names, owner)
-        )
+        take_over(call.store, watch, lambda tx: LockRegistry(tx).acquire(agent, names, owner))
 
-    wait_until_made(call, settings, Refused, acquire)
+    wait_until_made(call, call.settings(), Refused, acquire)
 
 
 def lock_names(call: Call, names: list[str]) -> list[str]:
