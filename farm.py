@@ -4273,43 +4273,33 @@ def parse_tasks(text: str, name: str) -> list[Task]:
 # anew at each tick with all the evidence there is, it remembers nothing: a kill or a person's
 # commit is nothing special to it. (tests/rooms/test_planner.py)
 
+# How often one tree passed and failed the gate; a time-out or a killed gate counts as neither.
 Evidence = namedtuple("Evidence", "greens reds")
-Evidence.__doc__ = """How often one tree passed and failed the gate; a time-out or a killed gate
-counts as neither."""
 
+# A gate run to start: `entries` merged in this order on the target, () for the target as it is.
+# `kind` is main (the next step), confirm (a single suspect again), target (is it the target
+# itself?) or speculative (useful if gates that have no verdict yet go as expected); `chance` that
+# its verdict will be used, 1.0 for the next.
 Test = namedtuple("Test", "entries kind chance")
-Test.__doc__ = """A gate run to start: `entries` merged in this order on the target, () for the
-target as it is.
 
-`kind` is main (the next step), confirm (a single suspect again), target (is it the target itself?)
-or speculative (useful if gates that have no verdict yet go as expected); `chance` that its verdict
-will be used, 1.0 for the next.
-"""
-
+# What to do now: land the first `land` entries, return the entry `guilty` (or None), start
+# `tests`.
+# `target_red` pauses the queue. `abandon` are running tests that no branch can use any more.
+# Landing and returning change the queue, so plan again after them; `tests` holds meanwhile (say,
+# while a file in the checkout is in the way).
 Plan = namedtuple("Plan", "land guilty target_red tests abandon")
-Plan.__doc__ = """What to do now: land the first `land` entries, return the entry `guilty` (or
-None), start `tests`.
 
-`target_red` pauses the queue. `abandon` are running tests that no branch can use any more. Landing
-and returning change the queue, so plan again after them; `tests` holds meanwhile (say, while a file
-in the checkout is in the way).
-"""
-
+# A place in the decision tree: `good` entries pass together, `rest` is open, in landing order.
+# `good + rest[:bound]` is known to fail (0: nothing is) and was red `reds` times; `trusted`:
+# `good` was seen green.
 Node = namedtuple("Node", "good rest bound reds trusted")
-Node.__doc__ = """A place in the decision tree: `good` entries pass together, `rest` is open, in
-landing order.
 
-`good + rest[:bound]` is known to fail (0: nothing is) and was red `reds` times; `trusted`: `good`
-was seen green.
-"""
-
+# What one call of `plan` takes for granted: tuple -> Evidence, failure rate, reds that prove,
+# strict.
 Known = namedtuple("Known", "evidence_of rate reds strict")
-Known.__doc__ = """What one call of `plan` takes for granted: tuple -> Evidence, failure rate, reds
-that prove, strict."""
 
+# The test that a node asks for, and the nodes after either answer (None: nothing left to plan).
 Question = namedtuple("Question", "entries green_chance if_green if_red")
-Question.__doc__ = """The test that a node asks for, and the nodes after either answer (None:
-nothing left to plan)."""
 
 TARGET_REDS = 2  # a pause calls a person: one unlucky run is not enough
 # a guess that only ranks speculation: that a repeated run answers otherwise than expected
@@ -4557,9 +4547,8 @@ def plan(
 # prints 100 MB fills no disk.
 OUTPUT_HEAD, OUTPUT_TAIL = 64 * 1024, 256 * 1024
 
+# One run's colour (green, red or none), the gate's exit code, its seconds, and why it is none.
 Verdict = namedtuple("Verdict", "colour exit_code seconds note")
-Verdict.__doc__ = """One run's colour (green, red or none), the gate's exit code, its seconds, and
-why it is none."""
 
 
 def no_verdict(note: str) -> Verdict:
@@ -4924,9 +4913,9 @@ class Slots:
 # same place and the same commits give the same shas, so that a verdict by tree holds over restarts.
 # (tests/scripts/test_scripts_chain.py)
 
+# One line of merge/chain.sh, which says what its status and detail mean; commit and tree of the
+# chain after it.
 Step = namedtuple("Step", "id status commit tree detail")
-Step.__doc__ = """One line of merge/chain.sh, which says what its status and detail mean; commit and
-tree of the chain after it."""
 
 
 # The commit's date will be that of the submission: made at any other time, the chain has the same
