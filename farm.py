@@ -1968,25 +1968,16 @@ def is_isolated(repo: str = "") -> bool:
     return os.environ.get("FARM_ISOLATE", "none") not in ("", "none")
 
 
-def run_on_tree(repo: str, worktree: str, name: str, *args: str, **options) -> ScriptResult:
-    """`run_script` for what works on files that an agent has left: in a sandbox of that agent, as
-    what lies there can make git run it."""
-    return run_script(name, *args, prefix=isolated("tree", repo, worktree), **options)
-
-
 # Looking is enough: `git status` and `git diff` start the filter that a tree's attributes choose,
 # and an agent can write those.
-def run_unfiltered(repo: str, name: str, *args: str, **options) -> ScriptResult:
-    """`run_script` for what looks at agents' trees from outside of a sandbox."""
-    return run_script(name, *args, prefix=unfiltered(repo), **options)
-
-
 def unfiltered(repo: str) -> list[str]:
     """What goes before a command that looks at agents' trees from outside of a sandbox."""
     script = f"{SCRIPTS}/sandbox/tame-filters.sh"
     return ["bash", script, "off", repo] if is_isolated(repo) else []
 
 
+# Of kind "tree" for what works on files that an agent has left: what lies there can make git run
+# it.
 def isolated(kind: str, repo: str, folder: str) -> list[str]:
     """What goes before a command that works in `folder`; confine.sh says what the kinds are."""
     script = f"{SCRIPTS}/sandbox/confine.sh"
@@ -2112,10 +2103,9 @@ def rescue(repo: str, agent: str, worktree: str) -> str:
     Never raises: one broken worktree must not stop the farm, and nobody resets it before its own
     rescue went through.
     """
+    at = ("-C", worktree, "-a", agent, worktree)
     try:
-        rows = run_on_tree(
-            repo, worktree, "rescue.sh", "save", "-C", worktree, "-a", agent, worktree
-        ).rows
+        rows = run_script("rescue.sh", "save", *at, prefix=isolated("tree", repo, worktree)).rows
     except FarmError as error:
         say(f"{agent}: its unsaved work stays in {worktree}: {error}")
         return ""
@@ -2171,8 +2161,14 @@ def target_of(call: Call) -> str:
 # (tests/test_isolation.py)
 
 CARRIED = (
-    *("isolate", "show", "hide", "pass_", "network", "gate_network"),
-    *("agent_processes", "agent_memory_mib"),
+    "isolate",
+    "show",
+    "hide",
+    "pass_",
+    "network",
+    "gate_network",
+    "agent_processes",
+    "agent_memory_mib",
 )
 
 
@@ -6067,12 +6063,9 @@ def dollars_of(value) -> float:
 
 def text_of(message: dict) -> str:
     parts = message.get("content")
-    texts = (
-        [str(part.get("text", "")) for part in parts if isinstance(part, dict)]
-        if isinstance(parts, list)
-        else [str(parts)]
-    )
-    return " ".join(texts)
+    if not isinstance(parts, list):
+        return str(parts)
+    return " ".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
 
 
 # What an agent may run unasked whatever FARM_PERMISSIONS says: it can work, commit and hand in
@@ -6134,16 +6127,16 @@ class Cli:
     prelude = ""
     passes = ("*_proxy", "*_PROXY", "SSL_CERT_*", "NODE_EXTRA_CA_CERTS")
 
-    def launch(self, permissions: str, is_isolated: bool = False) -> Launch:
+    def launch(self, permissions: str) -> Launch:
         """How it is run with these permissions: ask, edits, all. A sandbox of its own is left off
         in ours, where it could not be made: `permissions` has that under "isolated"."""
         flags = self.permissions.get(permissions, "")
         # its sandbox would need user namespaces within ours
-        if is_isolated and self.sandbox_word and self.sandbox_word in flags:
+        if is_isolated() and self.sandbox_word and self.sandbox_word in flags:
             flags = self.permissions["isolated"]
         # pipefail: else the exit code would be tee's, and each attempt a success
         frame = 'set -o pipefail; {{ {}; }} | tee "$FARM_OUTPUT"' if self.keeps_output else "{}"
-        frame = self.prelude + frame if is_isolated else frame
+        frame = self.prelude + frame if is_isolated() else frame
         start, resume = (
             frame.format(text.replace("{permissions}", flags)) if text else ""
             for text in (self.start, self.resume)
@@ -6572,7 +6565,7 @@ class Command(Cli):
     def __init__(self, command: str):
         self.start = command
 
-    def launch(self, permissions: str, is_isolated: bool = False) -> Launch:
+    def launch(self, permissions: str) -> Launch:
         return Launch("", self.start, "")
 
     def chooses_conversation(self) -> bool:
@@ -6673,7 +6666,7 @@ def resolve_agents(repo: str, settings: Settings) -> list[Launch]:
             f"{path} is a link, in the place of which an agent could put another",
             f"cp -RL {word} {word}.new && rm {word} && mv {word}.new {word}",
         )
-    return [cli_of(agent).launch(settings.permissions, is_isolated()) for agent in shared]
+    return [cli_of(agent).launch(settings.permissions) for agent in shared]
 
 
 def find_linked_state(shared: list[str]) -> list[str]:
@@ -7225,12 +7218,7 @@ def describe_history(store: Store, task: Task) -> str:
 
 def read_return(store: Store, task: Task) -> str:
     """Why the work of the last attempt came back; empty when it did not."""
-    path = store.path(f"returns/{task.id}.{task.attempts}.txt")
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read(20_000)
-    except FileNotFoundError:
-        return ""
+    return read_printable(store.path(f"returns/{task.id}.{task.attempts}.txt"))[:20_000]
 
 
 def read_template(repo: str, settings: Settings) -> str:
@@ -7570,8 +7558,9 @@ def run_commit_rest(worktree: str, *words: str, **options) -> tuple[int, str, di
     """commit-rest.sh for the attempt's branch: its exit code, what it said in a line, and what it
     has found (NAME -> value)."""
     branch = ("-b", given("FARM_BRANCH"), "-o", given("FARM_BASE"), "-t", given("FARM_TARGET"))
+    confined = isolated("tree", given("FARM_REPO"), worktree)
     argv = ("agent/commit-rest.sh", *branch, *words, worktree)
-    result = run_on_tree(given("FARM_REPO"), worktree, *argv, **options)
+    result = run_script(*argv, prefix=confined, **options)
     found = dict(line.split("=", 1) for line in result.stdout.splitlines() if "=" in line)
     return result.code, one_line(result.stderr.replace("farm: ", ""), 400), found
 
@@ -11203,9 +11192,8 @@ def task_document(call: Call, task_id: str) -> dict:
             record.update(state=queued["state"], reason=queued["reason"])
     spending = [line for line in read_usage(store, is_whole=True) if line["task"] == task_id]
     try:
-        work = run_unfiltered(
-            call.repo, "merge/diff-work.sh", "-C", call.repo, "-n", *find_work(call, task)
-        ).rows
+        at = ("-C", call.repo, "-n", *find_work(call, task))
+        work = run_script("merge/diff-work.sh", *at, prefix=unfiltered(call.repo)).rows
     except FarmError:
         work = [[0]]
     steps = NEXT_OF.get(record["state"], "edit {id} | cancel {id}").format(
@@ -12444,7 +12432,7 @@ def verb_clean(call: Call) -> int:
     target = settings.into or target_of(call)
     run_script("merge/pins.sh", "drop", "-C", call.repo, "-b", target)
     where = ("-C", call.repo, "-d", folder, "-b", target)
-    result = run_unfiltered(call.repo, "rm-worktrees.sh", *where, allow=(0, 4))
+    result = run_script("rm-worktrees.sh", *where, allow=(0, 4), prefix=unfiltered(call.repo))
     print_table(result.rows, ["AGENT", "WHAT", "WHY"])
     for name in names_in(folder):
         if name.startswith(("gate-", "plan-")) and not name.endswith(".tmp"):
@@ -12954,7 +12942,7 @@ def have_plan_made(call: Call, settings: Settings, goal: str) -> str:
     told, output = call.store.path(CLI_SETTINGS_FILE), call.store.path("mailbox/plan/output")
     write_object(told, hook_settings(settings))
     env = {
-        "FARM_AGENT": cli.launch(settings.permissions, is_isolated()).start,
+        "FARM_AGENT": cli.launch(settings.permissions).start,
         "FARM_CLI_STATE": ":".join(cli.state),
         "FARM_CLI_PASS": " ".join(cli.passes),
         "FARM_REPO": call.repo,
