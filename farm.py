@@ -112,6 +112,10 @@ class FarmError(Exception):
         self.hint = hint
 
 
+# (what is the matter, what to type) of each thing that a person should see to
+Advice = list[tuple[str, str]]
+
+
 class UsageError(FarmError):
     exit_code = 2
 
@@ -2118,7 +2122,7 @@ def read_repo(repo: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in run_script("merge/look.sh", "info", "-C", repo).rows}
 
 
-def find_obstacles(call: Call) -> list[tuple[str, str]]:
+def find_obstacles(call: Call) -> Advice:
     """(what, what to type) for each branch or ref that stands where one of the farm's would be."""
     info, at = call.repo_info, f"git -C {shell_word(call.repo)}"
     branches = [
@@ -6182,7 +6186,7 @@ class Cli:
         """Dollars of a conversation at work, from the file where it tells that."""
         return 0.0
 
-    def find_blockers(self, repo: str, settings: Settings) -> list[tuple[str, str]]:
+    def find_blockers(self, repo: str, settings: Settings) -> Advice:
         """(what, what to type) of what it would ask at its first start, where nobody is there
         to answer."""
         return []
@@ -6312,7 +6316,7 @@ class ClaudeCode(Cli):
         cost = told.get("cost") if told.get("session_id") == conversation else None
         return dollars_of(object_of(cost).get("total_cost_usd"))
 
-    def find_blockers(self, repo: str, settings: Settings) -> list[tuple[str, str]]:
+    def find_blockers(self, repo: str, settings: Settings) -> Advice:
         if settings.agent_home:  # each agent has a HOME of its own, which a person has set up
             return []
         folder = given("CLAUDE_CONFIG_DIR") or os.path.expanduser("~")
@@ -6423,7 +6427,7 @@ class ClaudePrint(ClaudeCode):
             denied,
         )
 
-    def find_blockers(self, repo: str, settings: Settings) -> list[tuple[str, str]]:
+    def find_blockers(self, repo: str, settings: Settings) -> Advice:
         return []
 
 
@@ -6678,7 +6682,7 @@ def find_linked_state(shared: list[str]) -> list[str]:
     return [path for path in paths if os.path.islink(path)]
 
 
-def find_blockers(repo: str, settings: Settings, shared: list[str]) -> list[tuple[str, str]]:
+def find_blockers(repo: str, settings: Settings, shared: list[str]) -> Advice:
     """(what, what to type) of all that these CLIs would ask at their first start."""
     return [
         blocker
@@ -8175,7 +8179,7 @@ def stamp_of(repo: str) -> str:
     return str(changed_at(f"{find_git_dirs(repo)[1]}/{SHARED_NOTE}"))
 
 
-def read_changes(store: Store) -> list[tuple[str, str]]:
+def read_changes(store: Store) -> Advice:
     """(what, the command that undoes it) of what all worktrees share and has changed since the
     last `up`; what the loop had seen before that is found good."""
     found, stamp = store.read_loop()["changes"].values(), stamp_of(store.repo)
@@ -10226,7 +10230,7 @@ def state_rank(record: dict) -> tuple:
     return state_rank_of(record["state"]), record["agent"]
 
 
-def steps_of_agents(records: list[dict]) -> list[tuple[str, str]]:
+def steps_of_agents(records: list[dict]) -> Advice:
     """(what is the matter, what to type) for each agent that needs a person."""
     steps = []
     for record in sorted(records, key=state_rank):
@@ -10244,7 +10248,7 @@ def steps_of_agents(records: list[dict]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(steps))  # one line for all whom one limit holds up
 
 
-def next_steps(status: dict, problems: list[str], state: State) -> list[tuple[str, str]]:
+def next_steps(status: dict, problems: list[str], state: State) -> Advice:
     """(what is the matter, what to type) for each trouble, the most pressing first."""
     steps = [(problem, "./farm.py doctor") for problem in problems]
     steps += steps_of_agents(status["agents"])
