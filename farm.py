@@ -112,10 +112,6 @@ class FarmError(Exception):
         self.hint = hint
 
 
-# (what is the matter, what to type) of each thing that a person should see to
-Advice = list[tuple[str, str]]
-
-
 class UsageError(FarmError):
     exit_code = 2
 
@@ -146,6 +142,10 @@ class BrokenObjects(Rejected):
 
 class TookTooLong(FarmError):
     """A script was ended because its time was over."""
+
+
+# (what is the matter, what to type) of each thing that a person should see to
+Advice = list[tuple[str, str]]
 
 
 # An OSError, so that whoever already tells of a full disk tells of this too.
@@ -2364,6 +2364,10 @@ class State:
         """id -> Task of what agents hold."""
         return {claim.task["id"]: claim.get_task() for claim in self.claims.values() if claim.task}
 
+    def busy(self) -> list[str]:
+        """The agents that hold a task, in order."""
+        return sorted(claim.agent for claim in self.claims.values() if claim.task)
+
     def is_done(self, task_id: str) -> bool:
         return task_id in self.done or task_id in self.archived
 
@@ -3804,15 +3808,12 @@ class TaskQueue:
         task = self.get_claimed(agent, fence, "submit")
         if task.ended_by:
             return task
-        task = task._replace(
-            state="ready",
-            branch=branch,
-            commit=commit,
-            submitted_at=utc_now(),
-            ended_by="submit",
-            queue_seq=self.state.next_queue_seq(),
-            approved="",
-        )
+        return self.enqueue(task, branch=branch, commit=commit, ended_by="submit", approved="")
+
+    def enqueue(self, task: Task, **fields: str) -> Task:
+        """Put it into the merge queue, behind all others, with these fields."""
+        place, now = self.state.next_queue_seq(), utc_now()
+        task = task._replace(state="ready", queue_seq=place, submitted_at=now, **fields)
         return self.tx.move(task, "ready", "submitted")
 
     def fail(self, agent: str, fence: str, why: str, **how) -> Task:
@@ -8885,9 +8886,7 @@ class Farm:
         self.restart(now)
         self.supervisor.watch(self.find_busy(), self.agents, self.sessions.found, now)
         self.admit()
-        self.shared.compare(
-            sorted(claim.agent for claim in self.state.claims.values() if claim.task)
-        )
+        self.shared.compare(self.state.busy())
         self.work.go_on(self.store, self.state, self.settings, self.target)
         self.housekeeping.go_on(self.state)
         self.tell()
@@ -8969,7 +8968,7 @@ class Farm:
         is kept for first."""
         if self.store.mode() == "paused":
             return
-        busy = {claim.agent for claim in self.state.claims.values() if claim.task}
+        busy = self.state.busy()
         kept = {task.conversation.get("agent") for task in self.state.pending.values()}
         idle = [
             name
@@ -9611,11 +9610,13 @@ class HostMoves:
         folder, orders = self.store.path(f"orders/{self.host}"), {}
         for name in names_in(folder):
             key, _, ending = name.rpartition(".")
-            if ending == "order" and key in done:
+            if ending != "order":
+                continue
+            if key in done:
                 write_object(f"{folder}/{key}.answer", done[key])
-            elif ending == "order":
-                orders[key] = self.store.read_json(f"orders/{self.host}/{name}")
-        return {key: order for key, order in orders.items() if order}
+            elif order := self.store.read_json(f"orders/{self.host}/{name}"):
+                orders[key] = order
+        return orders
 
     def note_agents(self, agents: list, about: dict) -> None:
         """Write down that the host is there, and how, for `status` and `doctor`."""
@@ -11365,18 +11366,16 @@ def check_hosts(call: Call) -> list[tuple]:
         if not told.get("agents"):
             continue
         if told["toolkit"] != toolkit:
-            found.append((f"{host} has another version of the toolkit", "git pull, there", 0))
+            found.append((f"{host} has another version of the toolkit", "git pull, there"))
         if abs(told["apart"]) > 60:
             apart = f"{duration(abs(told['apart']))} {'ahead' if told['apart'] > 0 else 'behind'}"
-            found.append(
-                (f"the clock of {host} is {apart}", "only what is shown is wrong by it", 0)
-            )
+            found.append((f"the clock of {host} is {apart}", "only what is shown is wrong by it"))
         try:
             said = json.loads(order(call.store, host, "doctor", "--json", seconds=20.0)["out"])
             found += [(f"{host}: {row['problem']}", row["try"], row["exit_code"]) for row in said]
         except (FarmError, ValueError) as error:
             heard = f"{host} was heard {ago(told['heard_at'])} ago; {told['trouble']}"
-            found.append((f"{heard}: {error}", f"on {host}: farm spoke", 0))
+            found.append((f"{heard}: {error}", f"on {host}: farm spoke"))
     return found
 
 
@@ -12622,11 +12621,7 @@ def send_to_all(call: Call, text: str) -> int:
 
     socket = find_server(call.repo)
     live = living(probe_sessions(socket))
-    names = sorted(
-        claim.agent
-        for claim in call.state.claims.values()
-        if claim.task and (claim.agent in live or host_of(call.store, claim.agent))
-    )
+    names = [name for name in call.state.busy() if name in live or host_of(call.store, name)]
     if not names:
         raise NotFound("no agent is at work", "./farm.py status")
 
@@ -13039,16 +13034,11 @@ def add_revert(call: Call, task: Task, name: str) -> None:
     run_script("merge/pins.sh", "set", "-C", call.repo, f"refs/farm/ready/{name}", commit)
     drafts = draft_revert(call, task, name, title)
     with call.store.transaction() as tx:
-        answers = TaskQueue(tx).add(drafts, call.settings().max_attempts)
+        queue = TaskQueue(tx)
+        answers = queue.add(drafts, call.settings().max_attempts)
         # a kill before the next line leaves a task like others: an agent makes the revert, or
         # the same verb again
-        ready = answers[0][0]._replace(
-            state="ready",
-            commit=commit,
-            submitted_at=utc_now(),
-            queue_seq=tx.state.next_queue_seq(),
-        )
-        tx.move(ready, "ready", "submitted")
+        queue.enqueue(answers[0][0], commit=commit)
     print("\n".join(task.id for task, _ in answers))
 
 
