@@ -9347,11 +9347,6 @@ class Standstill:
         return (5, f"no new work starts: {farm.blocked}") if farm.blocked else None
 
 
-def describe_event(event: str, message: str, hint: str, **more) -> dict:
-    """What FARM_NOTIFY gets of a piece of news."""
-    return {"event": event, "message": message, "try": hint, **more}
-
-
 def names_of(task: Task) -> dict:
     return {"agent": task.agent, "task": task.id, "title": task.title}
 
@@ -9365,48 +9360,46 @@ class News:
         self.farm, self.on_drained = farm, on_drained
         self.store, self.settings = farm.store, farm.settings
         self.line, self.line_at, self.notices = "", -math.inf, []
+        self.news = {}  # key -> event of all that is so now and calls for a person
 
     def tell(self) -> None:
         """What a person should know and was not told yet: once each."""
         try:
-            news = self.find_news()
-            for key, event in news.items():
+            self.find_news()
+            for key, event in self.news.items():
                 if key not in self.farm.told:
                     self.notify({"at": utc_now(), "repo": self.farm.repo, **event})
-            self.farm.told = list(news)
+            self.farm.told = list(self.news)
             self.show_in_tmux()
         except (OSError, FarmError) as error:
             say(f"nobody could be told what happened: {error}")
 
-    def find_news(self) -> dict[str, dict]:
-        """key -> event of all that is so now and calls for a person."""
-        state = self.farm.state
-        news = self.find_waiting()
+    def add(self, key: str, message: str, hint: str, **more) -> None:
+        """A piece of news as FARM_NOTIFY gets it; the key's first word is the event's name."""
+        self.news[key] = {"event": key.split()[0], "message": message, "try": hint, **more}
+
+    def find_news(self) -> None:
+        self.news, state = {}, self.farm.state
+        self.find_waiting()
         for task in failed_tasks(state):
-            hint, names = f"./farm.py retry {task.id}", names_of(task)
-            news[f"failed {task.id}.{task.rev}"] = describe_event(
-                "failed", task.reason, hint, **names
-            )
+            hint = f"./farm.py retry {task.id}"
+            self.add(f"failed {task.id}.{task.rev}", task.reason, hint, **names_of(task))
         for task_id, commit in find_reviews(self.store, state).items():
             title, hint = state.ready[task_id].title, f"./farm.py diff {task_id}"
-            key = f"review {task_id} {commit}"
-            news[key] = describe_event("review", title, hint, task=task_id, commit=commit)
+            self.add(f"review {task_id} {commit}", title, hint, task=task_id, commit=commit)
         if trouble := find_activity(self.store).get("trouble"):
-            news[f"blocked {trouble[0]}"] = describe_event("blocked", *trouble)
+            self.add(f"blocked {trouble[0]}", *trouble)
         for key in sorted({limit_key(launch.preset) for launch in self.farm.launches.values()}):
             if limit := find_limit(self.store, key):
-                event = describe_event("limited", limit, "./farm.py up")
-                news[f"limited {limit.partition(' until ')[0]}"] = event
+                self.add(f"limited {limit.partition(' until ')[0]}", limit, "./farm.py up")
         counts = state.count_states()
         if counts and self.farm.is_drained():
             words = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-            more = {"tasks": dict(counts)}
-            news["drained"] = describe_event("drained", words, "./farm.py report", **more)
-        return news
+            self.add("drained", words, "./farm.py report", tasks=dict(counts))
 
-    def find_waiting(self) -> dict[str, dict]:
-        """key -> event of each agent that waits for a person."""
-        farm, news = self.farm, {}
+    def find_waiting(self) -> None:
+        """The agents that wait for a person."""
+        farm = self.farm
         for claim in farm.find_busy():
             name = claim.agent
             state, since, message = judge_session(
@@ -9419,10 +9412,7 @@ class News:
             )
             if state == "waiting":
                 hint, names = f"./farm.py attach {agent_number(name)}", names_of(claim.get_task())
-                news[f"waiting {claim.fence} {since}"] = describe_event(
-                    "waiting", message, hint, **names
-                )
-        return news
+                self.add(f"waiting {claim.fence} {since}", message, hint, **names)
 
     def notify(self, event: dict) -> None:
         """Say it, write the report when all is done, and run the user's command in the
