@@ -3233,6 +3233,10 @@ class Transaction:
         return claim
 
 
+# what all parts of a merger, or of a farm, are about: its state, what it was told, and the branch
+# that work lands on
+Site = namedtuple("Site", "store settings target")
+
 INTENT_FILE = "merge_queue/landing.json"
 NOW_FILE = "merge_queue/now.json"
 
@@ -4937,9 +4941,9 @@ class Chain:
     """Entries merged in memory, one on the other, on the target; what was merged once is not
     merged again."""
 
-    def __init__(self, store: Store, settings: Settings, target: str, verdicts: Verdicts):
-        self.store, self.settings, self.target, self.verdicts = store, settings, target, verdicts
-        identity = store.farm().get("identity")
+    def __init__(self, site: Site, verdicts: Verdicts):
+        self.store, self.settings, self.target = site
+        self.verdicts, identity = verdicts, self.store.farm().get("identity")
         # as `up` has found it: another user.name in between would change every sha
         self.identity = (
             "\t".join(identity)
@@ -5108,8 +5112,9 @@ class Landing:
     """Moves the target to a tree that is green, and the tasks with it. Durable are the swap in
     git, the record in the queue file, and between the two the intent."""
 
-    def __init__(self, store: Store, settings: Settings, target: str, tally: Tally):
-        self.store, self.settings, self.target, self.tally = store, settings, target, tally
+    def __init__(self, site: Site, tally: Tally):
+        self.store, self.settings, self.target = site
+        self.tally = tally
         # what kept the last one from the target, and what only a person can do
         self.trouble = None
 
@@ -5292,8 +5297,8 @@ class Landing:
 class Returns:
     """Work that cannot land: its commits pinned, what is wrong in returns/, the task given back."""
 
-    def __init__(self, store: Store, target: str, tally: Tally):
-        self.store, self.target, self.tally = store, target, tally
+    def __init__(self, site: Site, tally: Tally):
+        self.store, self.target, self.tally = site.store, site.target, tally
 
     def send_back(
         self, task: Task, reason: str, detail: str, *, goes_on: bool = True, counts: bool = True
@@ -5424,19 +5429,17 @@ class Review:
     note_cost(task, log): a hook, called with what the command has printed.
     """
 
-    def __init__(
-        self, store: Store, settings: Settings, target: str, returns: Returns, slots: Slots
-    ):
-        self.store, self.settings, self.target = store, settings, target
+    def __init__(self, site: Site, returns: Returns, slots: Slots):
+        self.store, self.settings, self.target = site
         self.returns, self.slots, self.note_cost = returns, slots, lambda task, log: None
-        rule = settings.review.strip().lower()
+        rule = self.settings.review.strip().lower()
         every, none = ("all", "yes", "1", "true", "on"), ("", "no", "0", "false", "off")
         self.globs = (
             []
             if rule in none
             else ["**"]
             if rule in every
-            else re.split(r"[,\s]+", settings.review.strip())
+            else re.split(r"[,\s]+", self.settings.review.strip())
         )
         self.base, self.paths = "", {}  # commit -> the files that it changes on that base
         self.gate, self.task = None, Task()  # the command at work, and on what
@@ -5552,13 +5555,12 @@ class MergeQueue:
     """
 
     def __init__(self, store: Store, settings: Settings, target: str, slots_folder: str):
-        self.store, self.settings, self.target = store, settings, target
+        self.store, self.settings, self.target = site = Site(store, settings, target)
         self.verdicts = Verdicts(store, settings.gate, settings.gate_env)
-        self.chain = Chain(store, settings, target, self.verdicts)
+        self.chain = Chain(site, self.verdicts)
         self.slots, self.tally = Slots(store, settings, slots_folder), Tally()
-        self.landing = Landing(store, settings, target, self.tally)
-        self.returns = Returns(store, target, self.tally)
-        self.review = Review(store, settings, target, self.returns, self.slots)
+        self.landing, self.returns = Landing(site, self.tally), Returns(site, self.tally)
+        self.review = Review(site, self.returns, self.slots)
         self.waiting = {}  # id -> Task: what may not land unseen
         self.reviews = {}  # of these id -> commit of what is green
         self.begun_at = CLOCK.monotonic()
@@ -8315,9 +8317,9 @@ fi"""
 class Sessions:
     """The worktrees and the tmux sessions of a farm: made, adopted, looked at, ended."""
 
-    def __init__(self, store: Store, settings: Settings, launches: dict[str, Launch], target: str):
-        self.store, self.settings, self.target = store, settings, target
-        self.repo, self.launches = store.repo, launches
+    def __init__(self, site: Site, launches: dict[str, Launch]):
+        self.store, self.settings, self.target = site
+        self.repo, self.launches = self.store.repo, launches
         self.socket = find_server(self.repo)
         self.worktrees = {}  # agent -> mk-worktrees.sh's row
         self.found = {}  # name -> Session
@@ -8644,8 +8646,8 @@ def keep_objects(repo: str) -> None:
 class Housekeeping:
     """Tidies up after each landing, and once an hour what is older than FARM_KEEP_DAYS."""
 
-    def __init__(self, store: Store, settings: Settings, target: str):
-        self.store, self.settings, self.target = store, settings, target
+    def __init__(self, site: Site):
+        self.store, self.settings, self.target = site
         self.landed, self.tidy_at, self.sweep_at, self.keep_at = 0, 0.0, 0.0, 0.0
         self.packing, self.pack_at = None, 0.0  # the process that packs git's objects
 
@@ -8767,11 +8769,11 @@ class Farm:
 
     def __init__(self, store: Store, settings: Settings, launches: list[Launch], target: str):
         """launches: what each agent runs; empty for a farm that is only stopped."""
-        self.store, self.settings, self.target = store, settings, target
+        self.store, self.settings, self.target = site = Site(store, settings, target)
         self.repo = store.repo
         self.names = agent_names(count_here(settings))
         self.launches = dict(zip(self.names, launches, strict=False))
-        self.sessions = Sessions(store, settings, self.launches, target)
+        self.sessions = Sessions(site, self.launches)
         self.supervisor = Supervisor(store, settings, self.launches)
         noted = store.read_loop()
         self.agents = noted["agents"]
@@ -8784,7 +8786,7 @@ class Farm:
         self.blocked = self.saved = ""
         self.identity = []  # user.name and user.email at the start by a person
         self.shared = SharedWatch(self.repo, noted["changes"])
-        self.housekeeping = Housekeeping(store, settings, target)
+        self.housekeeping = Housekeeping(site)
         self.tell = lambda: None  # a hook: called in each tick, before what is known is saved
         self.is_over = lambda: False  # a hook: asked after each tick, whether to end the run
 
@@ -12870,7 +12872,8 @@ def verb_approve(call: Call) -> int:
     for text in wanted:
         try:
             task = find_submitted(call, text)
-            chain = Chain(call.store, call.settings(), target, Verdicts(call.store, "", ""))
+            site = Site(call.store, call.settings(), target)
+            chain = Chain(site, Verdicts(call.store, "", ""))
             chain.begin(show_tip(call.repo, f"refs/heads/{target}"), {task.id: task})
             step = chain.build_all()[0]
             if step.status not in ("ok", "landed", "empty"):
@@ -12897,8 +12900,8 @@ def verb_return(call: Call) -> None:
         why = input(f"what is wrong with {task.id}? ")
     if not why.strip():
         raise UsageError("return needs --why: the next attempt reads it")
-    target = target_of(call)
-    Returns(call.store, target, Tally()).send_back(
+    site = Site(call.store, call.settings(), target_of(call))
+    Returns(site, Tally()).send_back(
         task, f"a person says: {one_line(why, 500)}", printable(why), counts=call.get("fail", False)
     )
     if task.id in call.state.ready:
