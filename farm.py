@@ -6949,9 +6949,8 @@ NO_START = ("crashed", "failed", "no change", "cannot commit", "cannot sign")
 NO_COMMIT = ("cannot commit", "cannot sign")
 
 # move: submit, fail, resume (fail, and the conversation goes on), release (no attempt counts);
-# cause: one of a few words, for the code; why: for people, and for the next attempt;
-# conversation: its id where the CLI has told it only at the end
-Outcome = namedtuple("Outcome", "move cause why conversation", defaults=("",))
+# cause: one of a few words, for the code; why: for people, and for the next attempt
+Outcome = namedtuple("Outcome", "move cause why")
 
 
 def judge_end(
@@ -7155,22 +7154,6 @@ def begin_trial(tx: Transaction, key: str, now: float) -> None:
         write_limits(tx, presets=limits)
 
 
-def note_outcome(store: Store, task_id: str, outcome: Outcome, *, is_idle: bool = False) -> Outcome:
-    """Keep in limits.json what an outcome says of its CLI or command; the outcome, which is a
-    release where the fault is theirs."""
-    key = limit_key(given("FARM_PRESET"))
-    with store.transaction() as tx:
-        if outcome.move != "release":
-            outcome = judge_streak(tx, key, task_id, outcome, is_idle=is_idle)
-        until = note_limit(tx, key, outcome, CLOCK.now())
-    if outcome.move == "release":
-        say(
-            f"{key}: {outcome.cause}{' until ' + until if until else ''}: "
-            f"{one_line(outcome.why, 200)}"
-        )
-    return outcome
-
-
 # ------------------------------------------------------------------------------------------ prompts
 # What an agent is told when its attempt begins. (tests/rooms/test_attempts.py)
 
@@ -7371,12 +7354,13 @@ def end_waiting_turn(store: Store, agent: str, turn: dict, now: float) -> None:
         end_turn(store, agent, turn["fence"])
 
 
-def read_turn(store: Store, agent: str, fence: str, preset: str, home: str) -> dict:
+def read_turn(store: Store, settings: Settings, agent: str, fence: str, preset: str) -> dict:
     """The turn of the claim `fence`. Esc fires no hook: a CLI that says it is idle in the middle
     of a turn waits for a person."""
     turn = read_mail(store, agent, TURN_FILE, fence)
     if turn.get("state") != "working" or turn.get("event") == "Stop":
         return turn
+    home = agent_home(store.repo, settings, agent)
     told = read_cli_session(store, agent, preset, home)
     idle_since = told.get("statusUpdatedAt", 0) / 1000
     if (
@@ -7581,6 +7565,7 @@ class Attempt:
         self.task_id, self.preset = fence.rpartition(".")[0], given("FARM_PRESET")
         self.branch = given("FARM_BRANCH")
         self.worktree = given("FARM_WORKTREE")
+        self.conversation = ""  # its id, where the CLI has told it only at the end
 
     def finish(self, code: int, log: str) -> None:
         """Decide what becomes of it, and make that move. code: its command's exit code; log: what
@@ -7607,13 +7592,13 @@ class Attempt:
         )
         # it goes into a command line later
         if is_name(usage.conversation):
-            outcome = outcome._replace(conversation=usage.conversation)
+            self.conversation = usage.conversation
         if not self.preset:
             return outcome
         self.note_usage(usage)
         over = self.judge_budgets()
         if over and outcome.move != "submit":
-            return outcome._replace(move="fail", cause="budget", why=over)
+            return Outcome("fail", "budget", over)
         return outcome
 
     def note_usage(self, usage: Usage) -> None:
@@ -7648,7 +7633,7 @@ class Attempt:
             return outcome
         denied = "".join(f" ({words})" for words in (outcome.why, found["SAID"]) if words)
         why = f"the agent ended without any change{denied}"
-        nothing = outcome._replace(move="fail", cause="no change", why=why)
+        nothing = Outcome("fail", "no change", why)
         claim = self.store.find_claim(self.agent)
         # not what it has submitted itself, and landed since
         if "NOTHING" in found and claim and claim.fence == self.fence:
@@ -7661,7 +7646,7 @@ class Attempt:
                 submit(self.store, self.agent, self.fence, commit=head)
                 break
             except BrokenObjects as error:
-                return nothing._replace(cause="cannot commit", why=one_line(str(error), 400))
+                return Outcome("fail", "cannot commit", one_line(str(error), 400))
             except Rejected:
                 return nothing
             except (Refused, UsageError):
@@ -7669,7 +7654,7 @@ class Attempt:
             except FarmError:
                 if not tries_left:
                     raise
-        return note_outcome(self.store, self.task_id, outcome)
+        return self.note_outcome(outcome)
 
     def commit_rest(self, outcome: Outcome) -> tuple[Outcome, dict]:
         """Commit what the CLI has left; the outcome, which is another one when that cannot be
@@ -7681,32 +7666,46 @@ class Attempt:
             code, said, found = run_commit_rest(self.worktree, "-m", message, **options)
         except TookTooLong:
             why = f"the commit took longer than {COMMIT_SECONDS:.0f} s"
-            return outcome._replace(move="fail", cause="cannot commit", why=why), {}
+            return Outcome("fail", "cannot commit", why), {}
         if code == 4:
-            return outcome._replace(move="resume", cause="ended early", why=said), {}
+            return Outcome("resume", "ended early", said), {}
         if code:
             # told apart, as that is nobody's task: no commit of any agent will be signed
             cause = "cannot sign" if re.search(SIGNING_WORDS, said) else "cannot commit"
             why = f"what it left could not be committed: {said}"
-            return outcome._replace(move="fail", cause=cause, why=why), {}
+            return Outcome("fail", cause, why), {}
         if said:
             say(said)
         return outcome, {**found, "SAID": said}
+
+    def note_outcome(self, outcome: Outcome, *, is_idle: bool = False) -> Outcome:
+        """Keep in limits.json what it says of its CLI or command; the outcome, which is a release
+        where the fault is theirs."""
+        key = limit_key(self.preset)
+        with self.store.transaction() as tx:
+            if outcome.move != "release":
+                outcome = judge_streak(tx, key, self.task_id, outcome, is_idle=is_idle)
+            until = note_limit(tx, key, outcome, CLOCK.now())
+        if outcome.move == "release":
+            say(
+                f"{key}: {outcome.cause}{' until ' + until if until else ''}: "
+                f"{one_line(outcome.why, 200)}"
+            )
+        return outcome
 
     def leave_off(self, outcome: Outcome) -> None:
         """Give the task back without a result, unsaved work kept first."""
         # before the move: after it another agent may begin, and this worktree may be used again
         kept = rescue(self.store.repo, self.agent, self.worktree) if self.worktree else ""
         is_idle = self.was_idle(bool(kept) and outcome.cause not in NO_COMMIT)
-        outcome = note_outcome(self.store, self.task_id, outcome, is_idle=is_idle)
+        outcome = self.note_outcome(outcome, is_idle=is_idle)
+        told = self.conversation
         with self.store.transaction() as tx:
             queue = TaskQueue(tx)
             if outcome.move == "release":
                 why = one_line(f"{outcome.cause}: {outcome.why}", 500)
-                told = outcome.conversation
                 queue.release(self.agent, self.fence, why, rescue=kept, conversation=told)
                 return
-            resumes = outcome.move == "resume"
             is_plain = outcome.move == "fail" and outcome.cause in NO_START
             queue.fail(
                 self.agent,
@@ -7714,9 +7713,9 @@ class Attempt:
                 one_line(outcome.why, 500),
                 retry=outcome.cause != "budget",  # another attempt would only cost more
                 rescue=kept,
-                resume=resumes,
+                resume=outcome.move == "resume",
                 start="" if is_plain else self.branch,
-                conversation=outcome.conversation if resumes else "",
+                conversation=told,
             )
 
     def was_idle(self, has_saved: bool) -> bool:
@@ -7865,8 +7864,7 @@ def agent_record(
 ) -> dict:
     """One agent as `status --json` shows it."""
     task_id, fence = (claim.task.get("id", ""), claim.fence) if claim else ("", "")
-    home = agent_home(store.repo, settings, name)
-    turn = read_turn(store, name, fence, preset, home) if task_id else {}
+    turn = read_turn(store, settings, name, fence, preset) if task_id else {}
     state, since, cause = judge_session(session, claim, noted, footprint, turn, preset)
     # who is at work goes on; a limit holds up only who would begin
     if state == "idle" and (limit := find_limit(store, limit_key(preset))):
@@ -8542,13 +8540,8 @@ class Supervisor:
     def note_turns(self, claim: Claim) -> None:
         """An event in the history when an agent begins or ends to wait for a person."""
         name = claim.agent
-        turn = read_turn(
-            self.store,
-            name,
-            claim.fence,
-            self.launches[name].preset,
-            agent_home(self.store.repo, self.settings, name),
-        )
+        preset = self.launches[name].preset
+        turn = read_turn(self.store, self.settings, name, claim.fence, preset)
         before, self.turns[name] = self.turns.get(name, {}), turn
         waits = [
             mail.get("state") == "waiting" and mail.get("fence") == claim.fence
