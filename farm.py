@@ -604,6 +604,11 @@ def read_object(path: str) -> dict:
     return next(read_json_lines(path), {})
 
 
+def pick(record: dict, keys) -> dict:
+    """These keys of a record, in their order."""
+    return {key: record[key] for key in keys}
+
+
 def object_of(value) -> dict:
     """What is an object in JSON of others, else an empty one."""
     return value if isinstance(value, dict) else {}
@@ -2420,6 +2425,11 @@ class State:
             (claim for claim in self.claims.values() if claim.task.get("id") == task_id), None
         )
 
+    def place_of(self, task_id: str) -> str | None:
+        """Where a task lies that is to move on: pending, ready or claimed."""
+        waits = (place for place in ("pending", "ready") if task_id in getattr(self, place))
+        return next(waits, "claimed" if self.find_holder(task_id) else None)
+
     # The archive's highest numbers are kept beside it: else what comes after a landing would be
     # first.
     def next_seq(self) -> int:
@@ -3194,10 +3204,7 @@ class Transaction:
         """Make `task` (rev + 1) durable at `place`, "pending", "ready" or "landed", then remove
         it from where it was."""
         state = self.state
-        source = next(
-            (name for name in ("pending", "ready") if task.id in getattr(state, name)),
-            "claimed" if state.find_holder(task.id) else None,
-        )
+        source = state.place_of(task.id)
         if place == "landed" and len(state.landed) >= LANDED_MAX:  # before this one is among them
             self.archive()
         task = task._replace(rev=task.rev + 1)
@@ -4989,7 +4996,7 @@ class Chain:
         return self.build([task for task in self.tasks.values() if task.id not in apart])
 
     def run_script(self, tasks: list[Task], base: str) -> list[Step]:
-        """merge/chain.sh from the commit `base` on: the first Step is the base itself."""
+        """merge/chain.sh from the commit `base` on; its first row, the base itself, left out."""
         args = ["-C", self.store.repo, "-b", self.target, "-s", self.settings.style, "-B", base]
         result = run_script(
             "merge/chain.sh",
@@ -4997,7 +5004,7 @@ class Chain:
             stdin=write_tsv(map(chain_row, tasks)),
             env={"FARM_CONFLICTS": self.store.path("returns"), "FARM_IDENTITY": self.identity},
         )
-        return [Step(*(row + [""] * 5)[:5]) for row in result.rows]
+        return [Step(*(row + [""] * 5)[:5]) for row in result.rows[1:]]
 
     def build(self, tasks: list[Task]) -> list[Step]:
         """Each task merged on those before it that merge, on the target; steps known from
@@ -5015,13 +5022,13 @@ class Chain:
         rest = tasks[len(known) :]
         if not rest:
             return known
-        steps = self.run_script(rest, tip)[1:]
+        steps = self.run_script(rest, tip)
         if tip != self.base.commit and any(step.status != "ok" for step in steps):
             # The script takes `tip` for the target. Only the whole chain tells a conflict with the
             # target from one with the work ahead, and what has landed from what is only in the work
             # ahead, which may yet come back.
             known, rest, tip = [], tasks, self.base.commit
-            steps = self.run_script(rest, tip)[1:]
+            steps = self.run_script(rest, tip)
         for task, step in zip(rest, steps, strict=True):
             self.steps[(tip, task.id, task.commit)] = step
             tip = step.commit if step.status == "ok" else tip
@@ -5997,6 +6004,9 @@ def find_reviews(store: Store, state: State) -> dict[str, str]:
     }
 
 
+QUEUE_KEYS = ("id", "state", "branch", "commit", "agent", "reason", "title", "submitted_at")
+
+
 def queue_records(store: Store, state: State) -> list[dict]:
     """The merge queue in landing order, with what is derived: testing, held behind whom, and what
     waits for a review."""
@@ -6008,18 +6018,8 @@ def queue_records(store: Store, state: State) -> list[dict]:
         shown = "testing" if task.id in testing else "held" if task.id in held else "ready"
         shown = "review" if task.id in reviews else shown
         behind = f"held behind {held[task.id]}" if task.id in held else ""
-        records.append(
-            {
-                "id": task.id,
-                "state": shown,
-                "branch": task.branch,
-                "commit": task.commit,
-                "agent": task.agent,
-                "reason": behind or task.reason,
-                "title": task.title,
-                "submitted_at": task.submitted_at,
-            }
-        )
+        record = pick(task._asdict(), QUEUE_KEYS)
+        records.append({**record, "state": shown, "reason": behind or task.reason})
     return records
 
 
@@ -7128,11 +7128,10 @@ def judge_streak(
     all. Trying on would use up every attempt of every task.
     """
     streaks = tx.store.read_part(LIMITS_FILE, "streaks")
-    before = streaks.pop(key, {})
+    before = object_of(streaks.pop(key, None))
     if outcome.move == "fail" and is_idle:
         words = one_line(f"{outcome.cause}: {outcome.why}", 300)
-        is_longer = isinstance(before, dict) and before.get("words") == words
-        tasks = before.get("tasks", []) if is_longer else []
+        tasks = before.get("tasks", []) if before.get("words") == words else []
         tasks = [*dict.fromkeys([*tasks, task_id])][-STREAK_TASKS:]
         streaks[key] = {"words": words, "tasks": tasks}
         if len(tasks) == STREAK_TASKS or outcome.cause in ("cannot start", "cannot sign"):
@@ -8690,17 +8689,14 @@ class Housekeeping:
         """Remove what was written before `oldest` (epoch seconds): verdicts, and the prompts and
         returns of landed tasks."""
         for folder in ("results", "returns", "prompts"):
-            try:
-                entries = list(os.scandir(self.store.path(folder)))
-            except FileNotFoundError:
-                continue
-            for entry in entries:
+            for name in names_in(self.store.path(folder)):
+                path = self.store.path(f"{folder}/{name}")
                 # t-0007.2.md, t-0007.txt; an id may have dots of its own
-                names = re.fullmatch(r"(.+?)(?:\.\d+)?(?:\.resumed)?\.\w+", entry.name)
-                is_over = folder == "results" or names and state.is_done(names[1])
+                found = re.fullmatch(r"(.+?)(?:\.\d+)?(?:\.resumed)?\.\w+", name)
+                is_over = folder == "results" or found and state.is_done(found[1])
                 try:
-                    if is_over and entry.stat().st_mtime < oldest:
-                        os.unlink(entry.path)
+                    if is_over and os.stat(path).st_mtime < oldest:
+                        os.unlink(path)
                 except FileNotFoundError:
                     continue  # another has
 
@@ -8948,7 +8944,7 @@ class Farm:
         self.sessions.prepare()
         self.sessions.spawn(due)
         for name in due:
-            self.agents[name] = {key: self.agents[name][key] for key in ("ends", "cause")}
+            self.agents[name] = pick(self.agents[name], ("ends", "cause"))
 
     def has_room(self) -> bool:
         """Whether memory and disk allow a new start; says so when that changes."""
@@ -10020,11 +10016,8 @@ def local_start(task: Task) -> str:
 
 def take_out(tx: Transaction, task_id: str) -> None:
     """Remove a task from wherever it is."""
-    state = tx.state
-    places = {"pending": state.pending, "ready": state.ready, "claimed": state.claimed()}
-    for place, tasks in places.items():
-        if task_id in tasks:
-            tx.drop_source(place, task_id)
+    if place := tx.state.place_of(task_id):
+        tx.drop_source(place, task_id)
 
 
 def run_carry(*args: str, **options) -> str:
@@ -10126,7 +10119,7 @@ def print_table(rows: list[list], headers: list[str]) -> None:
 def task_record(task: Task, state: State, now: float) -> dict:
     """What `tasks --json` says of a task."""
     keys = ("id", "state", "title", "agent", "attempts", "rev", "reason")
-    record = {key: getattr(task, key) for key in keys}
+    record = pick(task._asdict(), keys)
     record["state"] = derived_state(task, state, now)
     if task.state == "pending" and (wait := describe_wait(task, state, now)):
         record["waits"] = wait
@@ -10169,7 +10162,7 @@ def farm_status(store: Store, settings: Settings, sight: Sight) -> dict:
         "landed_at": sorted(task.landed_at for task in state.landed.values())[-20:],
         "spent": sum_usage(sight.measure("spending", lambda: read_usage(store))),
         "reviews": [
-            {key: record[key] for key in ("id", "commit", "title")}
+            pick(record, ("id", "commit", "title"))
             for record in records
             if record["state"] == "review"
         ],
@@ -10894,7 +10887,7 @@ def fold_history(store: Store) -> History:
     for at, event in sorted(dated, key=lambda pair: pair[0]):
         history.fold(at, event)
     history.lists["spending"] = [
-        {key: line[key] for key in ("agent", "task", "tokens_in", "tokens_out", "cost_usd")}
+        pick(line, ("agent", "task", "tokens_in", "tokens_out", "cost_usd"))
         for line in read_usage(store, is_whole=True)
         if abs(line["cost_usd"]) < 1e9
     ]
@@ -10922,7 +10915,7 @@ def sum_history(history: History, tasks: list[Task]) -> dict:
     fates = Counter(span["fate"] for span in attempts)
     return {
         "tasks": len(tasks),
-        **{state: states[state] for state in ("claimed", "ready", "landed", "failed", "canceled")},
+        **pick(states, ("claimed", "ready", "landed", "failed", "canceled")),
         "unfinished": states["pending"] + states["claimed"] + states["ready"],
         "attempts": len(attempts),
         "returned": fates["returned"],
@@ -11475,16 +11468,22 @@ def find_near(name: str, names) -> str:
     return next(iter(difflib.get_close_matches(name, names, 1)), "")
 
 
+def split_options(words: str):
+    """(short, long, kind with its `=`) of each option of a verb; short may be empty."""
+    for word in words.split():
+        flags, equals, kind = word.partition("=")
+        short, _, name = flags.rpartition("|")
+        yield short, name, equals + kind
+
+
 def parse_options(verb_name: str, argv: list[str]) -> tuple[list[str], dict]:
     """getopt over the verb's option words; (positional, options). Raises UsageError."""
     import getopt
 
     kinds, shorts, names = {}, "", {}
-    for word in f"{VERBS[verb_name].options} {GLOBAL_OPTIONS}".split():
-        flags, equals, kind = word.partition("=")
-        short, _, name = flags.rpartition("|")
-        kinds[name], names["-" + short], names["--" + name] = equals + kind, name, name
-        shorts += short + ":" * bool(short and equals)
+    for short, name, kind in split_options(f"{VERBS[verb_name].options} {GLOBAL_OPTIONS}"):
+        kinds[name], names["-" + short], names["--" + name] = kind, name, name
+        shorts += short + ":" * bool(short and kind)
     cut = argv.index("--") if "--" in argv else len(argv)
     try:
         pairs, args = getopt.gnu_getopt(
@@ -11631,11 +11630,10 @@ help           this
 def option_lines(words: str) -> list[str]:
     """`--name  what it is` for each option of a verb."""
     meanings, lines = dict(line.split(None, 1) for line in OPTION_HELP.splitlines()), []
-    for word in words.split():
-        short, bar, name = word.partition("=")[0].rpartition("|")
+    for short, name, _ in split_options(words):
         setting = SETTINGS.get(name.replace("-", "_"))
         meaning = meanings.get(name) or (setting.meaning if setting else "")
-        flags = f"-{short}, --{name}" if bar and short != name else f"--{name}"
+        flags = f"-{short}, --{name}" if short not in ("", name) else f"--{name}"
         lines.append(f"  {flags:<18} {meaning}")
     return lines
 
@@ -13179,11 +13177,8 @@ def find_completions(words: list[str], current: int) -> list[str]:
         found = ["--repo", "--help"] if begun.startswith("-") else list(VERBS)
         found = [] if before == "--repo" else found
     elif begun.startswith("-"):
-        entries = [
-            word.partition("=")[0].rpartition("|")[2]
-            for word in f"{VERBS[plain[0]].options} help".split()
-        ]
-        found = [f"--{name}" if len(name) > 1 else f"-{name}" for name in entries]
+        options = split_options(f"{VERBS[plain[0]].options} help")
+        found = [f"--{name}" if len(name) > 1 else f"-{name}" for _, name, _ in options]
     else:
         found = find_names(plain[0], plain[1:], before, repo)
     return [name for name in found if name.startswith(begun)]
