@@ -1374,9 +1374,8 @@ def hold_long(path: str, what: str):
         pid = file.read().partition("\t")[0]
         file.close()
         raise Refused(f"{what} runs already (pid {pid})", "./farm.py status") from None
-    me = identify(os.getpid())
     file.truncate(0)
-    file.write(f"{me.pid}\t{me.start}\n")
+    file.write(f"{os.getpid()}\t{start_of(os.getpid())}\n")
     file.flush()
     return file
 
@@ -5723,8 +5722,9 @@ class MergeQueue:
 
     def start_tests(self, tests) -> None:
         """Gates for these tests, as far as slots are free."""
-        short = find_shortage(self.store.folder, self.settings.min_free_mib) if tests else ""
-        if short:  # a gate that dies of it would say nothing about its tree
+        room = (self.store.folder, self.settings.min_free_mib)
+        # a gate that dies of it would say nothing about its tree
+        if tests and (short := find_shortage(*room)):
             self.trouble = (
                 f"no gate starts: {short}",
                 "free some, and it goes on by itself; or lower FARM_MIN_FREE_MIB",
@@ -5738,22 +5738,15 @@ class MergeQueue:
     def move_ungated(self, steps: list[Step]) -> bool:
         """What needs no gate: work that is in the target already lands, work that cannot be
         merged goes back."""
-        moved = False
-        for step in steps:
-            task = self.tasks[step.id]
+        over = [step for step in steps if step.status not in ("ok", "held")]
+        for step in over:
+            task, base = self.tasks[step.id], self.chain.base.commit
             if step.status in ("landed", "empty"):
-                base = self.chain.base.commit
-                self.landing.record(
-                    [
-                        (task.id, task.commit, "", None)
-                        if step.status == "landed"
-                        else (task.id, base, base, None)
-                    ]
-                )
-            elif step.status not in ("ok", "held"):
+                places = (task.commit, "") if step.status == "landed" else (base, base)
+                self.landing.record([(task.id, *places, None)])
+            else:
                 self.returns.send_back(task, *self.returns.describe(task, step))
-            moved |= step.status not in ("ok", "held")
-        return moved
+        return bool(over)
 
     def start_gate(self, ids: tuple, step: Step, diagnosis: Task | None = None) -> None:
         """A gate on the tree of `ids` on the target, or on a returned entry's own."""
@@ -5859,11 +5852,10 @@ class MergeQueue:
     def publish(self, queue: tuple) -> None:
         """What is being done right now, for `queue` and `status`; worth nothing once this
         process is gone."""
-        me = identify(os.getpid())
         data = {
             "schema": SCHEMA,
-            "pid": me.pid,
-            "start": me.start,
+            "pid": os.getpid(),
+            "start": start_of(os.getpid()),
             "target": self.target,
             "order": list(queue),
             "testing": [gate.named() for gate in self.running()],
@@ -7076,8 +7068,8 @@ def set_mode(store: Store, mode: str, reason: str = "") -> None:
             raise Refused("the farm is not running", "./farm.py up")
         if mode == "running":
             forget_limits(tx)
-        tx.store.write_json(FARM_FILE, {**farm, "mode": mode, "reason": reason})
-        tx.store.append_event("paused" if mode == "paused" else "resumed", why=reason)
+        store.write_json(FARM_FILE, {**farm, "mode": mode, "reason": reason})
+        store.append_event("paused" if mode == "paused" else "resumed", why=reason)
 
 
 def pause_until(outcome: Outcome, times: int, now: float) -> str:
@@ -7294,12 +7286,11 @@ def read_mail(store: Store, agent: str, name: str, fence: str) -> dict:
     nothing that can be read."""
     try:
         path = store.path(f"mailbox/{agent}/{name}")
-        mail = json.loads(read_foreign(path, MAIL_BYTES, os.O_NOFOLLOW))
+        mail = object_of(json.loads(read_foreign(path, MAIL_BYTES, os.O_NOFOLLOW)))
     except (OSError, ValueError, RecursionError):
         return {}
-    keys = ("at", "event", "state", "message")
-    texts = isinstance(mail, dict) and is_texts([mail.get(key, "") for key in keys])
-    return mail if texts and mail.get("fence") == fence else {}
+    texts = [mail.get(key, "") for key in ("at", "event", "state", "message")]
+    return mail if is_texts(texts) and mail.get("fence") == fence else {}
 
 
 def write_mail(store: Store, agent: str, name: str, mail: dict) -> None:
