@@ -1302,6 +1302,15 @@ def end_apart(process) -> None:
     process.wait()
 
 
+def start_thread(function, *args):
+    """A thread of its own for `function`; it keeps the process from no end."""
+    import threading
+
+    thread = threading.Thread(target=function, args=args, daemon=True)
+    thread.start()
+    return thread
+
+
 # an empty folder among the slots, where FARM_REVIEWER runs
 REVIEWER = "tmp/reviewer"
 
@@ -4732,8 +4741,6 @@ class Gate:
         which its processes are found) and a TMPDIR of its own. Standard input is /dev/null; both
         outputs go to `log`. prefix: what the sandbox puts before it.
         """
-        import threading
-
         self.log, self.folder = log, folder
         command = [*prefix, *shell(settings.gate)]
         if settings.gate_on:
@@ -4742,10 +4749,8 @@ class Gate:
         self.process = self.spawn(command)
         # One thread drains the pipe, or a gate that prints much would stand still; one waits, as
         # only its parent can.
-        drain = threading.Thread(target=self.keep_output, daemon=True)
-        args = (settings.gate_timeout, drain, wake)
-        drain.start()
-        threading.Thread(target=self.watch, args=args, daemon=True).start()
+        drain = start_thread(self.keep_output)
+        start_thread(self.watch, settings.gate_timeout, drain, wake)
 
     def spawn(self, command: list[str]):
         """The gate's process, leader of a group of its own, in its environment."""
@@ -5722,9 +5727,8 @@ class MergeQueue:
 
     def start_tests(self, tests) -> None:
         """Gates for these tests, as far as slots are free."""
-        room = (self.store.folder, self.settings.min_free_mib)
-        # a gate that dies of it would say nothing about its tree
-        if tests and (short := find_shortage(*room)):
+        short = find_shortage(self.store.folder, self.settings.min_free_mib) if tests else ""
+        if short:  # a gate that dies of it would say nothing about its tree
             self.trouble = (
                 f"no gate starts: {short}",
                 "free some, and it goes on by itself; or lower FARM_MIN_FREE_MIB",
@@ -8235,8 +8239,6 @@ def run_place(verb: str, store: Store, hosts: dict, *args: str) -> dict[str, str
 
 def start_placing(store: Store, settings: Settings) -> None:
     """From now on, hosts that are not heard are placed, again and again."""
-    import threading
-
     hosts = share_out(settings)
     hosts.pop("here", None)
 
@@ -8250,7 +8252,7 @@ def start_placing(store: Store, settings: Settings) -> None:
             time.sleep(pause)
 
     if hosts:
-        threading.Thread(target=go_on, daemon=True).start()
+        start_thread(go_on)
 
 
 def place_missing(store: Store, settings: Settings, hosts: dict) -> float:
@@ -9399,18 +9401,13 @@ class News:
     def notify(self, event: dict) -> None:
         """Say it, write the report when all is done, and run the user's command in the
         background."""
-        import threading
-
         what = " ".join(filter(None, (event["event"], event.get("agent"), event.get("task"))))
         say(f"{what}: {one_line(event['message'], 200)}")
         if event["event"] == "drained":
             self.on_drained(self.store)
         if self.settings.notify:
-            thread = threading.Thread(
-                target=run_notice, args=(self.settings.notify, event, self.store), daemon=True
-            )
+            thread = start_thread(run_notice, self.settings.notify, event, self.store)
             self.notices = [*(notice for notice in self.notices if notice.is_alive()), thread]
-            thread.start()
 
     def finish(self, seconds: float) -> None:
         """Wait for commands that are being told something."""
@@ -9777,7 +9774,7 @@ class Carrier:
         self.renew_at = self.push_at = 0.0
         self.sight = Sight(0.02)
         for duty in (self.keep, self.go_on):
-            threading.Thread(target=self.repeat, args=(duty,), daemon=True).start()
+            start_thread(self.repeat, duty)
 
     def repeat(self, duty) -> None:
         """`duty` each second until the end. What goes wrong is said once, and tried again."""
