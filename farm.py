@@ -412,9 +412,14 @@ def write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
+def make_folder(path: str) -> None:
+    """A folder, and those above it; one that is there is fine."""
+    os.makedirs(path, exist_ok=True)
+
+
 def make_parent(path: str) -> None:
     """The folder that a file is to lie in."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    make_folder(os.path.dirname(path))
 
 
 class Disk:
@@ -1303,7 +1308,7 @@ def end_apart(process) -> None:
 
 
 def start_thread(function, *args):
-    """A thread of its own for `function`; it keeps the process from no end."""
+    """Run `function` on a thread of its own, which keeps no process from its end."""
     import threading
 
     thread = threading.Thread(target=function, args=args, daemon=True)
@@ -1840,7 +1845,7 @@ def make_guard(git_dir: str) -> None:
     """An empty repo, for git to pass over the folder that it is in."""
     if not os.path.exists(f"{git_dir}/{GUARD}"):
         for name in ("objects", "refs"):
-            os.makedirs(f"{git_dir}/{name}", exist_ok=True)
+            make_folder(f"{git_dir}/{name}")
         write_whole(f"{git_dir}/HEAD", "ref: refs/heads/none\n")
         write_whole(f"{git_dir}/{GUARD}", "git clean and git stash leave this alone\n")
 
@@ -2597,7 +2602,7 @@ class Folder:
         folder = os.path.dirname(self.copy_of_history())
         if not folder:
             return
-        os.makedirs(folder, exist_ok=True)
+        make_folder(folder)
         linked = []
         for name in self.files_of(HISTORY_FILE):
             history, copy = self.path(name), f"{folder}/{name}"
@@ -2914,7 +2919,7 @@ class Store(Reader):
 
     def lay_folders(self) -> None:
         for name in FOLDERS:
-            os.makedirs(self.path(name), exist_ok=True)
+            make_folder(self.path(name))
         ignore = self.path(".gitignore")
         if not os.path.exists(ignore):
             self.disk.write_temp(ignore, b"*\n")
@@ -3068,10 +3073,10 @@ class Transaction:
 
     def __enter__(self) -> Transaction:
         store = self.store
-        # else makedirs would make a repo's folder anew that somebody has just moved away
+        # else a repo's folder that somebody has just moved away would be made anew
         if not os.path.isdir(store.repo):
             raise NotFound(f"{store.repo} is not there")
-        os.makedirs(store.folder, exist_ok=True)
+        make_folder(store.folder)
         # Never a data file: after a rename a second process would hold "the lock" on the new inode.
         # And in the kernel's queue, not by polling: of 50 processes each then comes to it.
         self.mutex = take_mutex(store.path(".lock"))
@@ -4760,7 +4765,7 @@ class Gate:
         temp = self.folder + ".tmp"
         # what one gate left there is not the next one's business
         shutil.rmtree(temp, ignore_errors=True)
-        os.makedirs(temp, exist_ok=True)
+        make_folder(temp)
         # A gate that runs farm.py (its own tests, say) must not meet this farm; what is left can be
         # changed by the user.
         env = {key: value for key, value in os.environ.items() if not key.startswith("FARM_")}
@@ -7468,7 +7473,7 @@ def hold_pin(store: Store, task_id: str):
     the mutex: git takes its time. The git that moves the pin inherits it, so it is held as long
     as that one lives. One file for many tasks, so that they stay few.
     """
-    os.makedirs(store.path("merge_queue"), exist_ok=True)
+    make_folder(store.path("merge_queue"))
     guard = hold(store.path(f"merge_queue/.pin-{sum(task_id.encode()) % 16}.lock"))
     os.set_inheritable(guard.fileno(), True)
     return guard
@@ -13052,7 +13057,7 @@ def verb_spoke(call: Call) -> int:
     url, options = call.one("hub, HOST:REPO"), call.options
     host = checked_name(options.pop("name", os.uname().nodename), "host")
     folder = os.path.abspath(options.pop("folder", os.path.expanduser(f"~/farm-hosts/{host}")))
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     guard, should_stop = hold_long(folder + ".lock", f"the spoke {host}"), StopRequest()
     # the same for all spokes that come after each other in this folder
     owner = {"pid": "0", "start": str(os.stat(folder).st_ino), "boot": boot_id()}
