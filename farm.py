@@ -3631,8 +3631,8 @@ class LeaseWatch:
         renewal = (claim.fence, claim.claimed_at, claim.renewals)
         if self.first_seen.get(claim.agent, ((), 0.0))[0] != renewal:
             self.first_seen[claim.agent] = (renewal, CLOCK.monotonic())
-        is_on_host, told = claim.get_owner().is_on_host, self.settings
-        lease = told.host_lease_seconds if is_on_host else told.lease_seconds
+        is_on_host, settings = claim.get_owner().is_on_host, self.settings
+        lease = settings.host_lease_seconds if is_on_host else settings.lease_seconds
         return self.first_seen[claim.agent][1] + lease - CLOCK.monotonic()
 
     def is_lapsed(self, claim: Claim) -> bool:
