@@ -4301,15 +4301,9 @@ def parse_tasks(text: str, name: str) -> list[Task]:
 # How often one tree passed and failed the gate; a time-out or a killed gate counts as neither.
 Evidence = namedtuple("Evidence", "greens reds")
 
-# A gate run to start: `entries` merged in this order on the target, () for the target as it is.
-# `kind` is main (the next step), confirm (a single suspect again), target (is it the target
-# itself?) or speculative (useful if gates that have no verdict yet go as expected); `chance` that
-# its verdict will be used, 1.0 for the next.
-Test = namedtuple("Test", "entries kind chance")
-
-# What to do now: land the first `land` entries, return the entry `guilty` (or None), start
-# `tests`.
-# `target_red` pauses the queue. `abandon` are running tests that no branch can use any more.
+# What to do now: land the first `land` entries, return the entry `guilty` (or None), start `tests`:
+# gate runs, each the entries that are merged in this order on the target, () for the target as it
+# is. `target_red` pauses the queue. `abandon` are running tests that no branch can use any more.
 # Landing and returning change the queue, so plan again after them; `tests` holds meanwhile (say,
 # while a file in the checkout is in the way).
 Plan = namedtuple("Plan", "land guilty target_red tests abandon")
@@ -4486,30 +4480,23 @@ def can_use(node: Node, entries: tuple) -> bool:
     return all(entry in places for entry in tail)  # a shared iterator: the same order, gaps allowed
 
 
-def kind_of_test(question: Question, node: Node, order: int) -> str:
-    """Name what a test is for (see `Test`); `order` is 0 at the root of the decision tree."""
-    if not question.entries:
-        return "target"
-    if node.bound == 1:
-        return "confirm"
-    return "speculative" if order else "main"
-
-
-def speculate(root: Node, known: Known, free: int, started: set) -> list[Test]:
+# The first is the next step (a group, a single suspect again, the target itself); the others are
+# useful if gates that have no verdict yet go as expected.
+def speculate(root: Node, known: Known, free: int, started: set) -> list[tuple]:
     """Choose up to `free` tests not in `started`: walk the decision tree, the likeliest node
     first."""
     tests, serial = [], 0
     # serial: of equal chances the earlier pushed, and two Nodes are never compared
     heap = [(-1.0, serial, root)]
     while heap and len(tests) < free:
-        minus_chance, order, node = heapq.heappop(heap)
+        minus_chance, _, node = heapq.heappop(heap)
         # verdicts that are there already may answer what this node would ask
         node, _ = drop_guilty(node, known)
         if not node.rest:
             continue
         question = ask(node, known)
         if question.entries not in started:
-            tests.append(Test(question.entries, kind_of_test(question, node, order), -minus_chance))
+            tests.append(question.entries)
             started = started | {question.entries}
         shares = (
             (question.if_green, question.green_chance),
@@ -5642,8 +5629,7 @@ class MergeQueue:
             elif answer.guilty:
                 return self.return_red(task_id, (task_id,))
             elif is_idle and not self.trouble:
-                tests = [test for test in answer.tests if test.entries not in running]
-                self.start_tests(tests)
+                self.start_tests([ids for ids in answer.tests if ids not in running])
         return self.review.go_on([self.waiting[task_id] for task_id in self.reviews])
 
     def try_target(self) -> None:
@@ -5739,10 +5725,10 @@ class MergeQueue:
                 "free some, and it goes on by itself; or lower FARM_MIN_FREE_MIB",
             )
             return
-        for test in tests:
-            place = self.chain.step_of(test.entries)
+        for ids in tests:
+            place = self.chain.step_of(ids)
             if place is not None and self.slots.is_free():
-                self.start_gate(test.entries, place)
+                self.start_gate(ids, place)
 
     def move_ungated(self, steps: list[Step]) -> bool:
         """What needs no gate: work that is in the target already lands, work that cannot be
