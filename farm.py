@@ -1043,7 +1043,7 @@ def identify(pid: int) -> Owner:
 
 # A verb's own process is over with its answer: a lock that it owned would be free at once. A
 # session's leader is no guide within an agent: many a CLI gives each command a session of its own.
-def caller(owner_pid: int | None = None) -> Owner:
+def caller(owner_pid: int | None) -> Owner:
     """The owner of what this command acquires: --owner-pid, else the agent whose session this
     is, else the session leader."""
     if owner_pid is not None:
@@ -1905,7 +1905,7 @@ VERB_OF_SCRIPT = {
 }
 
 
-def hint_of(text: str, folder: str = "") -> str:
+def hint_of(text: str, folder: str) -> str:
     """A script's hint for who has typed a verb: its scripts are not where they stand. `folder` is
     where the script that says it lies, below scripts/; it names those beside it."""
     name, _, rest = text.partition(" ")
@@ -11201,7 +11201,7 @@ def show_lines(document: dict, width: int) -> list[str]:
 # code is a warning. (tests/rooms/test_doctor.py)
 
 
-def run_check(check, *args) -> list[tuple[str, str, int]]:
+def run_check(check, *args) -> list[tuple]:
     """Run a check that raises; its error as a finding."""
     try:
         check(*args)
