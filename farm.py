@@ -90,7 +90,7 @@ from collections import Counter, defaultdict, deque, namedtuple
 
 SCHEMA = 1
 TOOLKIT = os.path.dirname(os.path.abspath(__file__))
-SCRIPTS = os.path.join(TOOLKIT, "scripts")
+SCRIPTS = f"{TOOLKIT}/scripts"
 
 
 # ==================================================================================== PART I Ground
@@ -142,6 +142,10 @@ class BrokenObjects(Rejected):
 
 class TookTooLong(FarmError):
     """A script was ended because its time was over."""
+
+
+# (what is the matter, what to type) of each thing that a person should see to
+Advice = list[tuple[str, str]]
 
 
 # An OSError, so that whoever already tells of a full disk tells of this too.
@@ -413,6 +417,23 @@ def names_in(folder: str, list_folder=os.listdir) -> list[str]:
         return []
 
 
+def write_all(descriptor: int, data: bytes) -> None:
+    """All of it: a signal or a disk that is nearly full cuts a write short."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def make_folder(path: str) -> None:
+    """A folder, and those above it; one that is there is fine."""
+    os.makedirs(path, exist_ok=True)
+
+
+def make_parent(path: str) -> None:
+    """The folder that a file is to lie in."""
+    make_folder(os.path.dirname(path))
+
+
 class Disk:
     """The file system calls of a move, one method each: the seam where tests cut the power."""
 
@@ -430,9 +451,7 @@ class Disk:
             os.unlink(path)
             descriptor = os.open(path, flags, 0o666)
         try:
-            view = memoryview(data)
-            while view:  # a signal or a disk that is nearly full cuts a write short
-                view = view[os.write(descriptor, view) :]
+            write_all(descriptor, data)
             # before the name is there: else a power cut may leave the name on an empty file
             os.fsync(descriptor)
         finally:
@@ -459,9 +478,7 @@ class Disk:
         try:
             size = os.fstat(descriptor).st_size
             torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
-            view = memoryview(b"\n" + data if torn else data)
-            while view:
-                view = view[os.write(descriptor, view) :]
+            write_all(descriptor, b"\n" + data if torn else data)
             if durably:
                 os.fsync(descriptor)
             return os.fstat(descriptor).st_size
@@ -556,7 +573,7 @@ def describe_damage(path: str, error: Exception) -> DamagedState:
 
 def hide_bytecode() -> None:
     """Keep the toolkit's __pycache__ out of the git status of a repo that it was copied into."""
-    ignore = os.path.join(TOOLKIT, "__pycache__", ".gitignore")
+    ignore = f"{TOOLKIT}/__pycache__/.gitignore"
     if os.path.isdir(os.path.dirname(ignore)) and not os.path.exists(ignore):
         try:
             write_whole(ignore, "*\n")
@@ -599,9 +616,33 @@ def read_json_lines(path: str):
             yield item
 
 
+def read_object(path: str) -> dict:
+    """The first JSON object of a file; empty when there is none."""
+    return next(read_json_lines(path), {})
+
+
+def pick(record: dict, keys) -> dict:
+    """These keys of a record, in their order."""
+    return {key: record[key] for key in keys}
+
+
 def object_of(value) -> dict:
     """What is an object in JSON of others, else an empty one."""
     return value if isinstance(value, dict) else {}
+
+
+def items_of(value, fits) -> dict:
+    """Of an object in JSON of others, the items whose value `fits`."""
+    return {key: item for key, item in object_of(value).items() if fits(item)}
+
+
+def has_kinds(value, kinds: dict) -> bool:
+    """Whether it is an object, with a value of its kind under each key of `kinds`."""
+    return all(isinstance(object_of(value).get(key), kind) for key, kind in kinds.items())
+
+
+def is_number_pair(value) -> bool:
+    return isinstance(value, list) and [*map(type, value)] == [int, int]
 
 
 def count(record, *keys: str) -> int:
@@ -716,16 +757,14 @@ class Record:
             if key not in defaults or key == "extra":
                 extra[key] = value
                 continue
-            fields[key] = value
+            kind = type(defaults[key])
             # a person writes 60 where 60.0 is meant, and JSON has one kind of number
-            if type(value) is int and type(defaults[key]) is float:
-                fields[key] = float(value)
-            elif type(value) is not type(defaults[key]):
-                kind = type(defaults[key]).__name__
+            fields[key] = float(value) if kind is float and type(value) is int else value
+            if type(fields[key]) is not kind:
                 raise ValueError(
-                    f"{cls.__name__}.{key} must be {kind}, not {dump_line(value)[:60]}"
+                    f"{cls.__name__}.{key} must be {kind.__name__}, not {dump_line(value)[:60]}"
                 )
-            if value.__class__ is list and not is_texts(value):
+            if kind is list and not is_texts(value):
                 raise ValueError(f"{cls.__name__}.{key} must be a list of text")
         return cls._make(fields.values())
 
@@ -936,10 +975,10 @@ def import_package(name: str):
 
             site.main()
             return import_package(name)
-        venv_python = os.path.join(TOOLKIT, ".venv", "bin", "python")
+        venv_python = f"{TOOLKIT}/.venv/bin/python"
         if os.path.exists(venv_python) and not given("FARM_REEXEC"):
             os.environ["FARM_REEXEC"] = "1"
-            os.execv(venv_python, [venv_python, os.path.join(TOOLKIT, "farm.py"), *sys.argv[1:]])
+            os.execv(venv_python, [venv_python, f"{TOOLKIT}/farm.py", *sys.argv[1:]])
     raise MissingTool(
         f"the Python package {name} is not installed for {sys.executable}",
         f"make -C {TOOLKIT} setup, or: uv run farm.py ..., or: pip install {name}",
@@ -1016,7 +1055,7 @@ def identify(pid: int) -> Owner:
 
 # A verb's own process is over with its answer: a lock that it owned would be free at once. A
 # session's leader is no guide within an agent: many a CLI gives each command a session of its own.
-def caller(owner_pid: int | None = None) -> Owner:
+def caller(owner_pid: int | None) -> Owner:
     """The owner of what this command acquires: --owner-pid, else the agent whose session this
     is, else the session leader."""
     if owner_pid is not None:
@@ -1265,8 +1304,32 @@ def kill_group(group: int) -> None:
         pass
 
 
+def start_apart(argv: list[str], **options):
+    """A process that leads a session of its own, where no signal to our group reaches it; with
+    nothing on its standard input, unless `options` (Popen's) name something."""
+    import subprocess
+
+    options = {"stdin": subprocess.DEVNULL, **options}
+    return subprocess.Popen(argv, start_new_session=True, **options)
+
+
+def end_apart(process) -> None:
+    """End what `start_apart` has started, and all of its group."""
+    kill_group(process.pid)
+    process.wait()
+
+
+def start_thread(function, *args):
+    """Run `function` on a thread of its own, which keeps no process from its end."""
+    import threading
+
+    thread = threading.Thread(target=function, args=args, daemon=True)
+    thread.start()
+    return thread
+
+
 # an empty folder among the slots, where FARM_REVIEWER runs
-REVIEWER = os.path.join("tmp", "reviewer")
+REVIEWER = "tmp/reviewer"
 
 
 # By the folders, not by what a merger has noted: a killed one may not have come to its note.
@@ -1274,9 +1337,9 @@ def end_all_gates(slots_folder: str) -> None:
     """End the gates that a dead merger of this farm has left running."""
     for name in names_in(slots_folder):
         if re.fullmatch(r"gate-\d+", name):
-            end_gates(os.path.join(slots_folder, name))
-    if os.path.isdir(os.path.join(slots_folder, REVIEWER)):
-        end_gates(os.path.join(slots_folder, REVIEWER))
+            end_gates(f"{slots_folder}/{name}")
+    if os.path.isdir(f"{slots_folder}/{REVIEWER}"):
+        end_gates(f"{slots_folder}/{REVIEWER}")
 
 
 def in_session(leader: int) -> list:
@@ -1337,9 +1400,8 @@ def hold_long(path: str, what: str):
         pid = file.read().partition("\t")[0]
         file.close()
         raise Refused(f"{what} runs already (pid {pid})", "./farm.py status") from None
-    me = identify(os.getpid())
     file.truncate(0)
-    file.write(f"{me.pid}\t{me.start}\n")
+    file.write(f"{os.getpid()}\t{start_of(os.getpid())}\n")
     file.flush()
     return file
 
@@ -1435,7 +1497,7 @@ def find_bash() -> str:
 # (tests/rooms/test_settings.py)
 
 GUARD = "farm-guard"  # a file in coordination/.git, which is no repo of anybody's
-FARM_HOME_NOTE = os.path.join("farm", "main")  # in the common git dir
+FARM_HOME_NOTE = "farm/main"  # in the common git dir
 
 # the default is of the kind that the setting has; most are texts, and empty
 Setting = namedtuple("Setting", "meaning default", defaults=[""])
@@ -1607,7 +1669,7 @@ def load_settings(repo: str, flags: dict | None = None, remembered: dict | None 
     flags, remembered = flags or {}, remembered or {}
     if given("FARM_AS_TOLD"):
         flags = {**remembered, **flags}
-    env_file = read_env_file(os.path.join(repo, "farm.env"))
+    env_file = read_env_file(f"{repo}/farm.env")
     values = {}
     for name, setting in SETTINGS.items():
         variable = variable_of(name)
@@ -1734,19 +1796,17 @@ def shell(command: str) -> list[str]:
 def find_git_dirs(folder: str) -> tuple[str, str]:
     """(git dir, common git dir) of a worktree's top folder or of a bare repo; ("", "") when it
     is neither."""
-    git_dir = os.path.join(folder, ".git")
+    git_dir = f"{folder}/.git"
     # whoever stands in coordination/ is in the repo above it: its .git is a guard
-    if not os.path.exists(git_dir) or os.path.exists(os.path.join(git_dir, GUARD)):
-        is_bare = all(
-            os.path.exists(os.path.join(folder, name)) for name in ("HEAD", "objects", "refs")
-        )
+    if not os.path.exists(git_dir) or os.path.exists(f"{git_dir}/{GUARD}"):
+        is_bare = all(os.path.exists(f"{folder}/{name}") for name in ("HEAD", "objects", "refs"))
         return (folder, folder) if is_bare else ("", "")
     if not os.path.isdir(git_dir):
         # a linked worktree's .git is a file that names the folder, possibly relative to itself
         git_dir = os.path.join(folder, read_line(git_dir).removeprefix("gitdir:").strip(" "))
     git_dir = os.path.realpath(git_dir)
     return git_dir, os.path.realpath(
-        os.path.join(git_dir, read_line(os.path.join(git_dir, "commondir")) or ".")
+        os.path.join(git_dir, read_line(f"{git_dir}/commondir") or ".")
     )
 
 
@@ -1755,13 +1815,11 @@ def find_git_dirs(folder: str) -> tuple[str, str]:
 def is_bare(common: str) -> bool:
     """Whether a common git dir has no worktree of its own. One with an index has: some tool has
     set core.bare there."""
-    settings = "\n".join(
-        read_line(os.path.join(common, name)) for name in ("config", "config.worktree")
-    )
+    settings = "\n".join(read_line(f"{common}/{name}") for name in ("config", "config.worktree"))
     lines = {"".join(line.split()).lower() for line in settings.splitlines()}
     return not lines.isdisjoint(
         ("bare=true", "bare=yes", "bare=on", "bare=1", "bare")
-    ) and not os.path.exists(os.path.join(common, "index"))
+    ) and not os.path.exists(f"{common}/index")
 
 
 def find_repo(start: str) -> str:
@@ -1782,7 +1840,7 @@ def find_repo(start: str) -> str:
             )
         folder = os.path.dirname(folder)
     git_dir, common = found
-    noted = read_line(os.path.join(common, FARM_HOME_NOTE))
+    noted = read_line(f"{common}/{FARM_HOME_NOTE}")
     # a copied or moved repo brings a note along that is not its own
     if noted and find_git_dirs(noted)[1] == common:
         return noted
@@ -1800,19 +1858,19 @@ def find_repo(start: str) -> str:
 # into one. GUARD is written last, so that where it is, all of it is there.
 def make_guard(git_dir: str) -> None:
     """An empty repo, for git to pass over the folder that it is in."""
-    if not os.path.exists(os.path.join(git_dir, GUARD)):
+    if not os.path.exists(f"{git_dir}/{GUARD}"):
         for name in ("objects", "refs"):
-            os.makedirs(os.path.join(git_dir, name), exist_ok=True)
-        write_whole(os.path.join(git_dir, "HEAD"), "ref: refs/heads/none\n")
-        write_whole(os.path.join(git_dir, GUARD), "git clean and git stash leave this alone\n")
+            make_folder(f"{git_dir}/{name}")
+        write_whole(f"{git_dir}/HEAD", "ref: refs/heads/none\n")
+        write_whole(f"{git_dir}/{GUARD}", "git clean and git stash leave this alone\n")
 
 
 def note_home(repo: str) -> None:
     """Write down which checkout the farm lives in, where git could not tell it from the others."""
     common = find_git_dirs(repo)[1]
     if common and (os.path.basename(common) != ".git" or is_bare(common)):
-        note = os.path.join(common, FARM_HOME_NOTE)
-        os.makedirs(os.path.dirname(note), exist_ok=True)
+        note = f"{common}/{FARM_HOME_NOTE}"
+        make_parent(note)
         write_whole(note, repo + "\n")
 
 
@@ -1822,7 +1880,7 @@ def agent_names(count: int) -> list[str]:
 
 
 def worktree_of(repo: str, settings: Settings, agent: str) -> str:
-    return os.path.join(worktrees_folder(repo, settings), agent + "-worktree")
+    return f"{worktrees_folder(repo, settings)}/{agent}-worktree"
 
 
 def agent_number(name: str) -> str:
@@ -1862,7 +1920,7 @@ VERB_OF_SCRIPT = {
 }
 
 
-def hint_of(text: str, folder: str = "") -> str:
+def hint_of(text: str, folder: str) -> str:
     """A script's hint for who has typed a verb: its scripts are not where they stand. `folder` is
     where the script that says it lies, below scripts/; it names those beside it."""
     name, _, rest = text.partition(" ")
@@ -1907,7 +1965,7 @@ def run_script(
     drop_lost_tmpdir()
     try:
         process = subprocess.Popen(
-            [*prefix, "bash", os.path.join(SCRIPTS, name), *args],
+            [*prefix, "bash", f"{SCRIPTS}/{name}", *args],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -1941,34 +1999,25 @@ def drop_relative_places() -> None:
 def is_isolated(repo: str = "") -> bool:
     """Whether agents are sandboxed: as this process was told, else as the farm was started."""
     if repo and "FARM_ISOLATE" not in os.environ:
-        farm = read_json_lines(os.path.join(repo, "coordination", "farm.json"))
-        os.environ["FARM_ISOLATE"] = str(next(farm, {}).get("isolation", "none"))
+        farm = read_object(f"{repo}/coordination/farm.json")
+        os.environ["FARM_ISOLATE"] = str(farm.get("isolation", "none"))
         drop_relative_places()
     return os.environ.get("FARM_ISOLATE", "none") not in ("", "none")
 
 
-def run_on_tree(repo: str, worktree: str, name: str, *args: str, **options) -> ScriptResult:
-    """`run_script` for what works on files that an agent has left: in a sandbox of that agent, as
-    what lies there can make git run it."""
-    return run_script(name, *args, prefix=isolated("tree", repo, worktree), **options)
-
-
 # Looking is enough: `git status` and `git diff` start the filter that a tree's attributes choose,
 # and an agent can write those.
-def run_unfiltered(repo: str, name: str, *args: str, **options) -> ScriptResult:
-    """`run_script` for what looks at agents' trees from outside of a sandbox."""
-    return run_script(name, *args, prefix=unfiltered(repo), **options)
-
-
 def unfiltered(repo: str) -> list[str]:
     """What goes before a command that looks at agents' trees from outside of a sandbox."""
-    script = os.path.join(SCRIPTS, "sandbox", "tame-filters.sh")
+    script = f"{SCRIPTS}/sandbox/tame-filters.sh"
     return ["bash", script, "off", repo] if is_isolated(repo) else []
 
 
+# Of kind "tree" for what works on files that an agent has left: what lies there can make git run
+# it.
 def isolated(kind: str, repo: str, folder: str) -> list[str]:
     """What goes before a command that works in `folder`; confine.sh says what the kinds are."""
-    script = os.path.join(SCRIPTS, "sandbox", "confine.sh")
+    script = f"{SCRIPTS}/sandbox/confine.sh"
     return ["bash", script, kind, repo, folder] if is_isolated(repo) else []
 
 
@@ -1981,7 +2030,7 @@ def spawn_script(name: str, *args: str) -> str:
     try:
         actions = [(os.POSIX_SPAWN_DUP2, write_end, 1), (os.POSIX_SPAWN_CLOSE, read_end)]
         pid = os.posix_spawnp(
-            "bash", ["bash", os.path.join(SCRIPTS, name), *args], os.environ, file_actions=actions
+            "bash", ["bash", f"{SCRIPTS}/{name}", *args], os.environ, file_actions=actions
         )
     # our copy of the writing end has to go: else the read below would never come to an end
     finally:
@@ -1995,7 +2044,7 @@ def spawn_script(name: str, *args: str) -> str:
 
 
 # in the common git dir: socket<TAB>pid<TAB>common git dir, by spawn-tmux.sh
-TMUX_NOTE = os.path.join("farm", "tmux")
+TMUX_NOTE = "farm/tmux"
 
 
 def find_server(repo: str) -> str:
@@ -2007,13 +2056,13 @@ def find_server(repo: str) -> str:
     farm's.
     """
     common = find_git_dirs(repo)[1]
-    socket, _, owner = (read_line(os.path.join(common, TMUX_NOTE)).split("\t") + ["", "", ""])[:3]
+    socket, _, owner = (read_line(f"{common}/{TMUX_NOTE}").split("\t") + ["", "", ""])[:3]
     # of a repo that was moved the folder that is named is gone, and the server is its own still;
     # of a copy it is there, and the server is that one's
     if not socket or owner != common and os.path.isdir(owner):
         return farm_socket(repo)
     if not os.path.exists(socket) and (pid := find_living_server(repo)):
-        remake_socket(os.path.join(common, TMUX_NOTE), socket, pid)
+        remake_socket(f"{common}/{TMUX_NOTE}", socket, pid)
     return socket if os.path.isdir(os.path.dirname(socket)) else farm_socket(repo)
 
 
@@ -2032,7 +2081,7 @@ def remake_socket(note: str, socket: str, pid: int) -> None:
 def find_living_server(repo: str) -> int | None:
     """The pid of the farm's tmux server as it is written down, while it lives, whether or not
     anybody can reach it; else None."""
-    note = read_line(os.path.join(find_git_dirs(repo)[1], TMUX_NOTE))
+    note = read_line(f"{find_git_dirs(repo)[1]}/{TMUX_NOTE}")
     socket, pid = (note.split("\t") + [""])[:2]
     return int(pid) if pid.isdigit() and is_tmux(int(pid), socket) else None
 
@@ -2091,10 +2140,9 @@ def rescue(repo: str, agent: str, worktree: str) -> str:
     Never raises: one broken worktree must not stop the farm, and nobody resets it before its own
     rescue went through.
     """
+    at = ("-C", worktree, "-a", agent, worktree)
     try:
-        rows = run_on_tree(
-            repo, worktree, "rescue.sh", "save", "-C", worktree, "-a", agent, worktree
-        ).rows
+        rows = run_script("rescue.sh", "save", *at, prefix=isolated("tree", repo, worktree)).rows
     except FarmError as error:
         say(f"{agent}: its unsaved work stays in {worktree}: {error}")
         return ""
@@ -2107,7 +2155,7 @@ def read_repo(repo: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in run_script("merge/repo-info.sh", "-C", repo).rows}
 
 
-def find_obstacles(call: Call) -> list[tuple[str, str]]:
+def find_obstacles(call: Call) -> Advice:
     """(what, what to type) for each branch or ref that stands where one of the farm's would be."""
     info, at = call.repo_info, f"git -C {shell_word(call.repo)}"
     branches = [
@@ -2150,8 +2198,14 @@ def target_of(call: Call) -> str:
 # (tests/test_isolation.py)
 
 CARRIED = (
-    *("isolate", "show", "hide", "pass_", "network", "gate_network"),
-    *("agent_processes", "agent_memory_mib"),
+    "isolate",
+    "show",
+    "hide",
+    "pass_",
+    "network",
+    "gate_network",
+    "agent_processes",
+    "agent_memory_mib",
 )
 
 
@@ -2212,13 +2266,13 @@ def describe_isolation(settings: Settings) -> str:
 # Each task once, in memory, wherever its copies lie; which of two copies is the task.
 # (tests/rooms/test_store_machine.py, tests/rooms/test_archive.py)
 
-PENDING_FILE = os.path.join("task_queue", "pending.json")
-READY_FILE = os.path.join("merge_queue", "ready-to-merge.json")
+PENDING_FILE = "task_queue/pending.json"
+READY_FILE = "merge_queue/ready-to-merge.json"
 # What has happened; cut at this size into events-0001.jsonl and so on, as logs are.
 HISTORY_FILE, HISTORY_BYTES = "events.jsonl", 16 * 1024 * 1024
 # What has landed, a record a line; the queue file holds the last of them. They move in batches of
 # twenty, so that the archive is made durable once for many landings.
-ARCHIVE_FILE = os.path.join("merge_queue", "landed.jsonl")
+ARCHIVE_FILE = "merge_queue/landed.jsonl"
 LANDED_MAX, LANDED_KEPT = 40, 20
 # what this version writes at the top of that file; `load` keeps other keys for a newer one
 READY_KEYS = ("ready", "landed", "done", "archived", "archive_bytes", "seqs")
@@ -2343,6 +2397,10 @@ class State:
         """id -> Task of what agents hold."""
         return {claim.task["id"]: claim.get_task() for claim in self.claims.values() if claim.task}
 
+    def busy(self) -> list[str]:
+        """The agents that hold a task, in order."""
+        return sorted(claim.agent for claim in self.claims.values() if claim.task)
+
     def is_done(self, task_id: str) -> bool:
         return task_id in self.done or task_id in self.archived
 
@@ -2394,6 +2452,11 @@ class State:
         return next(
             (claim for claim in self.claims.values() if claim.task.get("id") == task_id), None
         )
+
+    def place_of(self, task_id: str) -> str | None:
+        """Where a task lies that is to move on: pending, ready or claimed."""
+        waits = (place for place in ("pending", "ready") if task_id in getattr(self, place))
+        return next(waits, "claimed" if self.find_holder(task_id) else None)
 
     # The archive's highest numbers are kept beside it: else what comes after a landing would be
     # first.
@@ -2507,9 +2570,9 @@ class Folder:
         for folder in ("", *(FOLDERS if os.path.exists(self.path("README.md")) else ())):
             make_guard(self.path(folder, ".git"))
         # info/exclude and not .gitignore, which is the user's file and is committed
-        exclude = os.path.join(common, "info", "exclude")
+        exclude = f"{common}/info/exclude"
         if "/coordination/" not in read_line(exclude).splitlines():
-            os.makedirs(os.path.dirname(exclude), exist_ok=True)
+            make_parent(exclude)
             self.disk.append(exclude, b"/coordination/\n")
         self.keep_copy()
 
@@ -2554,10 +2617,10 @@ class Folder:
         folder = os.path.dirname(self.copy_of_history())
         if not folder:
             return
-        os.makedirs(folder, exist_ok=True)
+        make_folder(folder)
         linked = []
         for name in self.files_of(HISTORY_FILE):
-            history, copy = self.path(name), os.path.join(folder, name)
+            history, copy = self.path(name), f"{folder}/{name}"
             if os.path.exists(copy) and not os.path.samefile(history, copy):
                 # under its number it has its second name already
                 is_cut = any(os.path.samefile(copy, other) for other in linked)
@@ -2573,7 +2636,7 @@ class Folder:
     def copy_of_history(self) -> str:
         """Where the history's second name is; empty outside of a git repo."""
         common = find_git_dirs(self.repo)[1]
-        return os.path.join(common, "farm", HISTORY_FILE) if common else ""
+        return f"{common}/farm/{HISTORY_FILE}" if common else ""
 
     def is_there(self) -> bool:
         return any(
@@ -2634,27 +2697,16 @@ class Reader(Folder):
         """
         name = LOOP_FILE if os.path.exists(self.path(LOOP_FILE)) else AGENTS_FILE
         data, agents = self.read_json(name) or {}, self.read_part(name, "agents")
-        told, work, lapses, changes = (
-            data.get(key) for key in ("told", "work", "lapses", "changes")
-        )
+        agents = items_of(agents, lambda record: isinstance(record, dict))
+        told = data.get("told")
         return {
-            "agents": {
-                key: {"ends": [], **record}
-                for key, record in agents.items()
-                if isinstance(record, dict)
-            },
+            "agents": {key: {"ends": [], **record} for key, record in agents.items()},
             "told": told if is_texts(told) else [],
-            "lapses": lapses if isinstance(lapses, dict) and is_texts([*lapses.values()]) else {},
-            "changes": {
-                key: pair
-                for key, pair in object_of(changes).items()
-                if is_texts(pair) and len(pair) == 3
-            },
-            "work": {
-                key: pair
-                for key, pair in object_of(work).items()
-                if isinstance(pair, list) and list(map(type, pair)) == [int, int]
-            },
+            "lapses": items_of(data.get("lapses"), lambda at: isinstance(at, str)),
+            "changes": items_of(
+                data.get("changes"), lambda change: is_texts(change) and len(change) == 3
+            ),
+            "work": items_of(data.get("work"), is_number_pair),
         }
 
     def farm(self) -> dict:
@@ -2697,8 +2749,7 @@ class Reader(Folder):
             if not isinstance(done, dict) or not all(type(rev) is int for rev in done.values()):
                 raise ValueError("done must be an object of id: rev")
             Ids.from_json(data.get("archived", {}))
-            seqs = data.get("seqs", [0, 0])
-            if not isinstance(seqs, list) or [type(one) for one in seqs] != [int, int]:
+            if not is_number_pair(data.get("seqs", [0, 0])):
                 raise ValueError("seqs must be two numbers")
             if type(data.get("archive_bytes", 0)) is not int:
                 raise ValueError("archive_bytes must be a number")
@@ -2736,7 +2787,7 @@ class Reader(Folder):
     def lock_files(self) -> list[str]:
         """Names of the lock files, relative to coordination/."""
         return [
-            os.path.join(LOCK_FOLDER, name)
+            f"{LOCK_FOLDER}/{name}"
             for name in names_in(self.path(LOCK_FOLDER), self.disk.list_folder)
             # a dot in front: the temp file of a writer that was killed
             if name.endswith(".lock") and not name.startswith(".")
@@ -2761,7 +2812,7 @@ class Reader(Folder):
 
     def find_claim(self, agent: str) -> Claim | None:
         """What one agent holds, by one read."""
-        return self.read_claim(os.path.join(LOCK_FOLDER, agent + ".lock"))
+        return self.read_claim(f"{LOCK_FOLDER}/{agent}.lock")
 
     # Of a thousand lock files a move changes one. A host's connection makes many moves, the loop
     # looks each second: they read what is as it was once.
@@ -2888,7 +2939,7 @@ class Store(Reader):
 
     def lay_folders(self) -> None:
         for name in FOLDERS:
-            os.makedirs(self.path(name), exist_ok=True)
+            make_folder(self.path(name))
         ignore = self.path(".gitignore")
         if not os.path.exists(ignore):
             self.disk.write_temp(ignore, b"*\n")
@@ -2912,7 +2963,7 @@ class Store(Reader):
                 self.write_queue(name, State())
         # before the event that says all is made; a kill until then has the next verb do it again
         note_home(self.repo)
-        self.append_event("created", None)
+        self.append_event("created")
         self.guard()
 
     def write_durably(
@@ -2927,7 +2978,7 @@ class Store(Reader):
         path = self.path(name)
         folder, base = os.path.split(path)
         # in the same folder: a rename works within one file system only
-        temp = os.path.join(folder, f".{base}.tmp")
+        temp = f"{folder}/.{base}.tmp"
         try:
             self.disk.write_temp(temp, data)
             if exclusive:
@@ -2990,7 +3041,7 @@ class Store(Reader):
             pass
 
     # The whole record in each event: mending rebuilds a lost queue from the last one of each task.
-    def append_event(self, event: str, task: Task | None, **details) -> None:
+    def append_event(self, event: str, task: Task | None = None, **details) -> None:
         """One line of history with the task's full record. Not fsynced, and no reason to fail:
         the queues are the truth."""
         record = {"at": utc_now(), "event": event, **details}
@@ -3029,7 +3080,7 @@ def take_mutex(path: str) -> int:
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except FileNotFoundError:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            make_parent(path)
         os.close(descriptor)
 
 
@@ -3042,10 +3093,10 @@ class Transaction:
 
     def __enter__(self) -> Transaction:
         store = self.store
-        # else makedirs would make a repo's folder anew that somebody has just moved away
+        # else a repo's folder that somebody has just moved away would be made anew
         if not os.path.isdir(store.repo):
             raise NotFound(f"{store.repo} is not there")
-        os.makedirs(store.folder, exist_ok=True)
+        make_folder(store.folder)
         # Never a data file: after a rename a second process would hold "the lock" on the new inode.
         # And in the kernel's queue, not by polling: of 50 processes each then comes to it.
         self.mutex = take_mutex(store.path(".lock"))
@@ -3149,13 +3200,13 @@ class Transaction:
         # By link, a file that somebody has put there meanwhile is an error and not replaced: the
         # lock would have two holders.
         is_new = claim.agent not in self.state.claims
-        name = os.path.join(LOCK_FOLDER, claim.agent + ".lock")
+        name = f"{LOCK_FOLDER}/{claim.agent}.lock"
         self.store.write_json(name, claim.to_json(), exclusive=is_new, sync=sync)
         self.state.claims[claim.agent] = claim
 
     def remove_lock(self, agent: str, *, sync: bool = True) -> None:
         self.mark_dirty()
-        self.store.disk.unlink(self.store.path(LOCK_FOLDER, agent + ".lock"))
+        self.store.disk.unlink(self.store.path(f"{LOCK_FOLDER}/{agent}.lock"))
         if sync:
             self.store.sync_folder(self.store.path(LOCK_FOLDER))
         self.state.claims.pop(agent, None)
@@ -3186,10 +3237,7 @@ class Transaction:
         """Make `task` (rev + 1) durable at `place`, "pending", "ready" or "landed", then remove
         it from where it was."""
         state = self.state
-        source = next(
-            (name for name in ("pending", "ready") if task.id in getattr(state, name)),
-            "claimed" if state.find_holder(task.id) else None,
-        )
+        source = state.place_of(task.id)
         if place == "landed" and len(state.landed) >= LANDED_MAX:  # before this one is among them
             self.archive()
         task = task._replace(rev=task.rev + 1)
@@ -3225,8 +3273,12 @@ class Transaction:
         return claim
 
 
-INTENT_FILE = os.path.join("merge_queue", "landing.json")
-NOW_FILE = os.path.join("merge_queue", "now.json")
+# what all parts of a merger, or of a farm, are about: its state, what it was told, and the branch
+# that work lands on
+Site = namedtuple("Site", "store settings target")
+
+INTENT_FILE = "merge_queue/landing.json"
+NOW_FILE = "merge_queue/now.json"
 
 
 def read_events(store: Store, containing: bytes = b"", files: int = 0):
@@ -3342,16 +3394,14 @@ def find_traces(store: Store, worktrees: str) -> str:
     if store.is_there():
         return ""
     common = find_git_dirs(store.repo)[1]
-    packed = read_line(os.path.join(common, "packed-refs"))
+    packed = read_line(f"{common}/packed-refs")
     agents = [name for name in names_in(worktrees) if name.endswith("-worktree")]
     traces = [f"{number(len(agents), 'worktree')} in {worktrees}"] if agents else []
     for folder, words in (
         ("refs/farm", "pinned work below refs/farm"),
         ("refs/heads/farm", "branches farm/..."),
     ):
-        if f" {folder}/" in packed or any(
-            files for _, _, files in os.walk(os.path.join(common, folder))
-        ):
+        if f" {folder}/" in packed or any(files for _, _, files in os.walk(f"{common}/{folder}")):
             traces.append(words)
     told = f"{store.folder} is not there, but a farm has left {', '.join(traces)}"
     return told if traces else ""
@@ -3409,9 +3459,9 @@ def bring_history_back(store: Store) -> list[str]:
     for name in store.files_of(HISTORY_FILE, folder):
         try:
             # linked, so that the second copy goes on following
-            os.link(os.path.join(folder, name), store.path(name))
+            os.link(f"{folder}/{name}", store.path(name))
         except OSError:  # a git dir on another disk
-            shutil.copyfile(os.path.join(folder, name), store.path(name))
+            shutil.copyfile(f"{folder}/{name}", store.path(name))
     store.guard()
     return ["events.jsonl is back, from the copy in the git dir"]
 
@@ -3565,9 +3615,6 @@ class LockRegistry:
         claim = claim._replace(locks=[name for name in claim.locks if name not in names])
         self.tx.write_lock(claim) if claim.locks or claim.task else self.tx.remove_lock(agent)
 
-    def has_dead_owner(self) -> bool:
-        return any(map(is_orphan, self.tx.state.claims.values()))
-
 
 def describe_holder(claim: Claim) -> str:
     """Who holds a lock file, in words."""
@@ -3593,8 +3640,8 @@ class LeaseWatch:
     """Leases of owners that cannot be seen, counted on this process's monotonic clock from the
     first look at each renewal."""
 
-    def __init__(self, lease_seconds: float, host_lease_seconds: float = 90.0):
-        self.lease_seconds, self.host_lease_seconds = lease_seconds, host_lease_seconds
+    def __init__(self, settings: Settings):
+        self.settings = settings
         # agent -> (its renewal, when that was seen first)
         self.first_seen = {}
 
@@ -3604,8 +3651,8 @@ class LeaseWatch:
         renewal = (claim.fence, claim.claimed_at, claim.renewals)
         if self.first_seen.get(claim.agent, ((), 0.0))[0] != renewal:
             self.first_seen[claim.agent] = (renewal, CLOCK.monotonic())
-        is_on_host = claim.get_owner().is_on_host
-        lease = self.host_lease_seconds if is_on_host else self.lease_seconds
+        is_on_host, settings = claim.get_owner().is_on_host, self.settings
+        lease = settings.host_lease_seconds if is_on_host else settings.lease_seconds
         return self.first_seen[claim.agent][1] + lease - CLOCK.monotonic()
 
     def is_lapsed(self, claim: Claim) -> bool:
@@ -3810,15 +3857,12 @@ class TaskQueue:
         task = self.get_claimed(agent, fence, "submit")
         if task.ended_by:
             return task
-        task = task._replace(
-            state="ready",
-            branch=branch,
-            commit=commit,
-            submitted_at=utc_now(),
-            ended_by="submit",
-            queue_seq=self.state.next_queue_seq(),
-            approved="",
-        )
+        return self.enqueue(task, branch=branch, commit=commit, ended_by="submit", approved="")
+
+    def enqueue(self, task: Task, **fields: str) -> Task:
+        """Put it into the merge queue, behind all others, with these fields."""
+        place, now = self.state.next_queue_seq(), utc_now()
+        task = task._replace(state="ready", queue_seq=place, submitted_at=now, **fields)
         return self.tx.move(task, "ready", "submitted")
 
     def fail(self, agent: str, fence: str, why: str, **how) -> Task:
@@ -3881,7 +3925,7 @@ class TaskQueue:
         rescues: agent -> ref of the unsaved work that was kept.
         """
         ended = []
-        for claim in list(self.tx.state.claims.values()):
+        for claim in list(self.state.claims.values()):
             alive = find_liveness(claim.get_owner())
             if alive or alive is None and not is_lapsed(claim):
                 continue
@@ -3890,7 +3934,7 @@ class TaskQueue:
                 rescue = (rescues or {}).get(claim.agent, "")
                 self.requeue_orphan(claim, rescue, is_seen=alive is False)
             # the move took the file along where it held no named locks
-            if claim.agent in self.tx.state.claims:
+            if claim.agent in self.state.claims:
                 self.tx.remove_lock(claim.agent)
             ended.append(claim)
         return ended
@@ -3915,18 +3959,9 @@ class TaskQueue:
     def end_claim(self, claim: Claim, rescue: str = "") -> None:
         """End a claim whose agent the farm itself has stopped: no attempt is counted, the branch
         is the next one's start."""
-        task = claim.get_task()
-        if task:
-            self.give_back(
-                task,
-                task.reason,
-                "release",
-                counts=False,
-                start=branch_of(claim.agent, task.id),
-                rescue=rescue,
-                resume=True,
-            )
-        if claim.agent in self.tx.state.claims:
+        if claim.task:
+            self.release(claim.agent, claim.fence, rescue=rescue)
+        if claim.agent in self.state.claims:
             self.tx.remove_lock(claim.agent)
 
     def keep_for_agents(self, agents: list[str]) -> None:
@@ -4044,7 +4079,7 @@ def rescue_dead_owners(store: Store, settings: Settings) -> dict[str, str]:
 
 # Two rounds at most: an owner that dies during the rescues leaves its unsaved work in its
 # worktree, which nobody resets before a rescue of its own.
-def take_over(store: Store, settings: Settings, watch: LeaseWatch, move):
+def take_over(store: Store, watch: LeaseWatch, move):
     """`move(tx)` in a transaction in which dead owners hold nothing any more.
 
     Their unsaved work is kept first, outside of it: no git runs under the mutex.
@@ -4052,10 +4087,10 @@ def take_over(store: Store, settings: Settings, watch: LeaseWatch, move):
     rescues = None
     while True:
         with store.transaction() as tx:
-            if rescues is not None or not LockRegistry(tx).has_dead_owner():
+            if rescues is not None or not any(map(is_orphan, tx.state.claims.values())):
                 TaskQueue(tx).expire(watch.is_lapsed, rescues)
                 return move(tx)
-        rescues = rescue_dead_owners(store, settings)
+        rescues = rescue_dead_owners(store, watch.settings)
 
 
 def describe_wait(task: Task, state: State, now: float) -> str:
@@ -4289,43 +4324,27 @@ def parse_tasks(text: str, name: str) -> list[Task]:
 # anew at each tick with all the evidence there is, it remembers nothing: a kill or a person's
 # commit is nothing special to it. (tests/rooms/test_planner.py)
 
+# How often one tree passed and failed the gate; a time-out or a killed gate counts as neither.
 Evidence = namedtuple("Evidence", "greens reds")
-Evidence.__doc__ = """How often one tree passed and failed the gate; a time-out or a killed gate
-counts as neither."""
 
-Test = namedtuple("Test", "entries kind chance")
-Test.__doc__ = """A gate run to start: `entries` merged in this order on the target, () for the
-target as it is.
-
-`kind` is main (the next step), confirm (a single suspect again), target (is it the target itself?)
-or speculative (useful if gates that have no verdict yet go as expected); `chance` that its verdict
-will be used, 1.0 for the next.
-"""
-
+# What to do now: land the first `land` entries, return the entry `guilty` (or None), start `tests`:
+# gate runs, each the entries that are merged in this order on the target, () for the target as it
+# is. `target_red` pauses the queue. `abandon` are running tests that no branch can use any more.
+# Landing and returning change the queue, so plan again after them; `tests` holds meanwhile (say,
+# while a file in the checkout is in the way).
 Plan = namedtuple("Plan", "land guilty target_red tests abandon")
-Plan.__doc__ = """What to do now: land the first `land` entries, return the entry `guilty` (or
-None), start `tests`.
 
-`target_red` pauses the queue. `abandon` are running tests that no branch can use any more. Landing
-and returning change the queue, so plan again after them; `tests` holds meanwhile (say, while a file
-in the checkout is in the way).
-"""
-
+# A place in the decision tree: `good` entries pass together, `rest` is open, in landing order.
+# `good + rest[:bound]` is known to fail (0: nothing is) and was red `reds` times; `trusted`:
+# `good` was seen green.
 Node = namedtuple("Node", "good rest bound reds trusted")
-Node.__doc__ = """A place in the decision tree: `good` entries pass together, `rest` is open, in
-landing order.
 
-`good + rest[:bound]` is known to fail (0: nothing is) and was red `reds` times; `trusted`: `good`
-was seen green.
-"""
-
+# What one call of `plan` takes for granted: tuple -> Evidence, failure rate, reds that prove,
+# strict.
 Known = namedtuple("Known", "evidence_of rate reds strict")
-Known.__doc__ = """What one call of `plan` takes for granted: tuple -> Evidence, failure rate, reds
-that prove, strict."""
 
+# The test that a node asks for, and the nodes after either answer (None: nothing left to plan).
 Question = namedtuple("Question", "entries green_chance if_green if_red")
-Question.__doc__ = """The test that a node asks for, and the nodes after either answer (None:
-nothing left to plan)."""
 
 TARGET_REDS = 2  # a pause calls a person: one unlucky run is not enough
 # a guess that only ranks speculation: that a repeated run answers otherwise than expected
@@ -4487,30 +4506,23 @@ def can_use(node: Node, entries: tuple) -> bool:
     return all(entry in places for entry in tail)  # a shared iterator: the same order, gaps allowed
 
 
-def kind_of_test(question: Question, node: Node, order: int) -> str:
-    """Name what a test is for (see `Test`); `order` is 0 at the root of the decision tree."""
-    if not question.entries:
-        return "target"
-    if node.bound == 1:
-        return "confirm"
-    return "speculative" if order else "main"
-
-
-def speculate(root: Node, known: Known, free: int, started: set) -> list[Test]:
+# The first is the next step (a group, a single suspect again, the target itself); the others are
+# useful if gates that have no verdict yet go as expected.
+def speculate(root: Node, known: Known, free: int, started: set) -> list[tuple]:
     """Choose up to `free` tests not in `started`: walk the decision tree, the likeliest node
     first."""
     tests, serial = [], 0
     # serial: of equal chances the earlier pushed, and two Nodes are never compared
     heap = [(-1.0, serial, root)]
     while heap and len(tests) < free:
-        minus_chance, order, node = heapq.heappop(heap)
+        minus_chance, _, node = heapq.heappop(heap)
         # verdicts that are there already may answer what this node would ask
         node, _ = drop_guilty(node, known)
         if not node.rest:
             continue
         question = ask(node, known)
         if question.entries not in started:
-            tests.append(Test(question.entries, kind_of_test(question, node, order), -minus_chance))
+            tests.append(question.entries)
             started = started | {question.entries}
         shares = (
             (question.if_green, question.green_chance),
@@ -4573,9 +4585,8 @@ def plan(
 # prints 100 MB fills no disk.
 OUTPUT_HEAD, OUTPUT_TAIL = 64 * 1024, 256 * 1024
 
+# One run's colour (green, red or none), the gate's exit code, its seconds, and why it is none.
 Verdict = namedtuple("Verdict", "colour exit_code seconds note")
-Verdict.__doc__ = """One run's colour (green, red or none), the gate's exit code, its seconds, and
-why it is none."""
 
 
 def no_verdict(note: str) -> Verdict:
@@ -4607,18 +4618,20 @@ class Verdicts:
         self.key = hashlib.sha1(
             json.dumps([gate, named]).encode(), usedforsecurity=False
         ).hexdigest()[:8]
+        # not below results/, where what is old is swept away
+        self.sums_path = store.path(f"merge_queue/verdicts-{self.key}.json")
         self.memo: dict[str, Evidence] = {}  # the planner asks for each prefix at each tick
         # Trees that gave no verdict: how often, why, and when to ask the target again. Never on
         # disk, for it is no evidence.
         self.unjudged, self.silent, self.ask_again_at = Counter(), {}, 0.0
         # over all that was ever gated: one queue alone shows too little of a gate's flakes
-        known = next(read_json_lines(store.path(self.sums_file())), {})
+        known = read_object(self.sums_path)
         self.sums = {key: count(known, key) for key in ("green_trees", "flaky_trees")}
         # The sums are a short cut: where their file is gone, all verdicts are read once more, of
         # which a busy farm has thousands.
-        for name in () if known else self.store.disk.list_folder(self.store.path("results")):
+        for name in () if known else names_in(store.path("results"), store.disk.list_folder):
             if name.endswith(f"-{self.key}.json"):
-                self.count(self.evidence_in(os.path.join("results", name)), 1)
+                self.count(self.evidence_in(f"results/{name}"), 1)
 
     def count(self, found: Evidence, step: int) -> None:
         """Keep the numbers of trees that were ever green, and of those that were red as well."""
@@ -4628,12 +4641,12 @@ class Verdicts:
     def reds_needed(self) -> int:
         return reds_needed(**self.sums)
 
-    # Not below results/, where what is old is swept away.
-    def sums_file(self) -> str:
-        return os.path.join("merge_queue", f"verdicts-{self.key}.json")
+    def name_of(self, tree: str) -> str:
+        return f"results/{tree[:16]}-{self.key}.json"
 
-    def name_of(self, tree: str, ending: str) -> str:
-        return os.path.join("results", f"{tree[:16]}-{self.key}.{ending}")
+    def log_of(self, tree: str) -> str:
+        """The path of what the gate printed about a tree."""
+        return self.store.path(f"results/{tree[:16]}-{self.key}.log")
 
     def evidence(self, tree: str) -> Evidence:
         """Greens and reds of a tree. Without a gate every tree counts as green. Raises
@@ -4641,7 +4654,7 @@ class Verdicts:
         if not self.gate:
             return Evidence(1, 0)
         if tree not in self.memo:
-            self.memo[tree] = self.evidence_in(self.name_of(tree, "json"))
+            self.memo[tree] = self.evidence_in(self.name_of(tree))
         return self.memo[tree]
 
     def runs_in(self, name: str) -> list[dict]:
@@ -4653,7 +4666,7 @@ class Verdicts:
 
     def record(self, tree: str, verdict: Verdict) -> None:
         """Add one run's verdict, durably."""
-        name = self.name_of(tree, "json")
+        name = self.name_of(tree)
         data = self.store.read_json(name) or {
             "schema": SCHEMA,
             "tree": tree,
@@ -4667,7 +4680,7 @@ class Verdicts:
         if len(self.memo) > 1000:
             self.forget()
         self.count(self.evidence(tree), 1)
-        write_object(self.store.path(self.sums_file()), self.sums)
+        write_object(self.sums_path, self.sums)
 
     def hold_red(self, tree: str, verdict: Verdict) -> None:
         """A tree that twice gave no verdict is held to be red, in memory only, for it is no
@@ -4704,14 +4717,14 @@ class Verdicts:
 
     def told_by(self, tree: str) -> str:
         """Which host has said what of a tree; empty where its gates ran here."""
-        runs = self.runs_in(self.name_of(tree, "json"))
+        runs = self.runs_in(self.name_of(tree))
         told = ", ".join(f"{run['colour']} {run['note']}" for run in runs if run["note"])
         return told and f" ({told})"
 
     # It goes back with the work, for an agent to read: the end says what has failed.
     def tail(self, tree: str) -> str:
         """The end of what the gate printed about a tree."""
-        printed = read_printable(self.store.path(self.name_of(tree, "log")))
+        printed = read_printable(self.log_of(tree))
         return "".join(printed.splitlines(keepends=True)[-60:])[-16_000:]
 
 
@@ -4746,20 +4759,16 @@ class Gate:
         which its processes are found) and a TMPDIR of its own. Standard input is /dev/null; both
         outputs go to `log`. prefix: what the sandbox puts before it.
         """
-        import threading
-
         self.log, self.folder = log, folder
         command = [*prefix, *shell(settings.gate)]
         if settings.gate_on:
-            script = os.path.join(SCRIPTS, "hosts", "gate.sh")
+            script = f"{SCRIPTS}/hosts/gate.sh"
             command = ["bash", script, settings.gate_on, self.commit, settings.gate]
         self.process = self.spawn(command)
         # One thread drains the pipe, or a gate that prints much would stand still; one waits, as
         # only its parent can.
-        drain = threading.Thread(target=self.keep_output, daemon=True)
-        args = (settings.gate_timeout, drain, wake)
-        drain.start()
-        threading.Thread(target=self.watch, args=args, daemon=True).start()
+        drain = start_thread(self.keep_output)
+        start_thread(self.watch, settings.gate_timeout, drain, wake)
 
     def spawn(self, command: list[str]):
         """The gate's process, leader of a group of its own, in its environment."""
@@ -4769,20 +4778,18 @@ class Gate:
         temp = self.folder + ".tmp"
         # what one gate left there is not the next one's business
         shutil.rmtree(temp, ignore_errors=True)
-        os.makedirs(temp, exist_ok=True)
+        make_folder(temp)
         # A gate that runs farm.py (its own tests, say) must not meet this farm; what is left can be
         # changed by the user.
         env = {key: value for key, value in os.environ.items() if not key.startswith("FARM_")}
         port = str(port_base(os.path.dirname(self.folder)) + self.slot)
         env.update(TMPDIR=temp, FARM_PORT=port, FARM_SLOT=self.folder, GIT_TERMINAL_PROMPT="0")
-        return subprocess.Popen(
+        return start_apart(
             command,
             cwd=self.folder,
             env={**env, **isolation_environment()},
-            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
         )
 
     def keep_output(self) -> None:
@@ -4875,13 +4882,13 @@ class Slots:
         Raises FarmError when the slot's worktree cannot be made.
         """
         slot = min({*range(1, self.number + 1)} - {gate.slot for gate in self.gates})
-        folder = os.path.join(self.folder, f"gate-{slot}")
+        folder = f"{self.folder}/gate-{slot}"
         run_script("merge/gate-slot.sh", "prepare", "-C", self.store.repo, folder, commit)
         gate = Gate(slot, ids, commit, tree, diagnosis)
         prefix = isolated("gate", self.store.repo, folder)
         gate.start(folder, self.settings, log, self.wake, prefix)
         self.gates.append(gate)
-        self.store.append_event("gate-started", None, **gate.named())
+        self.store.append_event("gate-started", **gate.named())
 
     def reap(self) -> list[Gate]:
         """Those that are over, their slots free again."""
@@ -4914,7 +4921,7 @@ class Slots:
 
     def note_end(self, gate: Gate, verdict: Verdict) -> None:
         """Each gate-started in the history has its gate-ended."""
-        self.store.append_event("gate-ended", None, **gate.named(), **verdict._asdict())
+        self.store.append_event("gate-ended", **gate.named(), **verdict._asdict())
 
     # Before anything else uses the slots: a dead merger's gate would go on in a folder that is
     # being made another tree.
@@ -4938,23 +4945,17 @@ class Slots:
 # same place and the same commits give the same shas, so that a verdict by tree holds over restarts.
 # (tests/scripts/test_scripts_chain.py)
 
+# One line of merge/chain.sh, which says what its status and detail mean; commit and tree of the
+# chain after it.
 Step = namedtuple("Step", "id status commit tree detail")
-Step.__doc__ = """One line of merge/chain.sh, which says what its status and detail mean; commit and
-tree of the chain after it."""
 
 
 # The commit's date will be that of the submission: made at any other time, the chain has the same
 # shas.
-def chain_line(task: Task) -> str:
+def chain_row(task: Task) -> tuple[str, ...]:
     """One entry of merge/chain.sh's input."""
-    fields = (
-        task.id,
-        task.commit,
-        str(int(epoch(task.submitted_at))),
-        task.agent,
-        one_line(task.title),
-    )
-    return write_tsv([fields])
+    at = str(int(epoch(task.submitted_at)))
+    return task.id, task.commit, at, task.agent, one_line(task.title)
 
 
 def show_tip(repo: str, revision: str) -> Step:
@@ -4967,9 +4968,9 @@ class Chain:
     """Entries merged in memory, one on the other, on the target; what was merged once is not
     merged again."""
 
-    def __init__(self, store: Store, settings: Settings, target: str, verdicts: Verdicts):
-        self.store, self.settings, self.target, self.verdicts = store, settings, target, verdicts
-        identity = store.farm().get("identity")
+    def __init__(self, site: Site, verdicts: Verdicts):
+        self.store, self.settings, self.target = site
+        self.verdicts, identity = verdicts, self.store.farm().get("identity")
         # as `up` has found it: another user.name in between would change every sha
         self.identity = (
             "\t".join(identity)
@@ -5003,53 +5004,51 @@ class Chain:
         said = run_script("merge/find-author.sh", "-C", self.store.repo, commit, allow=(0, 1))
         who = said.rows
         by = f"; that commit was made by {who[0][0]} for {who[0][1]}" if who else ""
-        verdict = self.store.path(self.verdicts.name_of(tree, "log"))
         return (
             f"{name} itself is red at {commit[:10]}: the gate fails on it without any new work{by} "
-            f"(see {verdict})",
+            f"(see {self.verdicts.log_of(tree)})",
             f"mend {name} and commit, and it goes on by itself; or have all judged again: "
             f"rm {self.store.path('results')}/*-{self.verdicts.key}.json",
         )
 
     def build_all(self, apart=()) -> list[Step]:
         """A Step for each ready task but those `apart`, in landing order."""
-        line = [task for task in self.tasks.values() if task.id not in apart]
-        return self.build(line, self.base.commit)
+        return self.build([task for task in self.tasks.values() if task.id not in apart])
 
     def run_script(self, tasks: list[Task], base: str) -> list[Step]:
-        """merge/chain.sh from the commit `base` on: the first Step is the base itself."""
+        """merge/chain.sh from the commit `base` on; its first row, the base itself, left out."""
         args = ["-C", self.store.repo, "-b", self.target, "-s", self.settings.style, "-B", base]
         result = run_script(
             "merge/chain.sh",
             *args,
-            stdin="".join(map(chain_line, tasks)),
+            stdin=write_tsv(map(chain_row, tasks)),
             env={"FARM_CONFLICTS": self.store.path("returns"), "FARM_IDENTITY": self.identity},
         )
-        return [Step(*(row + [""] * 5)[:5]) for row in result.rows]
+        return [Step(*(row + [""] * 5)[:5]) for row in result.rows[1:]]
 
-    def build(self, tasks: list[Task], parent: str) -> list[Step]:
-        """Each task merged on those before it that merge, from `parent` on; steps known from
+    def build(self, tasks: list[Task]) -> list[Step]:
+        """Each task merged on those before it that merge, on the target; steps known from
         earlier ticks are not redone."""
         # the chain is deterministic, so the same place and the same commit always give the same
         # step
-        known, tip = [], parent
+        known, tip = [], self.base.commit
         for task in tasks:
             step = self.steps.get((tip, task.id, task.commit))
             # what held it has landed: now it conflicts
-            if step is None or (step.status == "held" and tip == parent):
+            if step is None or (step.status == "held" and tip == self.base.commit):
                 break
             known.append(step)
             tip = step.commit if step.status == "ok" else tip
         rest = tasks[len(known) :]
         if not rest:
             return known
-        steps = self.run_script(rest, tip)[1:]
-        if tip != parent and any(step.status != "ok" for step in steps):
+        steps = self.run_script(rest, tip)
+        if tip != self.base.commit and any(step.status != "ok" for step in steps):
             # The script takes `tip` for the target. Only the whole chain tells a conflict with the
             # target from one with the work ahead, and what has landed from what is only in the work
             # ahead, which may yet come back.
-            known, rest, tip = [], tasks, parent
-            steps = self.run_script(rest, tip)[1:]
+            known, rest, tip = [], tasks, self.base.commit
+            steps = self.run_script(rest, tip)
         for task, step in zip(rest, steps, strict=True):
             self.steps[(tip, task.id, task.commit)] = step
             tip = step.commit if step.status == "ok" else tip
@@ -5101,7 +5100,7 @@ class Chain:
         """The last step of the chain of `ids` on the target; None when they do not merge so."""
         if not ids:
             return self.base
-        steps = self.build([self.tasks[task_id] for task_id in ids], self.base.commit)
+        steps = self.build([self.tasks[task_id] for task_id in ids])
         return steps[-1] if all(step.status == "ok" for step in steps) else None
 
 
@@ -5140,8 +5139,9 @@ class Landing:
     """Moves the target to a tree that is green, and the tasks with it. Durable are the swap in
     git, the record in the queue file, and between the two the intent."""
 
-    def __init__(self, store: Store, settings: Settings, target: str, tally: Tally):
-        self.store, self.settings, self.target, self.tally = store, settings, target, tally
+    def __init__(self, site: Site, tally: Tally):
+        self.store, self.settings, self.target = site
+        self.tally = tally
         # what kept the last one from the target, and what only a person can do
         self.trouble = None
 
@@ -5190,7 +5190,7 @@ class Landing:
             )
         elif (
             result.code == 4
-            and show_tip(self.store.repo, "refs/heads/" + intent["target"]).commit == intent["old"]
+            and show_tip(self.store.repo, f"refs/heads/{intent['target']}").commit == intent["old"]
         ):
             # Our target is where it was, so it is the remote's branch that has moved.
             self.trouble = self.catch_up(intent["target"])
@@ -5244,7 +5244,7 @@ class Landing:
                 f"git -C {shell_word(repo)} push {remote} {target}, or take them out; the queue "
                 f"goes on by itself",
             )
-        ours = show_tip(repo, "refs/heads/" + target).commit
+        ours = show_tip(repo, f"refs/heads/{target}").commit
         move = ("merge/land.sh", "-C", repo, "-b", target, "-o", ours, "-n", row[1])
         result = run_script(*move, allow=(0, 4, 5), detach=True)
         if result.code == 5:
@@ -5324,8 +5324,8 @@ class Landing:
 class Returns:
     """Work that cannot land: its commits pinned, what is wrong in returns/, the task given back."""
 
-    def __init__(self, store: Store, target: str, tally: Tally):
-        self.store, self.target, self.tally = store, target, tally
+    def __init__(self, site: Site, tally: Tally):
+        self.store, self.target, self.tally = site.store, site.target, tally
 
     def send_back(
         self, task: Task, reason: str, detail: str, *, goes_on: bool = True, counts: bool = True
@@ -5347,14 +5347,14 @@ class Returns:
             ).code
             == 0
         )
-        name = os.path.join("returns", f"{task.id}.{attempt}.txt")
+        name = f"returns/{task.id}.{attempt}.txt"
         self.store.write_durably(name, f"{reason}\n{detail}\n".encode("utf-8", "replace"))
         with self.store.transaction() as tx:
             current = tx.state.ready.get(task.id)
             # canceled, or submitted anew: this verdict was not about that
             if current is None or current.rev != task.rev:
                 return True
-            start = "refs/heads/" + self.target if not goes_on else ref if pinned else ""
+            start = f"refs/heads/{self.target}" if not goes_on else ref if pinned else ""
             back = TaskQueue(tx).give_back(current, reason, "return", start=start, counts=counts)
         what = back.state if back.state == "failed" else "returned"
         self.tally.note(task.id, what, reason)
@@ -5403,7 +5403,7 @@ class Returns:
         )
         say(f"{task.id}: {words}")
         with open(
-            self.store.path("returns", f"{task.id}.{task.attempt}.txt"), "a", encoding="utf-8"
+            self.store.path(f"returns/{task.id}.{task.attempt}.txt"), "a", encoding="utf-8"
         ) as file:
             file.write(f"\n{words}\n")
         with self.store.transaction() as tx:
@@ -5418,7 +5418,7 @@ class Returns:
         """(reason, detail) of work that no chain can hold."""
         if step.status == "conflict":
             reason = f"it conflicts with {self.target} in {step.detail}"
-            return reason, read_printable(self.store.path("returns", f"{task.id}.txt"))[:60_000]
+            return reason, read_printable(self.store.path(f"returns/{task.id}.txt"))[:60_000]
         if step.status == "gitlink":
             return step.detail, (
                 "Remove its .git and add its files; or make it a submodule (git submodule add URL "
@@ -5456,19 +5456,17 @@ class Review:
     note_cost(task, log): a hook, called with what the command has printed.
     """
 
-    def __init__(
-        self, store: Store, settings: Settings, target: str, returns: Returns, slots: Slots
-    ):
-        self.store, self.settings, self.target = store, settings, target
+    def __init__(self, site: Site, returns: Returns, slots: Slots):
+        self.store, self.settings, self.target = site
         self.returns, self.slots, self.note_cost = returns, slots, lambda task, log: None
-        rule = settings.review.strip().lower()
+        rule = self.settings.review.strip().lower()
         every, none = ("all", "yes", "1", "true", "on"), ("", "no", "0", "false", "off")
         self.globs = (
             []
             if rule in none
             else ["**"]
             if rule in every
-            else re.split(r"[,\s]+", settings.review.strip())
+            else re.split(r"[,\s]+", self.settings.review.strip())
         )
         self.base, self.paths = "", {}  # commit -> the files that it changes on that base
         self.gate, self.task = None, Task()  # the command at work, and on what
@@ -5499,10 +5497,11 @@ class Review:
     def go_on(self, tasks: list[Task]) -> bool:
         """Do what the command has said, or ask it about the next of `tasks`, whose gates are
         green; True when something has moved."""
-        if self.gate is not None and not self.gate.is_done:
-            return False
-        if self.gate is not None and self.take_answer(self.gate, self.task):
-            return True
+        if self.gate is not None:
+            if not self.gate.is_done:
+                return False
+            if self.take_answer(self.gate, self.task):
+                return True
         left = [task for task in tasks if task.commit not in self.silent]
         if left and self.settings.reviewer:
             self.ask(left[0])
@@ -5514,9 +5513,9 @@ class Review:
         said = run_script(
             "merge/diff-work.sh", "-C", self.store.repo, "-b", self.target, task.commit
         )
-        name = self.store.path("results", f"{task.commit[:16]}-review")
+        name = self.store.path(f"results/{task.commit[:16]}-review")
         write_whole(f"{name}.txt", printable(f"{task.title}\n\n{task.prompt}\n\n{said.stdout}"))
-        folder = os.path.join(self.slots.folder, REVIEWER)
+        folder = f"{self.slots.folder}/{REVIEWER}"
         shutil.rmtree(folder, ignore_errors=True)
         os.makedirs(folder)
         command = f"exec <{shell_word(name + '.txt')}; {self.settings.reviewer}"
@@ -5583,13 +5582,12 @@ class MergeQueue:
     """
 
     def __init__(self, store: Store, settings: Settings, target: str, slots_folder: str):
-        self.store, self.settings, self.target = store, settings, target
+        self.store, self.settings, self.target = site = Site(store, settings, target)
         self.verdicts = Verdicts(store, settings.gate, settings.gate_env)
-        self.chain = Chain(store, settings, target, self.verdicts)
+        self.chain = Chain(site, self.verdicts)
         self.slots, self.tally = Slots(store, settings, slots_folder), Tally()
-        self.landing = Landing(store, settings, target, self.tally)
-        self.returns = Returns(store, target, self.tally)
-        self.review = Review(store, settings, target, self.returns, self.slots)
+        self.landing, self.returns = Landing(site, self.tally), Returns(site, self.tally)
+        self.review = Review(site, self.returns, self.slots)
         self.waiting = {}  # id -> Task: what may not land unseen
         self.reviews = {}  # of these id -> commit of what is green
         self.begun_at = CLOCK.monotonic()
@@ -5646,7 +5644,7 @@ class MergeQueue:
         for task_id, task in self.waiting.items():
             # the others go first: this one may be one of a hundred
             if any(gate.is_done for gate in self.slots.gates) or self.move_ungated(
-                self.chain.build([task], self.chain.base.commit)
+                self.chain.build([task])
             ):
                 return True
             answer = plan((task_id,), self.chain.evidence_of, 1, 0.5, reds=reds)
@@ -5655,8 +5653,7 @@ class MergeQueue:
             elif answer.guilty:
                 return self.return_red(task_id, (task_id,))
             elif is_idle and not self.trouble:
-                tests = [test for test in answer.tests if test.entries not in running]
-                self.start_tests(tests)
+                self.start_tests([ids for ids in answer.tests if ids not in running])
         return self.review.go_on([self.waiting[task_id] for task_id in self.reviews])
 
     def try_target(self) -> None:
@@ -5674,7 +5671,7 @@ class MergeQueue:
         """Where the target is now: what is ready is merged on that."""
         # A person's commit shows at the latest when the swap is refused; so right after our own
         # landing nobody need ask git.
-        base = self.just_landed or show_tip(self.store.repo, "refs/heads/" + self.target)
+        base = self.just_landed or show_tip(self.store.repo, f"refs/heads/{self.target}")
         self.just_landed = None
         self.chain.begin(base, self.tasks)
         self.verdicts.review(base.tree)
@@ -5752,36 +5749,28 @@ class MergeQueue:
                 "free some, and it goes on by itself; or lower FARM_MIN_FREE_MIB",
             )
             return
-        for test in tests:
-            place = self.chain.step_of(test.entries)
+        for ids in tests:
+            place = self.chain.step_of(ids)
             if place is not None and self.slots.is_free():
-                self.start_gate(test.entries, place)
+                self.start_gate(ids, place)
 
     def move_ungated(self, steps: list[Step]) -> bool:
         """What needs no gate: work that is in the target already lands, work that cannot be
         merged goes back."""
-        moved = False
-        for step in steps:
-            task = self.tasks[step.id]
+        over = [step for step in steps if step.status not in ("ok", "held")]
+        for step in over:
+            task, base = self.tasks[step.id], self.chain.base.commit
             if step.status in ("landed", "empty"):
-                base = self.chain.base.commit
-                self.landing.record(
-                    [
-                        (task.id, task.commit, "", None)
-                        if step.status == "landed"
-                        else (task.id, base, base, None)
-                    ]
-                )
-            elif step.status not in ("ok", "held"):
+                places = (task.commit, "") if step.status == "landed" else (base, base)
+                self.landing.record([(task.id, *places, None)])
+            else:
                 self.returns.send_back(task, *self.returns.describe(task, step))
-            moved |= step.status not in ("ok", "held")
-        return moved
+        return bool(over)
 
     def start_gate(self, ids: tuple, step: Step, diagnosis: Task | None = None) -> None:
         """A gate on the tree of `ids` on the target, or on a returned entry's own."""
         commit, tree = self.chain.next_to_gate(step)
-        log = self.store.path(self.verdicts.name_of(tree, "log"))
-        self.slots.start(ids, commit, tree, log, diagnosis)
+        self.slots.start(ids, commit, tree, self.verdicts.log_of(tree), diagnosis)
         self.front += [task_id for task_id in ids if task_id not in self.front]
         self.tally.counts["gates"] += not diagnosis
 
@@ -5818,7 +5807,7 @@ class MergeQueue:
     def land(self, ids: tuple) -> bool:
         """Move the target to the tested commit of `ids`."""
         tasks = [self.tasks[task_id] for task_id in ids]
-        steps = self.chain.build(tasks, self.chain.base.commit)
+        steps = self.chain.build(tasks)
         has_moved = self.landing.land(tasks, steps, self.chain.base.commit)
         self.trouble, self.just_landed = self.landing.trouble, None
         if not has_moved:
@@ -5882,11 +5871,10 @@ class MergeQueue:
     def publish(self, queue: tuple) -> None:
         """What is being done right now, for `queue` and `status`; worth nothing once this
         process is gone."""
-        me = identify(os.getpid())
         data = {
             "schema": SCHEMA,
-            "pid": me.pid,
-            "start": me.start,
+            "pid": os.getpid(),
+            "start": start_of(os.getpid()),
             "target": self.target,
             "order": list(queue),
             "testing": [gate.named() for gate in self.running()],
@@ -5997,7 +5985,7 @@ class Merger:
 def find_activity(store: Store) -> dict:
     """What a live merger is doing (merge_queue/now.json); empty when none runs."""
     now = store.read_json(NOW_FILE) or {}
-    shapes = {
+    kinds = {
         "pid": int,
         "start": str,
         "target": str,
@@ -6007,7 +5995,7 @@ def find_activity(store: Store) -> dict:
     }
     gates = now.get("testing", [])
     if (
-        not all(isinstance(now.get(key), kind) for key, kind in shapes.items())
+        not has_kinds(now, kinds)
         or not all(isinstance(gate, dict) and is_texts(gate.get("ids")) for gate in gates)
         or not is_texts(now["trouble"])
         or len(now["trouble"]) not in (0, 2)
@@ -6020,12 +6008,15 @@ def find_activity(store: Store) -> dict:
 # counts.
 def find_reviews(store: Store, state: State) -> dict[str, str]:
     """id -> commit of what is green and waits for a yes, as the merger has found it last."""
-    told = object_of(next(read_json_lines(store.path(NOW_FILE)), {}).get("reviews"))
+    told = object_of(read_object(store.path(NOW_FILE)).get("reviews"))
     return {
         task.id: task.commit
         for task in state.ready.values()
         if told.get(task.id) == task.commit != task.approved
     }
+
+
+QUEUE_KEYS = ("id", "state", "branch", "commit", "agent", "reason", "title", "submitted_at")
 
 
 def queue_records(store: Store, state: State) -> list[dict]:
@@ -6039,18 +6030,8 @@ def queue_records(store: Store, state: State) -> list[dict]:
         shown = "testing" if task.id in testing else "held" if task.id in held else "ready"
         shown = "review" if task.id in reviews else shown
         behind = f"held behind {held[task.id]}" if task.id in held else ""
-        records.append(
-            {
-                "id": task.id,
-                "state": shown,
-                "branch": task.branch,
-                "commit": task.commit,
-                "agent": task.agent,
-                "reason": behind or task.reason,
-                "title": task.title,
-                "submitted_at": task.submitted_at,
-            }
-        )
+        record = pick(task._asdict(), QUEUE_KEYS)
+        records.append({**record, "state": shown, "reason": behind or task.reason})
     return records
 
 
@@ -6101,12 +6082,9 @@ def dollars_of(value) -> float:
 
 def text_of(message: dict) -> str:
     parts = message.get("content")
-    texts = (
-        [str(part.get("text", "")) for part in parts if isinstance(part, dict)]
-        if isinstance(parts, list)
-        else [str(parts)]
-    )
-    return " ".join(texts)
+    if not isinstance(parts, list):
+        return str(parts)
+    return " ".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
 
 
 # What an agent may run unasked whatever FARM_PERMISSIONS says: it can work, commit and hand in
@@ -6168,16 +6146,16 @@ class Cli:
     prelude = ""
     passes = ("*_proxy", "*_PROXY", "SSL_CERT_*", "NODE_EXTRA_CA_CERTS")
 
-    def launch(self, permissions: str, is_isolated: bool = False) -> Launch:
+    def launch(self, permissions: str) -> Launch:
         """How it is run with these permissions: ask, edits, all. A sandbox of its own is left off
         in ours, where it could not be made: `permissions` has that under "isolated"."""
         flags = self.permissions.get(permissions, "")
         # its sandbox would need user namespaces within ours
-        if is_isolated and self.sandbox_word and self.sandbox_word in flags:
+        if is_isolated() and self.sandbox_word and self.sandbox_word in flags:
             flags = self.permissions["isolated"]
         # pipefail: else the exit code would be tee's, and each attempt a success
         frame = 'set -o pipefail; {{ {}; }} | tee "$FARM_OUTPUT"' if self.keeps_output else "{}"
-        frame = self.prelude + frame if is_isolated else frame
+        frame = self.prelude + frame if is_isolated() else frame
         start, resume = (
             frame.format(text.replace("{permissions}", flags)) if text else ""
             for text in (self.start, self.resume)
@@ -6223,7 +6201,7 @@ class Cli:
         """Dollars of a conversation at work, from the file where it tells that."""
         return 0.0
 
-    def find_blockers(self, repo: str, settings: Settings) -> list[tuple[str, str]]:
+    def find_blockers(self, repo: str, settings: Settings) -> Advice:
         """(what, what to type) of what it would ask at its first start, where nobody is there
         to answer."""
         return []
@@ -6273,7 +6251,7 @@ class ClaudeCode(Cli):
 
     @staticmethod
     def folder(home: str) -> str:
-        return given("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
+        return given("CLAUDE_CONFIG_DIR") or f"{home}/.claude"
 
     def find_transcript(self, conversation: str) -> str:
         """The file in which it keeps the conversation, below the HOME of the caller; empty when
@@ -6283,7 +6261,7 @@ class ClaudeCode(Cli):
         # below projects/ each worktree has a folder whose name is Claude Code's own business: any
         # will do
         folder = glob.escape(self.folder(os.path.expanduser("~")))
-        pattern = os.path.join(folder, "projects", "*", f"{conversation}.jsonl")
+        pattern = f"{folder}/projects/*/{conversation}.jsonl"
         return next(iter(glob.glob(pattern)), "") if conversation else ""
 
     def has_conversation(self, conversation: str) -> bool:
@@ -6319,8 +6297,7 @@ class ClaudeCode(Cli):
 
     def read_session(self, home: str, pid: int) -> dict:
         """From sessions/PID.json, when it is that of this very process."""
-        path = os.path.join(self.folder(home), "sessions", f"{pid}.json")
-        told = next(read_json_lines(path), {})
+        told = read_object(f"{self.folder(home)}/sessions/{pid}.json")
         is_known = type(told.get("statusUpdatedAt")) is int
         # a file of that pid may be left from a process before the last reboot
         return told if is_known and told.get("procStart") == start_of(pid) else {}
@@ -6349,12 +6326,12 @@ class ClaudeCode(Cli):
 
     def read_cost(self, path: str, conversation: str) -> float:
         """From what its status line was told."""
-        told = next(read_json_lines(path), {})
+        told = read_object(path)
         # the file may still hold what the conversation before this one has cost
         cost = told.get("cost") if told.get("session_id") == conversation else None
         return dollars_of(object_of(cost).get("total_cost_usd"))
 
-    def find_blockers(self, repo: str, settings: Settings) -> list[tuple[str, str]]:
+    def find_blockers(self, repo: str, settings: Settings) -> Advice:
         if settings.agent_home:  # each agent has a HOME of its own, which a person has set up
             return []
         folder = given("CLAUDE_CONFIG_DIR") or os.path.expanduser("~")
@@ -6377,7 +6354,7 @@ class ClaudeCode(Cli):
     def find_questions(repo: str, folder: str) -> list[str]:
         """What its .claude.json says that it would ask here."""
         try:
-            with open(os.path.join(folder, ".claude.json"), encoding="utf-8") as file:
+            with open(f"{folder}/.claude.json", encoding="utf-8") as file:
                 told = json.load(file)
             projects, answers = told.get("projects") or {}, told.get("customApiKeyResponses") or {}
             trusted = (projects.get(repo) or {}).get("hasTrustDialogAccepted")
@@ -6465,7 +6442,7 @@ class ClaudePrint(ClaudeCode):
             denied,
         )
 
-    def find_blockers(self, repo: str, settings: Settings) -> list[tuple[str, str]]:
+    def find_blockers(self, repo: str, settings: Settings) -> Advice:
         return []
 
 
@@ -6607,7 +6584,7 @@ class Command(Cli):
     def __init__(self, command: str):
         self.start = command
 
-    def launch(self, permissions: str, is_isolated: bool = False) -> Launch:
+    def launch(self, permissions: str) -> Launch:
         return Launch("", self.start, "")
 
     def chooses_conversation(self) -> bool:
@@ -6708,7 +6685,7 @@ def resolve_agents(repo: str, settings: Settings) -> list[Launch]:
             f"{path} is a link, in the place of which an agent could put another",
             f"cp -RL {word} {word}.new && rm {word} && mv {word}.new {word}",
         )
-    return [cli_of(agent).launch(settings.permissions, is_isolated()) for agent in shared]
+    return [cli_of(agent).launch(settings.permissions) for agent in shared]
 
 
 def find_linked_state(shared: list[str]) -> list[str]:
@@ -6720,7 +6697,7 @@ def find_linked_state(shared: list[str]) -> list[str]:
     return [path for path in paths if os.path.islink(path)]
 
 
-def find_blockers(repo: str, settings: Settings, shared: list[str]) -> list[tuple[str, str]]:
+def find_blockers(repo: str, settings: Settings, shared: list[str]) -> Advice:
     """(what, what to type) of all that these CLIs would ask at their first start."""
     return [
         blocker
@@ -6733,7 +6710,7 @@ def find_blockers(repo: str, settings: Settings, shared: list[str]) -> list[tupl
 def agent_home(repo: str, settings: Settings, agent: str) -> str:
     """The HOME that an agent's CLI has."""
     return (
-        os.path.join(worktrees_folder(repo, settings), "homes", agent)
+        f"{worktrees_folder(repo, settings)}/homes/{agent}"
         if settings.agent_home
         else os.path.expanduser("~")
     )
@@ -6743,7 +6720,7 @@ def read_cli_session(store: Store, agent: str, preset: str, home: str) -> dict:
     """What the CLI itself says of the process at work; empty when that is nothing."""
     try:
         # an agent can write there: no link, no FIFO, not more than a number
-        pid = int(read_foreign(store.path("mailbox", agent, "pid"), 99, os.O_NOFOLLOW))
+        pid = int(read_foreign(store.path(f"mailbox/{agent}/pid"), 99, os.O_NOFOLLOW))
         return cli_of(preset).read_session(home, pid)
     except (OSError, ValueError):
         return {}
@@ -6928,9 +6905,7 @@ def read_usage(store: Store, *, is_whole: bool = False) -> list[dict]:
 
 def is_usage(line: dict) -> bool:
     kinds = {"task": str, "agent": str, "fence": str, "tokens_in": int, "tokens_out": int}
-    return isinstance(line.get("cost_usd"), (int, float)) and all(
-        isinstance(line.get(key), kind) for key, kind in kinds.items()
-    )
+    return has_kinds(line, {**kinds, "cost_usd": (int, float)})
 
 
 def note_review(store: Store, command: str, task: Task, log: str) -> None:
@@ -6986,9 +6961,8 @@ NO_START = ("crashed", "failed", "no change", "cannot commit", "cannot sign")
 NO_COMMIT = ("cannot commit", "cannot sign")
 
 # move: submit, fail, resume (fail, and the conversation goes on), release (no attempt counts);
-# cause: one of a few words, for the code; why: for people, and for the next attempt;
-# conversation: its id where the CLI has told it only at the end
-Outcome = namedtuple("Outcome", "move cause why conversation", defaults=("",))
+# cause: one of a few words, for the code; why: for people, and for the next attempt
+Outcome = namedtuple("Outcome", "move cause why")
 
 
 def judge_end(
@@ -7062,12 +7036,8 @@ def limit_key(preset: str) -> str:
 def read_limits(store: Store) -> dict[str, dict]:
     """preset -> {"cause", "until" (UTC; empty: until a person has acted), "said", "count"} of
     what holds a CLI up."""
-    return {
-        name: limit
-        for name, limit in store.read_part(LIMITS_FILE, "presets").items()
-        if isinstance(limit, dict)
-        and is_texts([limit.get(key) for key in ("cause", "until", "said")])
-    }
+    kinds = dict.fromkeys(("cause", "until", "said"), str)
+    return items_of(store.read_part(LIMITS_FILE, "presets"), lambda limit: has_kinds(limit, kinds))
 
 
 def is_limited(limit: dict, now: float) -> bool:
@@ -7127,8 +7097,8 @@ def set_mode(store: Store, mode: str, reason: str = "") -> None:
             raise Refused("the farm is not running", "./farm.py up")
         if mode == "running":
             forget_limits(tx)
-        tx.store.write_json(FARM_FILE, {**farm, "mode": mode, "reason": reason})
-        tx.store.append_event("paused" if mode == "paused" else "resumed", None, why=reason)
+        store.write_json(FARM_FILE, {**farm, "mode": mode, "reason": reason})
+        store.append_event("paused" if mode == "paused" else "resumed", why=reason)
 
 
 def pause_until(outcome: Outcome, times: int, now: float) -> str:
@@ -7179,11 +7149,10 @@ def judge_streak(
     all. Trying on would use up every attempt of every task.
     """
     streaks = tx.store.read_part(LIMITS_FILE, "streaks")
-    before = streaks.pop(key, {})
+    before = object_of(streaks.pop(key, None))
     if outcome.move == "fail" and is_idle:
         words = one_line(f"{outcome.cause}: {outcome.why}", 300)
-        is_longer = isinstance(before, dict) and before.get("words") == words
-        tasks = before.get("tasks", []) if is_longer else []
+        tasks = before.get("tasks", []) if before.get("words") == words else []
         tasks = [*dict.fromkeys([*tasks, task_id])][-STREAK_TASKS:]
         streaks[key] = {"words": words, "tasks": tasks}
         if len(tasks) == STREAK_TASKS or outcome.cause in ("cannot start", "cannot sign"):
@@ -7203,22 +7172,6 @@ def begin_trial(tx: Transaction, key: str, now: float) -> None:
             raise NotFound("another agent tries whether it goes on", "./farm.py status")
         limits[key] = {**limit, "until": utc(now + PAUSE_SECONDS)}
         write_limits(tx, presets=limits)
-
-
-def note_outcome(store: Store, task_id: str, outcome: Outcome, *, is_idle: bool = False) -> Outcome:
-    """Keep in limits.json what an outcome says of its CLI or command; the outcome, which is a
-    release where the fault is theirs."""
-    key = limit_key(given("FARM_PRESET"))
-    with store.transaction() as tx:
-        if outcome.move != "release":
-            outcome = judge_streak(tx, key, task_id, outcome, is_idle=is_idle)
-        until = note_limit(tx, key, outcome, CLOCK.now())
-    if outcome.move == "release":
-        say(
-            f"{key}: {outcome.cause}{' until ' + until if until else ''}: "
-            f"{one_line(outcome.why, 200)}"
-        )
-    return outcome
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -7267,7 +7220,7 @@ def describe_history(store: Store, task: Task) -> str:
     if task.rescue:
         lines.append(f"Unsaved work of that attempt is kept: git show --stat {task.rescue}")
     if task.agent:
-        lines.append(f"What its agent printed is in {store.path('logs', task.agent + '.log')}")
+        lines.append(f"What its agent printed is in {store.path(f'logs/{task.agent}.log')}")
     if returned := read_return(store, task):
         lines.append("\n" + returned)
     return "\n".join(lines) + "\n"
@@ -7275,12 +7228,7 @@ def describe_history(store: Store, task: Task) -> str:
 
 def read_return(store: Store, task: Task) -> str:
     """Why the work of the last attempt came back; empty when it did not."""
-    path = store.path(f"returns/{task.id}.{task.attempts}.txt")
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read(20_000)
-    except FileNotFoundError:
-        return ""
+    return read_printable(store.path(f"returns/{task.id}.{task.attempts}.txt"))[:20_000]
 
 
 def read_template(repo: str, settings: Settings) -> str:
@@ -7367,12 +7315,11 @@ def read_mail(store: Store, agent: str, name: str, fence: str) -> dict:
     nothing that can be read."""
     try:
         path = store.path(f"mailbox/{agent}/{name}")
-        mail = json.loads(read_foreign(path, MAIL_BYTES, os.O_NOFOLLOW))
+        mail = object_of(json.loads(read_foreign(path, MAIL_BYTES, os.O_NOFOLLOW)))
     except (OSError, ValueError, RecursionError):
         return {}
-    keys = ("at", "event", "state", "message")
-    texts = isinstance(mail, dict) and is_texts([mail.get(key, "") for key in keys])
-    return mail if texts and mail.get("fence") == fence else {}
+    texts = [mail.get(key, "") for key in ("at", "event", "state", "message")]
+    return mail if is_texts(texts) and mail.get("fence") == fence else {}
 
 
 def write_mail(store: Store, agent: str, name: str, mail: dict) -> None:
@@ -7426,12 +7373,13 @@ def end_waiting_turn(store: Store, agent: str, turn: dict, now: float) -> None:
         end_turn(store, agent, turn["fence"])
 
 
-def read_turn(store: Store, agent: str, fence: str, preset: str, home: str) -> dict:
+def read_turn(store: Store, settings: Settings, agent: str, fence: str, preset: str) -> dict:
     """The turn of the claim `fence`. Esc fires no hook: a CLI that says it is idle in the middle
     of a turn waits for a person."""
     turn = read_mail(store, agent, TURN_FILE, fence)
     if turn.get("state") != "working" or turn.get("event") == "Stop":
         return turn
+    home = agent_home(store.repo, settings, agent)
     told = read_cli_session(store, agent, preset, home)
     idle_since = told.get("statusUpdatedAt", 0) / 1000
     if (
@@ -7513,12 +7461,10 @@ def check_hand_out(store: Store, settings: Settings) -> None:
         )
 
 
-def claim_once(
-    call: Call, agent: str, owner: Owner, watch: LeaseWatch, settings: Settings
-) -> Claim:
+def claim_once(call: Call, agent: str, owner: Owner, watch: LeaseWatch) -> Claim:
     """Free what dead owners hold, then claim. Raises NotFound when there is nothing, or the farm
     takes no new work."""
-    check_hand_out(call.store, settings)
+    check_hand_out(call.store, watch.settings)
     preset = given("FARM_PRESET")
     # a claim by hand is nobody's preset
     key = limit_key(preset) if preset or given("FARM_AGENT") else ""
@@ -7528,11 +7474,11 @@ def claim_once(
     def move(tx: Transaction) -> Claim:
         # in the transaction of the claim: of ten agents that come at once, one is to be the trial
         begin_trial(tx, key, CLOCK.now())
-        takes = find_presets(call.store, settings, key) if key else None
+        takes = find_presets(call.store, watch.settings, key) if key else None
         asked = (agent, owner, call.get("id", ""), new_conversation(preset), takes)
         return TaskQueue(tx).claim(*asked)
 
-    return take_over(call.store, settings, watch, move)
+    return take_over(call.store, watch, move)
 
 
 # git's own words, and those of the programs that sign for it
@@ -7547,7 +7493,7 @@ def hold_pin(store: Store, task_id: str):
     the mutex: git takes its time. The git that moves the pin inherits it, so it is held as long
     as that one lives. One file for many tasks, so that they stay few.
     """
-    os.makedirs(store.path("merge_queue"), exist_ok=True)
+    make_folder(store.path("merge_queue"))
     guard = hold(store.path(f"merge_queue/.pin-{sum(task_id.encode()) % 16}.lock"))
     os.set_inheritable(guard.fileno(), True)
     return guard
@@ -7571,7 +7517,7 @@ def submit(store: Store, agent: str, fence: str, *, branch: str = "", commit: st
             with store.transaction() as tx:  # an old fence is refused, a repeated submit is fine
                 if TaskQueue(tx).get_claimed(agent, fence, "submit").ended_by:
                     return
-        head = commit or find_own_head(agent, branch) or "refs/heads/" + branch
+        head = commit or find_own_head(agent, branch) or f"refs/heads/{branch}"
         verify_objects(store.repo, head)
         pin = ("merge/pins.sh", "set", "-C", store.repo, f"refs/farm/ready/{task_id}", head)
         pinned = spawn_script(*pin).strip()
@@ -7622,8 +7568,9 @@ def run_commit_rest(worktree: str, *words: str, **options) -> tuple[int, str, di
     """commit-rest.sh for the attempt's branch: its exit code, what it said in a line, and what it
     has found (NAME -> value)."""
     branch = ("-b", given("FARM_BRANCH"), "-o", given("FARM_BASE"), "-t", given("FARM_TARGET"))
+    confined = isolated("tree", given("FARM_REPO"), worktree)
     argv = ("agent/commit-rest.sh", *branch, *words, worktree)
-    result = run_on_tree(given("FARM_REPO"), worktree, *argv, **options)
+    result = run_script(*argv, prefix=confined, **options)
     found = dict(line.split("=", 1) for line in result.stdout.splitlines() if "=" in line)
     return result.code, one_line(result.stderr.replace("farm: ", ""), 400), found
 
@@ -7637,6 +7584,7 @@ class Attempt:
         self.task_id, self.preset = fence.rpartition(".")[0], given("FARM_PRESET")
         self.branch = given("FARM_BRANCH")
         self.worktree = given("FARM_WORKTREE")
+        self.conversation = ""  # its id, where the CLI has told it only at the end
 
     def finish(self, code: int, log: str) -> None:
         """Decide what becomes of it, and make that move. code: its command's exit code; log: what
@@ -7663,13 +7611,13 @@ class Attempt:
         )
         # it goes into a command line later
         if is_name(usage.conversation):
-            outcome = outcome._replace(conversation=usage.conversation)
+            self.conversation = usage.conversation
         if not self.preset:
             return outcome
         self.note_usage(usage)
         over = self.judge_budgets()
         if over and outcome.move != "submit":
-            return outcome._replace(move="fail", cause="budget", why=over)
+            return Outcome("fail", "budget", over)
         return outcome
 
     def note_usage(self, usage: Usage) -> None:
@@ -7704,7 +7652,7 @@ class Attempt:
             return outcome
         denied = "".join(f" ({words})" for words in (outcome.why, found["SAID"]) if words)
         why = f"the agent ended without any change{denied}"
-        nothing = outcome._replace(move="fail", cause="no change", why=why)
+        nothing = Outcome("fail", "no change", why)
         claim = self.store.find_claim(self.agent)
         # not what it has submitted itself, and landed since
         if "NOTHING" in found and claim and claim.fence == self.fence:
@@ -7717,7 +7665,7 @@ class Attempt:
                 submit(self.store, self.agent, self.fence, commit=head)
                 break
             except BrokenObjects as error:
-                return nothing._replace(cause="cannot commit", why=one_line(str(error), 400))
+                return Outcome("fail", "cannot commit", one_line(str(error), 400))
             except Rejected:
                 return nothing
             except (Refused, UsageError):
@@ -7725,7 +7673,7 @@ class Attempt:
             except FarmError:
                 if not tries_left:
                     raise
-        return note_outcome(self.store, self.task_id, outcome)
+        return self.note_outcome(outcome)
 
     def commit_rest(self, outcome: Outcome) -> tuple[Outcome, dict]:
         """Commit what the CLI has left; the outcome, which is another one when that cannot be
@@ -7737,32 +7685,46 @@ class Attempt:
             code, said, found = run_commit_rest(self.worktree, "-m", message, **options)
         except TookTooLong:
             why = f"the commit took longer than {COMMIT_SECONDS:.0f} s"
-            return outcome._replace(move="fail", cause="cannot commit", why=why), {}
+            return Outcome("fail", "cannot commit", why), {}
         if code == 4:
-            return outcome._replace(move="resume", cause="ended early", why=said), {}
+            return Outcome("resume", "ended early", said), {}
         if code:
             # told apart, as that is nobody's task: no commit of any agent will be signed
             cause = "cannot sign" if re.search(SIGNING_WORDS, said) else "cannot commit"
             why = f"what it left could not be committed: {said}"
-            return outcome._replace(move="fail", cause=cause, why=why), {}
+            return Outcome("fail", cause, why), {}
         if said:
             say(said)
         return outcome, {**found, "SAID": said}
+
+    def note_outcome(self, outcome: Outcome, *, is_idle: bool = False) -> Outcome:
+        """Keep in limits.json what it says of its CLI or command; the outcome, which is a release
+        where the fault is theirs."""
+        key = limit_key(self.preset)
+        with self.store.transaction() as tx:
+            if outcome.move != "release":
+                outcome = judge_streak(tx, key, self.task_id, outcome, is_idle=is_idle)
+            until = note_limit(tx, key, outcome, CLOCK.now())
+        if outcome.move == "release":
+            say(
+                f"{key}: {outcome.cause}{' until ' + until if until else ''}: "
+                f"{one_line(outcome.why, 200)}"
+            )
+        return outcome
 
     def leave_off(self, outcome: Outcome) -> None:
         """Give the task back without a result, unsaved work kept first."""
         # before the move: after it another agent may begin, and this worktree may be used again
         kept = rescue(self.store.repo, self.agent, self.worktree) if self.worktree else ""
         is_idle = self.was_idle(bool(kept) and outcome.cause not in NO_COMMIT)
-        outcome = note_outcome(self.store, self.task_id, outcome, is_idle=is_idle)
+        outcome = self.note_outcome(outcome, is_idle=is_idle)
+        told = self.conversation
         with self.store.transaction() as tx:
             queue = TaskQueue(tx)
             if outcome.move == "release":
                 why = one_line(f"{outcome.cause}: {outcome.why}", 500)
-                told = outcome.conversation
                 queue.release(self.agent, self.fence, why, rescue=kept, conversation=told)
                 return
-            resumes = outcome.move == "resume"
             is_plain = outcome.move == "fail" and outcome.cause in NO_START
             queue.fail(
                 self.agent,
@@ -7770,9 +7732,9 @@ class Attempt:
                 one_line(outcome.why, 500),
                 retry=outcome.cause != "budget",  # another attempt would only cost more
                 rescue=kept,
-                resume=resumes,
+                resume=outcome.move == "resume",
                 start="" if is_plain else self.branch,
-                conversation=outcome.conversation if resumes else "",
+                conversation=told,
             )
 
     def was_idle(self, has_saved: bool) -> bool:
@@ -7921,8 +7883,7 @@ def agent_record(
 ) -> dict:
     """One agent as `status --json` shows it."""
     task_id, fence = (claim.task.get("id", ""), claim.fence) if claim else ("", "")
-    home = agent_home(store.repo, settings, name)
-    turn = read_turn(store, name, fence, preset, home) if task_id else {}
+    turn = read_turn(store, settings, name, fence, preset) if task_id else {}
     state, since, cause = judge_session(session, claim, noted, footprint, turn, preset)
     # who is at work goes on; a limit holds up only who would begin
     if state == "idle" and (limit := find_limit(store, limit_key(preset))):
@@ -7986,13 +7947,12 @@ class WorkCount:
         with tempfile.TemporaryFile() as lines:
             lines.write(os.fsencode(write_tsv(rows)))
             lines.seek(0)
-            self.process = subprocess.Popen(
+            self.process = start_apart(
                 [*unfiltered(store.repo), *argv],
                 stdin=lines,
                 stdout=self.output,
                 stderr=subprocess.DEVNULL,
                 cwd=TOOLKIT,
-                start_new_session=True,
             )
 
     def collect(self) -> None:
@@ -8002,8 +7962,7 @@ class WorkCount:
         if self.process.poll() is None:
             if seconds < self.SECONDS_MAX:
                 return
-            kill_group(self.process.pid)
-            self.process.wait()
+            end_apart(self.process)
         self.output.seek(0)
         # without a last line that the kill has cut in two
         whole = os.fsdecode(self.output.read()).rpartition("\n")[0]
@@ -8229,7 +8188,7 @@ def undo_of(repo: str, key: str, known: dict) -> str:
     if kind == "config":
         was = f"{name} {shell_word(known[key])}" if key in known else f"--unset-all {name}"
         return f"git -C {shell_word(repo)} config --local {was}   (if it is right: ./farm.py up)"
-    path = shell_word(os.path.join(find_git_dirs(repo)[1], name))
+    path = shell_word(f"{find_git_dirs(repo)[1]}/{name}")
     wanted = "as before" if key in known else "removed"
     return f"look at {path}; it is to be {wanted} (if it is right: ./farm.py up)"
 
@@ -8237,10 +8196,10 @@ def undo_of(repo: str, key: str, known: dict) -> str:
 # Its time and not a number in it: each `up` writes it anew, also where nothing has changed.
 def stamp_of(repo: str) -> str:
     """Which `up` has written the note of what is shared."""
-    return str(changed_at(os.path.join(find_git_dirs(repo)[1], SHARED_NOTE)))
+    return str(changed_at(f"{find_git_dirs(repo)[1]}/{SHARED_NOTE}"))
 
 
-def read_changes(store: Store) -> list[tuple[str, str]]:
+def read_changes(store: Store) -> Advice:
     """(what, the command that undoes it) of what all worktrees share and has changed since the
     last `up`; what the loop had seen before that is found good."""
     found, stamp = store.read_loop()["changes"].values(), stamp_of(store.repo)
@@ -8256,7 +8215,7 @@ class SharedWatch:
 
     def __init__(self, repo: str, changes: dict):
         self.repo, self.changes, self.due_at = repo, changes, 0.0
-        self.note = os.path.join(find_git_dirs(repo)[1], SHARED_NOTE)
+        self.note = f"{find_git_dirs(repo)[1]}/{SHARED_NOTE}"
 
     def read(self) -> dict[str, str]:
         return dict(run_script("merge/shared-state.sh", "-C", self.repo, timeout=30).rows)
@@ -8264,7 +8223,7 @@ class SharedWatch:
     def remember(self) -> None:
         """What is so now is as it should be."""
         self.changes = {}
-        os.makedirs(os.path.dirname(self.note), exist_ok=True)
+        make_parent(self.note)
         write_object(self.note, self.read())
 
     def compare(self, busy: list[str]) -> None:
@@ -8305,8 +8264,6 @@ def run_place(verb: str, store: Store, hosts: dict, *args: str) -> dict[str, str
 
 def start_placing(store: Store, settings: Settings) -> None:
     """From now on, hosts that are not heard are placed, again and again."""
-    import threading
-
     hosts = share_out(settings)
     hosts.pop("here", None)
 
@@ -8320,7 +8277,7 @@ def start_placing(store: Store, settings: Settings) -> None:
             time.sleep(pause)
 
     if hosts:
-        threading.Thread(target=go_on, daemon=True).start()
+        start_thread(go_on)
 
 
 def place_missing(store: Store, settings: Settings, hosts: dict) -> float:
@@ -8375,9 +8332,9 @@ fi"""
 class Sessions:
     """The worktrees and the tmux sessions of a farm: made, adopted, looked at, ended."""
 
-    def __init__(self, store: Store, settings: Settings, launches: dict[str, Launch], target: str):
-        self.store, self.settings, self.target = store, settings, target
-        self.repo, self.launches = store.repo, launches
+    def __init__(self, site: Site, launches: dict[str, Launch]):
+        self.store, self.settings, self.target = site
+        self.repo, self.launches = self.store.repo, launches
         self.socket = find_server(self.repo)
         self.worktrees = {}  # agent -> mk-worktrees.sh's row
         self.found = {}  # name -> Session
@@ -8600,13 +8557,8 @@ class Supervisor:
     def note_turns(self, claim: Claim) -> None:
         """An event in the history when an agent begins or ends to wait for a person."""
         name = claim.agent
-        turn = read_turn(
-            self.store,
-            name,
-            claim.fence,
-            self.launches[name].preset,
-            agent_home(self.store.repo, self.settings, name),
-        )
+        preset = self.launches[name].preset
+        turn = read_turn(self.store, self.settings, name, claim.fence, preset)
         before, self.turns[name] = self.turns.get(name, {}), turn
         waits = [
             mail.get("state") == "waiting" and mail.get("fence") == claim.fence
@@ -8615,7 +8567,6 @@ class Supervisor:
         if waits[0] != waits[1]:
             self.store.append_event(
                 "agent-waits" if waits[1] else "agent-goes-on",
-                None,
                 agent=name,
                 why=turn.get("message", ""),
                 id=claim.task["id"],
@@ -8728,8 +8679,8 @@ class Housekeeping:
     """Tidies up after each landing, and once an hour what is older than FARM_KEEP_DAYS, and git's
     objects also where nothing lands, as on a host."""
 
-    def __init__(self, store: Store, settings: Settings, target: str):
-        self.store, self.settings, self.target = store, settings, target
+    def __init__(self, site: Site):
+        self.store, self.settings, self.target = site
         self.landed, self.tidy_at, self.sweep_at, self.keep_at = 0, 0.0, 0.0, 0.0
         self.packing, self.pack_at = None, 0.0  # the process that packs git's objects
         self.look_at = 0.0  # when there may be many of them
@@ -8762,24 +8713,19 @@ class Housekeeping:
     # disk) is tried again an hour later.
     def pack(self) -> None:
         """Have what agents and merges have written to git packed, when that is much."""
-        import subprocess
-
         code = self.packing.poll() if self.packing else 0
         if code:
             self.pack_at = CLOCK.monotonic() + SWEEP_SECONDS
         self.packing = self.packing if code is None else None
         if self.packing is None and CLOCK.monotonic() >= self.pack_at:
-            self.packing = subprocess.Popen(
-                ["bash", f"{SCRIPTS}/merge/pack-objects.sh", "-C", self.store.repo],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
+            self.packing = start_apart(
+                ["bash", f"{SCRIPTS}/merge/pack-objects.sh", "-C", self.store.repo]
             )
 
     def close(self) -> None:
         """End the packing; what is not in a pack yet stays as it is."""
         if self.packing and self.packing.poll() is None:
-            kill_group(self.packing.pid)
-            self.packing.wait()
+            end_apart(self.packing)
 
     # Of trees that is safe for all: without its verdict a tree is gated once more. Prompts and
     # returns of tasks that are not done are still read.
@@ -8787,17 +8733,14 @@ class Housekeeping:
         """Remove what was written before `oldest` (epoch seconds): verdicts, and the prompts and
         returns of landed tasks."""
         for folder in ("results", "returns", "prompts"):
-            try:
-                entries = list(os.scandir(self.store.path(folder)))
-            except FileNotFoundError:
-                continue
-            for entry in entries:
+            for name in names_in(self.store.path(folder)):
+                path = self.store.path(f"{folder}/{name}")
                 # t-0007.2.md, t-0007.txt; an id may have dots of its own
-                names = re.fullmatch(r"(.+?)(?:\.\d+)?(?:\.resumed)?\.\w+", entry.name)
-                is_over = folder == "results" or names and state.is_done(names[1])
+                found = re.fullmatch(r"(.+?)(?:\.\d+)?(?:\.resumed)?\.\w+", name)
+                is_over = folder == "results" or found and state.is_done(found[1])
                 try:
-                    if is_over and entry.stat().st_mtime < oldest:
-                        os.unlink(entry.path)
+                    if is_over and os.stat(path).st_mtime < oldest:
+                        os.unlink(path)
                 except FileNotFoundError:
                     continue  # another has
 
@@ -8837,19 +8780,16 @@ class MergerProcess:
     # A session of its own: a Ctrl-C in the terminal of a foreground `run` goes to all of its group,
     # while it is for `down` to end the merger.
     def start(self) -> None:
-        import subprocess
-
-        os.makedirs(self.store.path("logs"), exist_ok=True)  # somebody may have tidied up
-        with open(self.store.path("logs/merger.log"), "ab") as log:
-            self.process = subprocess.Popen(
+        path = self.store.path("logs/merger.log")
+        make_parent(path)  # somebody may have tidied up
+        with open(path, "ab") as log:
+            self.process = start_apart(
                 [f"{SCRIPTS}/farm", "--repo", self.store.repo, "merge", "--watch"],
-                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=TOOLKIT,
                 # this interpreter, as it has the packages that a merger needs
                 env={**os.environ, "FARM_AS_TOLD": "1", "FARM_PYTHON": sys.executable},
-                start_new_session=True,
             )
 
 
@@ -8862,11 +8802,11 @@ class Farm:
 
     def __init__(self, store: Store, settings: Settings, launches: list[Launch], target: str):
         """launches: what each agent runs; empty for a farm that is only stopped."""
-        self.store, self.settings, self.target = store, settings, target
+        self.store, self.settings, self.target = site = Site(store, settings, target)
         self.repo = store.repo
         self.names = agent_names(count_here(settings))
         self.launches = dict(zip(self.names, launches, strict=False))
-        self.sessions = Sessions(store, settings, self.launches, target)
+        self.sessions = Sessions(site, self.launches)
         self.supervisor = Supervisor(store, settings, self.launches)
         noted = store.read_loop()
         self.agents = noted["agents"]
@@ -8874,12 +8814,12 @@ class Farm:
         self.told, self.work = noted["told"], WorkCount()
         # agent -> when the lease of its unseen owner is over (UTC)
         self.lapses = {}
-        self.leases = LeaseWatch(settings.lease_seconds, settings.host_lease_seconds)
+        self.leases = LeaseWatch(settings)
         self.merger = MergerProcess(store)
         self.blocked = self.saved = ""
         self.identity = []  # user.name and user.email at the start by a person
         self.shared = SharedWatch(self.repo, noted["changes"])
-        self.housekeeping = Housekeeping(store, settings, target)
+        self.housekeeping = Housekeeping(site)
         self.tell = lambda: None  # a hook: called in each tick, before what is known is saved
         self.is_over = lambda: False  # a hook: asked after each tick, whether to end the run
 
@@ -8981,9 +8921,7 @@ class Farm:
         self.restart(now)
         self.supervisor.watch(self.find_busy(), self.agents, self.sessions.found, now)
         self.admit()
-        self.shared.compare(
-            sorted(claim.agent for claim in self.state.claims.values() if claim.task)
-        )
+        self.shared.compare(self.state.busy())
         self.work.go_on(self.store, self.state, self.settings, self.target)
         self.housekeeping.go_on(self.state)
         self.tell()
@@ -8999,7 +8937,7 @@ class Farm:
                     record = self.agents[name] = {"ends": []}
                 if record.get("pid") != session.pid:
                     record["pid"] = session.pid
-                    self.store.append_event("session-started", None, agent=name)
+                    self.store.append_event("session-started", agent=name)
                 continue
             if record.pop("pid", None) is None and "down" in record:
                 continue
@@ -9010,7 +8948,7 @@ class Farm:
             worktree = worktree_of(self.repo, self.settings, name)
             if os.path.isdir(worktree):
                 record["rescue"] = rescue(self.repo, name, worktree)
-            self.store.append_event("session-ended", None, agent=name, cause=record["cause"])
+            self.store.append_event("session-ended", agent=name, cause=record["cause"])
             say(f"{name}: {record['cause']}")
 
     def expire(self) -> None:
@@ -9050,7 +8988,7 @@ class Farm:
         self.sessions.prepare()
         self.sessions.spawn(due)
         for name in due:
-            self.agents[name] = {key: self.agents[name][key] for key in ("ends", "cause")}
+            self.agents[name] = pick(self.agents[name], ("ends", "cause"))
 
     def has_room(self) -> bool:
         """Whether memory and disk allow a new start; says so when that changes."""
@@ -9065,7 +9003,7 @@ class Farm:
         is kept for first."""
         if self.store.mode() == "paused":
             return
-        busy = {claim.agent for claim in self.state.claims.values() if claim.task}
+        busy = self.state.busy()
         kept = {task.conversation.get("agent") for task in self.state.pending.values()}
         idle = [
             name
@@ -9199,8 +9137,9 @@ class Farm:
             return  # nothing is written where everything was taken away
         text = f"{utc_now()}\n{traceback.format_exc()}"
         try:
-            os.makedirs(self.store.path("logs"), exist_ok=True)
-            self.store.disk.append(self.store.path("logs/loop.log"), text.encode())
+            path = self.store.path("logs/loop.log")
+            make_parent(path)
+            self.store.disk.append(path, text.encode())
         except OSError:
             pass  # a full disk, which was the failure itself: the loop outlives that, too
 
@@ -9443,11 +9382,6 @@ class Standstill:
         return (5, f"no new work starts: {farm.blocked}") if farm.blocked else None
 
 
-def describe_event(event: str, message: str, hint: str, **more) -> dict:
-    """What FARM_NOTIFY gets of a piece of news."""
-    return {"event": event, "message": message, "try": hint, **more}
-
-
 def names_of(task: Task) -> dict:
     return {"agent": task.agent, "task": task.id, "title": task.title}
 
@@ -9461,48 +9395,46 @@ class News:
         self.farm, self.on_drained = farm, on_drained
         self.store, self.settings = farm.store, farm.settings
         self.line, self.line_at, self.notices = "", -math.inf, []
+        self.news = {}  # key -> event of all that is so now and calls for a person
 
     def tell(self) -> None:
         """What a person should know and was not told yet: once each."""
         try:
-            news = self.find_news()
-            for key, event in news.items():
+            self.find_news()
+            for key, event in self.news.items():
                 if key not in self.farm.told:
                     self.notify({"at": utc_now(), "repo": self.farm.repo, **event})
-            self.farm.told = list(news)
+            self.farm.told = list(self.news)
             self.show_in_tmux()
         except (OSError, FarmError) as error:
             say(f"nobody could be told what happened: {error}")
 
-    def find_news(self) -> dict[str, dict]:
-        """key -> event of all that is so now and calls for a person."""
-        state = self.farm.state
-        news = self.find_waiting()
+    def add(self, key: str, message: str, hint: str, **more) -> None:
+        """A piece of news as FARM_NOTIFY gets it; the key's first word is the event's name."""
+        self.news[key] = {"event": key.split()[0], "message": message, "try": hint, **more}
+
+    def find_news(self) -> None:
+        self.news, state = {}, self.farm.state
+        self.find_waiting()
         for task in failed_tasks(state):
-            hint, names = f"./farm.py retry {task.id}", names_of(task)
-            news[f"failed {task.id}.{task.rev}"] = describe_event(
-                "failed", task.reason, hint, **names
-            )
+            hint = f"./farm.py retry {task.id}"
+            self.add(f"failed {task.id}.{task.rev}", task.reason, hint, **names_of(task))
         for task_id, commit in find_reviews(self.store, state).items():
             title, hint = state.ready[task_id].title, f"./farm.py diff {task_id}"
-            key = f"review {task_id} {commit}"
-            news[key] = describe_event("review", title, hint, task=task_id, commit=commit)
+            self.add(f"review {task_id} {commit}", title, hint, task=task_id, commit=commit)
         if trouble := find_activity(self.store).get("trouble"):
-            news[f"blocked {trouble[0]}"] = describe_event("blocked", *trouble)
+            self.add(f"blocked {trouble[0]}", *trouble)
         for key in sorted({limit_key(launch.preset) for launch in self.farm.launches.values()}):
             if limit := find_limit(self.store, key):
-                event = describe_event("limited", limit, "./farm.py up")
-                news[f"limited {limit.partition(' until ')[0]}"] = event
+                self.add(f"limited {limit.partition(' until ')[0]}", limit, "./farm.py up")
         counts = state.count_states()
         if counts and self.farm.is_drained():
             words = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-            more = {"tasks": dict(counts)}
-            news["drained"] = describe_event("drained", words, "./farm.py report", **more)
-        return news
+            self.add("drained", words, "./farm.py report", tasks=dict(counts))
 
-    def find_waiting(self) -> dict[str, dict]:
-        """key -> event of each agent that waits for a person."""
-        farm, news = self.farm, {}
+    def find_waiting(self) -> None:
+        """The agents that wait for a person."""
+        farm = self.farm
         for claim in farm.find_busy():
             name = claim.agent
             state, since, message = judge_session(
@@ -9515,26 +9447,18 @@ class News:
             )
             if state == "waiting":
                 hint, names = f"./farm.py attach {agent_number(name)}", names_of(claim.get_task())
-                news[f"waiting {claim.fence} {since}"] = describe_event(
-                    "waiting", message, hint, **names
-                )
-        return news
+                self.add(f"waiting {claim.fence} {since}", message, hint, **names)
 
     def notify(self, event: dict) -> None:
         """Say it, write the report when all is done, and run the user's command in the
         background."""
-        import threading
-
         what = " ".join(filter(None, (event["event"], event.get("agent"), event.get("task"))))
         say(f"{what}: {one_line(event['message'], 200)}")
         if event["event"] == "drained":
             self.on_drained(self.store)
         if self.settings.notify:
-            thread = threading.Thread(
-                target=run_notice, args=(self.settings.notify, event, self.store), daemon=True
-            )
+            thread = start_thread(run_notice, self.settings.notify, event, self.store)
             self.notices = [*(notice for notice in self.notices if notice.is_alive()), thread]
-            thread.start()
 
     def finish(self, seconds: float) -> None:
         """Wait for commands that are being told something."""
@@ -9581,20 +9505,18 @@ def run_notice(command: str, event: dict, store: Store) -> None:
     env = {**os.environ, "FARM_REPO": store.repo, "FARM_AGENT_NAME": CONTROL}
     try:
         with open(store.path("logs/notify.log"), "ab") as log:
-            process = subprocess.Popen(
+            process = start_apart(
                 shell(command),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 cwd=store.repo,
                 env=env,
-                start_new_session=True,
             )
             try:
                 process.communicate(line_bytes(event), timeout=NOTICE_SECONDS)
             except subprocess.TimeoutExpired:
-                kill_group(process.pid)
-                process.wait()
+                end_apart(process)
                 # what it had started dies with it; the kernel takes its time to bury it
                 end_all(lambda: in_session(process.pid), 2)
             log.write(f"{utc_now()} {event['event']}: exit code {process.returncode}\n".encode())
@@ -9634,7 +9556,7 @@ class HostMoves:
                 f"{host} is this machine's own name, and no process of a host is looked for here",
                 "farm spoke HUB --name ANOTHER",
             )
-        self.watch = LeaseWatch(self.settings.lease_seconds, self.settings.host_lease_seconds)
+        self.watch = LeaseWatch(self.settings)
 
     def answer(self, line: bytes) -> dict:
         """Make one line's move."""
@@ -9683,9 +9605,7 @@ class HostMoves:
         agent, takes = self.get_agent(words), tuple(words["takes"])
         check_hand_out(self.store, self.settings)
         asked = (agent, self.owner, "", {"preset": get_text(words, "preset")}, takes)
-        claim = take_over(
-            self.store, self.settings, self.watch, lambda tx: TaskQueue(tx).claim(*asked)
-        )
+        claim = take_over(self.store, self.watch, lambda tx: TaskQueue(tx).claim(*asked))
         return {"claim": claim.to_json(), "returned": read_return(self.store, claim.get_task())}
 
     def renew(self, words: dict) -> dict:
@@ -9709,16 +9629,18 @@ class HostMoves:
         """id -> what a person has typed here for this host; `done` has the answers to earlier
         ones, for those who still wait for them. What a killed verb has left goes: a host that
         starts anew would do it once more."""
-        folder, orders = self.store.path("orders", self.host), {}
+        folder, orders = self.store.path(f"orders/{self.host}"), {}
         for name in names_in(folder):
             key, _, ending = name.rpartition(".")
             if CLOCK.now() - changed_at(f"{folder}/{name}") / 1e9 > ORDER_SECONDS:
                 self.store.discard(f"{folder}/{name}")
             elif ending == "order" and key in done:
-                write_object(os.path.join(folder, key + ".answer"), done[key])
-            elif ending == "order":
-                orders[key] = self.store.read_json(os.path.join("orders", self.host, name))
-        return {key: order for key, order in orders.items() if order}
+                write_object(f"{folder}/{key}.answer", done[key])
+            elif ending == "order" and (
+                order := self.store.read_json(f"orders/{self.host}/{name}")
+            ):
+                orders[key] = order
+        return orders
 
     def note_agents(self, agents: list, about: dict) -> None:
         """Write down that the host is there, and how, for `status` and `doctor`."""
@@ -9731,8 +9653,9 @@ class HostMoves:
         told = {"heard_at": utc_now(), "agents": records}
         told.update({key: one_line(str(about.get(key, "")), 500) for key in TOLD_OF_HOST})
         told["apart"] = round(float(about.get("now", CLOCK.now())) - CLOCK.now())
-        os.makedirs(self.store.path("hosts"), exist_ok=True)
-        write_object(self.store.path("hosts", self.host + ".json"), told)
+        path = self.store.path(f"hosts/{self.host}.json")
+        make_parent(path)
+        write_object(path, told)
 
     def fail(self, words: dict) -> None:
         """fail, release or submit, as the host's own record of the "task" tells of its end: why,
@@ -9771,14 +9694,13 @@ class HostMoves:
 def order(store: Store, host: str, *argv: str, stdin: str = "", seconds: float = 30.0) -> dict:
     """Have a host run a verb on its own farm: {"code", "out", "err"}. Its connection takes the
     order there, as no host need be reached from here. Raises FarmError when nothing comes back."""
-    path = store.path("orders", host, random_uuid())
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    path = store.path(f"orders/{host}/{random_uuid()}")
+    make_parent(path)
     write_object(path + ".order", {"argv": argv, "stdin": stdin})
     try:
         if not wait_for(lambda: os.path.exists(path + ".answer"), seconds, 0.05):
             raise FarmError(f"{host} has not answered within {seconds:.0f} s", "./farm.py status")
-        with open(path + ".answer", encoding="utf-8") as file:
-            return json.load(file)
+        return read_object(path + ".answer")
     finally:
         for ending in (".order", ".answer"):
             if os.path.exists(path + ending):
@@ -9846,14 +9768,11 @@ class Link:
 
     def connect(self) -> None:
         import socket
-        import subprocess
 
         self.socket, other = socket.socketpair()
         self.reader = self.socket.makefile("rb")
         with other:
-            self.process = subprocess.Popen(
-                ["bash", "-c", self.command], stdin=other, stdout=other, start_new_session=True
-            )
+            self.process = start_apart(["bash", "-c", self.command], stdin=other, stdout=other)
         told = self.exchange("hello", self.owner)
         if told["code"]:
             self.close()
@@ -9874,8 +9793,7 @@ class Link:
     def close(self) -> None:
         """End the connection and what it runs in."""
         if self.process is not None:
-            kill_group(self.process.pid)
-            self.process.wait()
+            end_apart(self.process)
             self.reader.close()
             self.socket.close()
             self.process = None
@@ -9905,13 +9823,13 @@ class Carrier:
         job = given("SLURM_JOB_ID")
         self.about = {
             "toolkit": run_script("hosts/describe.sh").stdout.strip(),
-            "farm": f"{os.path.join(TOOLKIT, 'farm.py')} --repo {self.store.repo}",
+            "farm": f"{TOOLKIT}/farm.py --repo {self.store.repo}",
             "reach": f"srun --jobid={job} --overlap --pty" if job else "",
         }
         self.renew_at = self.push_at = 0.0
         self.sight = Sight(0.02)
         for duty in (self.keep, self.go_on):
-            threading.Thread(target=self.repeat, args=(duty,), daemon=True).start()
+            start_thread(self.repeat, duty)
 
     def repeat(self, duty) -> None:
         """`duty` each second until the end. What goes wrong is said once, and tried again."""
@@ -10107,11 +10025,11 @@ class Carrier:
             for name, task, returned in found:
                 self.put(tx, name, task, local_start(task) if local_start(task) in there else "")
                 if returned:
-                    path = self.store.path("returns", f"{task.id}.{task.attempts}.txt")
+                    path = self.store.path(f"returns/{task.id}.{task.attempts}.txt")
                     write_whole(path, returned)
         self.coming = []
         for name, _, _ in found:
-            ring(self.store.path("mailbox", name, "bell"))
+            ring(self.store.path(f"mailbox/{name}/bell"))
 
     def put(self, tx: Transaction, name: str, task: Task, start: str) -> None:
         """Its order and its paths are the hub's business; its number is above that of any copy
@@ -10150,11 +10068,8 @@ def local_start(task: Task) -> str:
 
 def take_out(tx: Transaction, task_id: str) -> None:
     """Remove a task from wherever it is."""
-    state = tx.state
-    places = {"pending": state.pending, "ready": state.ready, "claimed": state.claimed()}
-    for place, tasks in places.items():
-        if task_id in tasks:
-            tx.drop_source(place, task_id)
+    if place := tx.state.place_of(task_id):
+        tx.drop_source(place, task_id)
 
 
 def run_carry(*args: str, **options) -> str:
@@ -10256,7 +10171,7 @@ def print_table(rows: list[list], headers: list[str]) -> None:
 def task_record(task: Task, state: State, now: float) -> dict:
     """What `tasks --json` says of a task."""
     keys = ("id", "state", "title", "agent", "attempts", "rev", "reason")
-    record = {key: getattr(task, key) for key in keys}
+    record = pick(task._asdict(), keys)
     record["state"] = derived_state(task, state, now)
     if task.state == "pending" and (wait := describe_wait(task, state, now)):
         record["waits"] = wait
@@ -10299,7 +10214,7 @@ def farm_status(store: Store, settings: Settings, sight: Sight) -> dict:
         "landed_at": sorted(task.landed_at for task in state.landed.values())[-20:],
         "spent": sum_usage(sight.measure("spending", lambda: read_usage(store))),
         "reviews": [
-            {key: record[key] for key in ("id", "commit", "title")}
+            pick(record, ("id", "commit", "title"))
             for record in records
             if record["state"] == "review"
         ],
@@ -10346,7 +10261,7 @@ def state_rank(record: dict) -> tuple:
     return state_rank_of(record["state"]), record["agent"]
 
 
-def steps_of_agents(records: list[dict]) -> list[tuple[str, str]]:
+def steps_of_agents(records: list[dict]) -> Advice:
     """(what is the matter, what to type) for each agent that needs a person."""
     steps = []
     for record in sorted(records, key=state_rank):
@@ -10364,7 +10279,7 @@ def steps_of_agents(records: list[dict]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(steps))  # one line for all whom one limit holds up
 
 
-def next_steps(status: dict, problems: list[str], state: State) -> list[tuple[str, str]]:
+def next_steps(status: dict, problems: list[str], state: State) -> Advice:
     """(what is the matter, what to type) for each trouble, the most pressing first."""
     steps = [(problem, "./farm.py doctor") for problem in problems]
     steps += steps_of_agents(status["agents"])
@@ -10657,9 +10572,7 @@ class Terminal:
 
     # Not by sys.stdout: what Ctrl-Z comes in the middle of may not be entered again.
     def write(self, text: str) -> None:
-        data = text.encode(sys.stdout.encoding, "replace")
-        while data:
-            data = data[os.write(1, data) :]
+        write_all(1, text.encode(sys.stdout.encoding, "replace"))
 
     def draw(self, lines: list[str]) -> None:
         """One write a frame, each line cleared behind its end: no flicker, and nothing of the
@@ -10911,7 +10824,7 @@ TASK_KEYS = (
 
 def word(record, key: str, width: int = 100) -> str:
     """A field of an event that anybody may have written, as one line; empty when it is no text."""
-    value = record.get(key) if isinstance(record, dict) else None
+    value = object_of(record).get(key)
     return one_line(value, width) if isinstance(value, str) else ""
 
 
@@ -11026,7 +10939,7 @@ def fold_history(store: Store) -> History:
     for at, event in sorted(dated, key=lambda pair: pair[0]):
         history.fold(at, event)
     history.lists["spending"] = [
-        {key: line[key] for key in ("agent", "task", "tokens_in", "tokens_out", "cost_usd")}
+        pick(line, ("agent", "task", "tokens_in", "tokens_out", "cost_usd"))
         for line in read_usage(store, is_whole=True)
         if abs(line["cost_usd"]) < 1e9
     ]
@@ -11054,7 +10967,7 @@ def sum_history(history: History, tasks: list[Task]) -> dict:
     fates = Counter(span["fate"] for span in attempts)
     return {
         "tasks": len(tasks),
-        **{state: states[state] for state in ("claimed", "ready", "landed", "failed", "canceled")},
+        **pick(states, ("claimed", "ready", "landed", "failed", "canceled")),
         "unfinished": states["pending"] + states["claimed"] + states["ready"],
         "attempts": len(attempts),
         "returned": fates["returned"],
@@ -11153,7 +11066,7 @@ def report_page(document: dict) -> str:
     import base64
     import hashlib
 
-    with open(os.path.join(SCRIPTS, "report.html"), encoding="utf-8") as file:
+    with open(f"{SCRIPTS}/report.html", encoding="utf-8") as file:
         page = file.read()
     script = page.split("<script>")[1].split("</script>")[0]
     totals, into = document["totals"], document["into"] or "the target branch"
@@ -11314,9 +11227,8 @@ def task_document(call: Call, task_id: str) -> dict:
             record.update(state=queued["state"], reason=queued["reason"])
     spending = [line for line in read_usage(store, is_whole=True) if line["task"] == task_id]
     try:
-        work = run_unfiltered(
-            call.repo, "merge/diff-work.sh", "-C", call.repo, "-n", *find_work(call, task)
-        ).rows
+        at = ("-C", call.repo, "-n", *find_work(call, task))
+        work = run_script("merge/diff-work.sh", *at, prefix=unfiltered(call.repo)).rows
     except FarmError:
         work = [[0]]
     steps = NEXT_OF.get(record["state"], "edit {id} | cancel {id}").format(
@@ -11362,7 +11274,7 @@ def show_lines(document: dict, width: int) -> list[str]:
 # code is a warning. (tests/rooms/test_doctor.py)
 
 
-def run_check(check, *args) -> list[tuple[str, str, int]]:
+def run_check(check, *args) -> list[tuple]:
     """Run a check that raises; its error as a finding."""
     try:
         check(*args)
@@ -11484,18 +11396,16 @@ def check_hosts(call: Call) -> list[tuple]:
         if not told.get("agents"):
             continue
         if told["toolkit"] != toolkit:
-            found.append((f"{host} has another version of the toolkit", "git pull, there", 0))
+            found.append((f"{host} has another version of the toolkit", "git pull, there"))
         if abs(told["apart"]) > 60:
             apart = f"{duration(abs(told['apart']))} {'ahead' if told['apart'] > 0 else 'behind'}"
-            found.append(
-                (f"the clock of {host} is {apart}", "only what is shown is wrong by it", 0)
-            )
+            found.append((f"the clock of {host} is {apart}", "only what is shown is wrong by it"))
         try:
             said = json.loads(order(call.store, host, "doctor", "--json", seconds=20.0)["out"])
             found += [(f"{host}: {row['problem']}", row["try"], row["exit_code"]) for row in said]
         except (FarmError, ValueError) as error:
             heard = f"{host} was heard {ago(told['heard_at'])} ago; {told['trouble']}"
-            found.append((f"{heard}: {error}", f"on {host}: farm spoke", 0))
+            found.append((f"{heard}: {error}", f"on {host}: farm spoke"))
     return found
 
 
@@ -11610,16 +11520,22 @@ def find_near(name: str, names) -> str:
     return next(iter(difflib.get_close_matches(name, names, 1)), "")
 
 
+def split_options(words: str):
+    """(short, long, kind with its `=`) of each option of a verb; short may be empty."""
+    for word in words.split():
+        flags, equals, kind = word.partition("=")
+        short, _, name = flags.rpartition("|")
+        yield short, name, equals + kind
+
+
 def parse_options(verb_name: str, argv: list[str]) -> tuple[list[str], dict]:
     """getopt over the verb's option words; (positional, options). Raises UsageError."""
     import getopt
 
     kinds, shorts, names = {}, "", {}
-    for word in f"{VERBS[verb_name].options} {GLOBAL_OPTIONS}".split():
-        flags, equals, kind = word.partition("=")
-        short, _, name = flags.rpartition("|")
-        kinds[name], names["-" + short], names["--" + name] = equals + kind, name, name
-        shorts += short + ":" * bool(short and equals)
+    for short, name, kind in split_options(f"{VERBS[verb_name].options} {GLOBAL_OPTIONS}"):
+        kinds[name], names["-" + short], names["--" + name] = kind, name, name
+        shorts += short + ":" * bool(short and kind)
     cut = argv.index("--") if "--" in argv else len(argv)
     try:
         pairs, args = getopt.gnu_getopt(
@@ -11766,11 +11682,10 @@ help           this
 def option_lines(words: str) -> list[str]:
     """`--name  what it is` for each option of a verb."""
     meanings, lines = dict(line.split(None, 1) for line in OPTION_HELP.splitlines()), []
-    for word in words.split():
-        short, bar, name = word.partition("=")[0].rpartition("|")
+    for short, name, _ in split_options(words):
         setting = SETTINGS.get(name.replace("-", "_"))
         meaning = meanings.get(name) or (setting.meaning if setting else "")
-        flags = f"-{short}, --{name}" if bar and short != name else f"--{name}"
+        flags = f"-{short}, --{name}" if short not in ("", name) else f"--{name}"
         lines.append(f"  {flags:<18} {meaning}")
     return lines
 
@@ -12048,7 +11963,7 @@ def verb_retry(call: Call) -> int:
 def wait_until_made(call: Call, settings: Settings, error: type, move):
     """What `move(watch)` returns: while it raises `error`, again at each change of the state, up
     to --wait seconds."""
-    watch = LeaseWatch(settings.lease_seconds, settings.host_lease_seconds)
+    watch = LeaseWatch(settings)
     deadline = CLOCK.monotonic() + call.get("wait", 0)
     while True:
         before = call.store.signature()
@@ -12070,7 +11985,7 @@ def verb_claim(call: Call) -> None:
     agent, owner = call.agent(), caller(call.get("owner_pid"))
     settings = call.settings()
     claim = wait_until_made(
-        call, settings, NotFound, lambda watch: claim_once(call, agent, owner, watch, settings)
+        call, settings, NotFound, lambda watch: claim_once(call, agent, owner, watch)
     )
     cli = cli_of(given("FARM_PRESET"))
     resumes = cli.can_resume(claim)
@@ -12237,14 +12152,11 @@ def answer_request(agent: str, repo: str, path: str) -> dict:
 
 def acquire_waiting(call: Call, agent: str, names: list[str], owner: Owner) -> None:
     """Hold all names. Raises Refused."""
-    settings = call.settings()
 
     def acquire(watch: LeaseWatch) -> None:
-        take_over(
-            call.store, settings, watch, lambda tx: LockRegistry(tx).acquire(agent, names, owner)
-        )
+        take_over(call.store, watch, lambda tx: LockRegistry(tx).acquire(agent, names, owner))
 
-    wait_until_made(call, settings, Refused, acquire)
+    wait_until_made(call, call.settings(), Refused, acquire)
 
 
 def lock_names(call: Call, names: list[str]) -> list[str]:
@@ -12558,7 +12470,7 @@ def verb_clean(call: Call) -> int:
     target = settings.into or target_of(call)
     run_script("merge/pins.sh", "drop", "-C", call.repo, "-b", target)
     where = ("-C", call.repo, "-d", folder, "-b", target)
-    result = run_unfiltered(call.repo, "rm-worktrees.sh", *where, allow=(0, 4))
+    result = run_script("rm-worktrees.sh", *where, allow=(0, 4), prefix=unfiltered(call.repo))
     print_table(result.rows, ["AGENT", "WHAT", "WHY"])
     for name in names_in(folder):
         if name.startswith(("gate-", "plan-")) and not name.endswith(".tmp"):
@@ -12744,11 +12656,7 @@ def send_to_all(call: Call, text: str) -> int:
 
     socket = find_server(call.repo)
     live = living(probe_sessions(socket))
-    names = sorted(
-        claim.agent
-        for claim in call.state.claims.values()
-        if claim.task and (claim.agent in live or host_of(call.store, claim.agent))
-    )
+    names = [name for name in call.state.busy() if name in live or host_of(call.store, name)]
     if not names:
         raise NotFound("no agent is at work", "./farm.py status")
 
@@ -13007,8 +12915,9 @@ def verb_approve(call: Call) -> int:
     for text in wanted:
         try:
             task = find_submitted(call, text)
-            chain = Chain(call.store, call.settings(), target, Verdicts(call.store, "", ""))
-            chain.begin(show_tip(call.repo, "refs/heads/" + target), {task.id: task})
+            site = Site(call.store, call.settings(), target)
+            chain = Chain(site, Verdicts(call.store, "", ""))
+            chain.begin(show_tip(call.repo, f"refs/heads/{target}"), {task.id: task})
             step = chain.build_all()[0]
             if step.status not in ("ok", "landed", "empty"):
                 raise Rejected(
@@ -13034,8 +12943,8 @@ def verb_return(call: Call) -> None:
         why = input(f"what is wrong with {task.id}? ")
     if not why.strip():
         raise UsageError("return needs --why: the next attempt reads it")
-    target = target_of(call)
-    Returns(call.store, target, Tally()).send_back(
+    site = Site(call.store, call.settings(), target_of(call))
+    Returns(site, Tally()).send_back(
         task, f"a person says: {one_line(why, 500)}", printable(why), counts=call.get("fail", False)
     )
     if task.id in call.state.ready:
@@ -13065,17 +12974,17 @@ def have_plan_made(call: Call, settings: Settings, goal: str) -> str:
     check_command(agent, call.repo)
     carry_isolation(settings)
     folder = f"{worktrees_folder(call.repo, settings)}/plan-{os.getpid()}"
-    told, output = call.store.path(CLI_SETTINGS_FILE), call.store.path("mailbox", "plan", "output")
+    told, output = call.store.path(CLI_SETTINGS_FILE), call.store.path("mailbox/plan/output")
     write_object(told, hook_settings(settings))
     env = {
-        "FARM_AGENT": cli.launch(settings.permissions, is_isolated()).start,
+        "FARM_AGENT": cli.launch(settings.permissions).start,
         "FARM_CLI_STATE": ":".join(cli.state),
         "FARM_CLI_PASS": " ".join(cli.passes),
         "FARM_REPO": call.repo,
         "FARM_CONVERSATION": random_uuid(),
         "FARM_CLI_SETTINGS": told,
     }
-    tip = show_tip(call.repo, "refs/heads/" + target_of(call))
+    tip = show_tip(call.repo, f"refs/heads/{target_of(call)}")
     say(f"the agent is at work; what it says is in {output}")
     try:
         done = run_script(
@@ -13161,16 +13070,11 @@ def add_revert(call: Call, task: Task, name: str) -> None:
     run_script("merge/pins.sh", "set", "-C", call.repo, f"refs/farm/ready/{name}", commit)
     drafts = draft_revert(call, task, name, title)
     with call.store.transaction() as tx:
-        answers = TaskQueue(tx).add(drafts, call.settings().max_attempts)
+        queue = TaskQueue(tx)
+        answers = queue.add(drafts, call.settings().max_attempts)
         # a kill before the next line leaves a task like others: an agent makes the revert, or
         # the same verb again
-        ready = answers[0][0]._replace(
-            state="ready",
-            commit=commit,
-            submitted_at=utc_now(),
-            queue_seq=tx.state.next_queue_seq(),
-        )
-        tx.move(ready, "ready", "submitted")
+        queue.enqueue(answers[0][0], commit=commit)
     print("\n".join(task.id for task, _ in answers))
 
 
@@ -13212,7 +13116,7 @@ def verb_spoke(call: Call) -> int:
     url, options = call.one("hub, HOST:REPO"), call.options
     host = checked_name(options.pop("name", os.uname().nodename), "host")
     folder = os.path.abspath(options.pop("folder", os.path.expanduser(f"~/farm-hosts/{host}")))
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     guard, should_stop = hold_long(folder + ".lock", f"the spoke {host}"), StopRequest()
     # the same for all spokes that come after each other in this folder
     owner = {"pid": "0", "start": str(os.stat(folder).st_ino), "boot": boot_id()}
@@ -13239,7 +13143,7 @@ def verb_spoke(call: Call) -> int:
 
 def open_host_farm(link: Link, url: str, folder: str, options: dict) -> Farm:
     """A clone of the hub's repo, and a farm on it with the hub's settings and no merger."""
-    target, repo = link.told["target"], os.path.join(folder, "repo")
+    target, repo = link.told["target"], f"{folder}/repo"
     identity = "\t".join(link.told["identity"][:2])
     run_carry("clone", "-u", url, "-b", target, "-i", identity, repo, timeout=3600)
     store = Store(repo)
@@ -13308,7 +13212,7 @@ def verb_completion(call: Call) -> None:
         return
     if len(call.args) != 1 or call.args[0] not in COMPLETION:
         raise UsageError("completion of which shell?", "./farm.py completion bash")
-    farm = f"FARM_PYTHON={shell_word(sys.executable)} {shell_word(os.path.join(SCRIPTS, 'farm'))}"
+    farm = f"FARM_PYTHON={shell_word(sys.executable)} {shell_word(f'{SCRIPTS}/farm')}"
     print(COMPLETION[call.args[0]].replace("{farm}", farm))
 
 
@@ -13325,11 +13229,8 @@ def find_completions(words: list[str], current: int) -> list[str]:
         found = ["--repo", "--help"] if begun.startswith("-") else list(VERBS)
         found = [] if before == "--repo" else found
     elif begun.startswith("-"):
-        entries = [
-            word.partition("=")[0].rpartition("|")[2]
-            for word in f"{VERBS[plain[0]].options} help".split()
-        ]
-        found = [f"--{name}" if len(name) > 1 else f"-{name}" for name in entries]
+        options = split_options(f"{VERBS[plain[0]].options} help")
+        found = [f"--{name}" if len(name) > 1 else f"-{name}" for _, name, _ in options]
     else:
         found = find_names(plain[0], plain[1:], before, repo)
     return [name for name in found if name.startswith(begun)]

@@ -129,13 +129,14 @@ def test_an_agents_limits_are_those_of_a_scope_where_systemd_runs(make_ground):
 
 
 @pytest.mark.parametrize("wanted", ["bwrap --ro-bind / / true", "unshare -Ur true"])
-def test_a_sandbox_within_a_sandbox_cannot_be_made_so_that_codex_goes_without(wanted):
+def test_a_sandbox_within_a_sandbox_cannot_be_made_so_that_codex_goes_without(wanted, monkeypatch):
     done = run(["bash", SCRIPTS / "isolate.sh", "bash", "-c", wanted])
     assert done.returncode == 1 and "Operation not permitted" in done.stderr
-    for permissions in ("edits", "all"):
-        start = toolkit.CLIS["codex"].launch(permissions, is_isolated=True).start
-        assert "danger-full-access" in start or "bypass-approvals-and-sandbox" in start
     assert "danger-full-access" not in toolkit.CLIS["codex"].launch("edits").start
+    monkeypatch.setenv("FARM_ISOLATE", "bwrap")
+    for permissions in ("edits", "all"):
+        start = toolkit.CLIS["codex"].launch(permissions).start
+        assert "danger-full-access" in start or "bypass-approvals-and-sandbox" in start
 
 
 def test_home_and_worktrees_may_lie_behind_links_and_the_repo_have_an_odd_name(sandbox):

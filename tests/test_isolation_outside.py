@@ -244,7 +244,7 @@ def test_what_another_has_committed_is_out_of_reach_once_the_loop_has_kept_it(ma
     for text in ("kept", "not kept"):
         ground.enter("agent", "bwrap", ground.tree(1), f"echo {text} >mine.txt; git add mine.txt; git commit -q -m mine")
         if text == "kept":
-            toolkit.Housekeeping(toolkit.Store(str(ground.repo)), settings, "main").go_on(state)
+            toolkit.Housekeeping(toolkit.Site(toolkit.Store(str(ground.repo)), settings, "main")).go_on(state)
         name = ground.git("rev-parse", "farm/agent-001/t-0001:mine.txt")
         ground.enter("setup", "bwrap", ground.tree(2), f'rm -f "$GIT/objects/{name[:2]}/{name[2:]}"')
         assert (run(["git", "-C", ground.repo, "cat-file", "-e", name]).returncode == 0) == (text == "kept")

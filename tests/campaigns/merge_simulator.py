@@ -101,7 +101,7 @@ def farm_queue(queue: tuple, slots: int = SLOTS, memory: GateMemory | None = Non
             returned += (now.guilty,) if now.guilty is not None else ()
             queue = tuple(entry for entry in queue[now.land :] if entry != now.guilty)
             continue
-        trees = [landed + test.entries for test in now.tests]
+        trees = [landed + entries for entries in now.tests]
         verdicts = yield trees
         for tree, green in zip(trees, verdicts, strict=True):
             before = found.get(tree, UNTESTED)

@@ -92,7 +92,8 @@ def report(farmed: Farmed, tasks: int, agents: int, memory: dict[str, float]) ->
     done = [task for task in state.all_tasks() if task.state == "landed"]
     log = git(farmed.repo, "log", "--first-parent", "--format=%(trailers:key=Farm-Task,valueonly)", "main").split()
     refs = git(farmed.repo, "for-each-ref", "--format=%(refname)", "refs/farm", "refs/heads/farm").split()
-    toolkit.Housekeeping(farmed.store, toolkit.load_settings(str(farmed.repo), {"keep_days": "0.00001"}), "main").go_on(state)
+    settings = toolkit.load_settings(str(farmed.repo), {"keep_days": "0.00001"})
+    toolkit.Housekeeping(toolkit.Site(farmed.store, settings, "main")).go_on(state)
     files = sum(len(names) for _, _, names in os.walk(farmed.store.folder))
     rows = [
         ("landed", len({task.id for task in done}), f">= {tasks}"),

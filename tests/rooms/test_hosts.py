@@ -213,7 +213,7 @@ class Lapses:
 
     def __init__(self, farm, monkeypatch):
         self.farm, self.seconds = farm, 1000.0
-        self.store, self.leases = toolkit.Store(str(farm.repo)), toolkit.LeaseWatch(900, 90)
+        self.store, self.leases = toolkit.Store(str(farm.repo)), toolkit.LeaseWatch(toolkit.load_settings(str(farm.repo)))
         monkeypatch.setattr(toolkit, "CLOCK", self)
 
     def monotonic(self) -> float:

@@ -42,7 +42,7 @@ def keeper(farm):
             task = tx.state.pending[f"t-000{number}"]
             tx.move(task._replace(state="landed", landed_commit="c0ffee", landed_at="2026-01-01T00:00:00Z"), "landed", "landed")
         tx.store.write_json("farm.json", {"schema": 1, "mode": "down", "settings": {"into": "main"}})
-    return toolkit.Housekeeping(store, toolkit.load_settings(str(repo)), "main"), farm
+    return toolkit.Housekeeping(toolkit.Site(store, toolkit.load_settings(str(repo)), "main")), farm
 
 
 def test_refs_of_landed_work_go_and_those_of_other_work_stay(keeper):

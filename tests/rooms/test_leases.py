@@ -64,7 +64,8 @@ class Watcher:
     """Somebody who looks at the leases of 10 s now and then."""
 
     def __init__(self, worked: Worked):
-        self.store, self.leases = toolkit.Store(str(worked.repo)), toolkit.LeaseWatch(10)
+        self.store = toolkit.Store(str(worked.repo))
+        self.leases = toolkit.LeaseWatch(toolkit.load_settings(str(worked.repo), {"lease_seconds": 10.0}))
 
     def look(self) -> list[str]:
         """The agents whose claims were ended by this look."""

@@ -246,4 +246,5 @@ def test_a_cli_that_says_it_is_idle_in_mid_turn_waits_for_a_person(store, sandbo
             "procStart": toolkit.start_of(os.getpid()) if is_ours else "1"}
     (sandbox.home / ".claude/sessions").mkdir(parents=True)
     (sandbox.home / f".claude/sessions/{os.getpid()}.json").write_text(json.dumps(told))
-    assert toolkit.read_turn(store, "agent-001", "t-0002.2", "claude", str(sandbox.home))["state"] == state
+    settings = toolkit.load_settings(store.repo)
+    assert toolkit.read_turn(store, settings, "agent-001", "t-0002.2", "claude")["state"] == state

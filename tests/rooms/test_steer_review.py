@@ -187,7 +187,7 @@ def landing_of(queue: Queue, task_id: str) -> tuple:
     """What a merger knows of an entry that it is about to land, and a Landing to record it."""
     store = toolkit.Store(str(queue.repo))
     task, base = store.snapshot().ready[task_id], git(queue.repo, "rev-parse", "main")
-    landing = toolkit.Landing(store, toolkit.load_settings(str(queue.repo)), "main", toolkit.Tally())
+    landing = toolkit.Landing(toolkit.Site(store, toolkit.load_settings(str(queue.repo)), "main"), toolkit.Tally())
     return landing, [(task_id, task.commit, base, task.rev)]
 
 
