@@ -8731,13 +8731,16 @@ class Housekeeping:
     # returns of tasks that are not done are still read.
     def sweep(self, state: State, oldest: float) -> None:
         """Remove what was written before `oldest` (epoch seconds): verdicts, and the prompts and
-        returns of landed tasks."""
+        returns of tasks that have landed, or are no more, as a host's are once it has given them
+        back."""
+        alive = {task.id for task in state.live_tasks() if task.state != "landed"}
         for folder in ("results", "returns", "prompts"):
             for name in names_in(self.store.path(folder)):
                 path = self.store.path(f"{folder}/{name}")
                 # t-0007.2.md, t-0007.txt; an id may have dots of its own
                 found = re.fullmatch(r"(.+?)(?:\.\d+)?(?:\.resumed)?\.\w+", name)
-                is_over = folder == "results" or found and state.is_done(found[1])
+                names = found and (found[1], name.rpartition(".")[0])
+                is_over = found and (folder == "results" or alive.isdisjoint(names))
                 try:
                     if is_over and os.stat(path).st_mtime < oldest:
                         os.unlink(path)

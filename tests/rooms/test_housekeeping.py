@@ -133,8 +133,13 @@ def test_files_of_landed_work_go_when_they_are_old_enough(keeper):
     housekeeping, farm = keeper
     names = ("prompts/t-0001.1.md", "prompts/t-0001.2.resumed.md", "returns/t-0001.1.txt", "returns/t-0001.txt",
              "results/ab-12.json", "results/ab-12.log", "prompts/t-0005.1.md", "returns/t-0004.1.txt")
-    for name in names:
-        (farm.folder / name).write_text("x")
+    gone = ("prompts/t-0099.1.md", "prompts/v1.3.1.md")
+    kept = ("returns/v1.2.txt", "prompts/v1.2.1.md", "results/.git/HEAD", "results/.git")
+    farm.ok("add", "its id has a dot", "--id", "v1.2")
+    (farm.folder / "results/.git").mkdir(exist_ok=True)
+    for name in (*names, *gone, *kept):
+        if not (farm.folder / name).is_dir():
+            (farm.folder / name).write_text("x")
         os.utime(farm.folder / name, (time.time() - 40 * 86400,) * 2)
     (farm.folder / "prompts/t-0002.1.md").write_text("new")
     state = housekeeping.store.snapshot()
@@ -145,6 +150,7 @@ def test_files_of_landed_work_go_when_they_are_old_enough(keeper):
     housekeeping.go_on(state)
     left = [name for name in (*names, "prompts/t-0002.1.md") if (farm.folder / name).exists()]
     assert left == ["prompts/t-0005.1.md", "returns/t-0004.1.txt", "prompts/t-0002.1.md"]
+    assert [(farm.folder / name).exists() for name in (*gone, *kept)] == [False, False, True, True, True, True]
 
 
 def test_a_farm_at_work_keeps_the_refs_of_what_is_alive_only(farm):
@@ -183,7 +189,7 @@ def test_objects_are_packed_where_nothing_lands_too(farm):
     """A host's farm: what it does lands on its hub."""
     farm.ok("add", "one")
     store = toolkit.Store(str(farm.repo))
-    housekeeping = toolkit.Housekeeping(store, toolkit.load_settings(str(farm.repo)), "main")
+    housekeeping = toolkit.Housekeeping(toolkit.Site(store, toolkit.load_settings(str(farm.repo)), "main"))
     git(farm.repo, "config", "gc.auto", "500")
     (farm.repo / ".git/objects/17").mkdir(exist_ok=True)
     for number in range(2):
