@@ -7718,24 +7718,33 @@ class Attempt:
         kept = rescue(self.store.repo, self.agent, self.worktree) if self.worktree else ""
         is_idle = self.was_idle(bool(kept) and outcome.cause not in NO_COMMIT)
         outcome = self.note_outcome(outcome, is_idle=is_idle)
-        told = self.conversation
+        is_plain = outcome.move == "fail" and outcome.cause in NO_START
+        how = {
+            "start": "" if is_plain else self.find_start(),
+            "rescue": kept,
+            "conversation": self.conversation,
+        }
         with self.store.transaction() as tx:
             queue = TaskQueue(tx)
             if outcome.move == "release":
                 why = one_line(f"{outcome.cause}: {outcome.why}", 500)
-                queue.release(self.agent, self.fence, why, rescue=kept, conversation=told)
+                queue.release(self.agent, self.fence, why, **how)
                 return
-            is_plain = outcome.move == "fail" and outcome.cause in NO_START
             queue.fail(
                 self.agent,
                 self.fence,
                 one_line(outcome.why, 500),
                 retry=outcome.cause != "budget",  # another attempt would only cost more
-                rescue=kept,
                 resume=outcome.move == "resume",
-                start="" if is_plain else self.branch,
-                conversation=told,
+                **how,
             )
+
+    def find_start(self) -> str:
+        """The branch with what it has committed, or the commit where it has worked on another."""
+        if not self.worktree:
+            return self.branch
+        found = run_commit_rest(self.worktree, "-n", allow=range(256))[2]
+        return found.get("HEAD", self.branch)
 
     def was_idle(self, has_saved: bool) -> bool:
         """Whether it was over within seconds, and has left no work: several tasks in a row that

@@ -99,6 +99,13 @@ def test_work_on_another_branch_or_on_none_is_taken(app, agent):
     assert files_of(app) == ["a.txt", "f"]
 
 
+@pytest.mark.parametrize("way", ["git switch -qc mine", "git switch -q --detach", "true"])
+def test_an_attempt_that_is_killed_on_another_branch_or_on_none_goes_on_from_there(app, way):
+    first = f'{way}; echo x >f; git add -A; git commit -qm x; echo z >z; kill -9 $$'
+    drain(app, f'if [ "$FARM_ATTEMPT" = 1 ]; then {first}; fi; test -e f && echo y >g')
+    assert files_of(app) == ["a.txt", "f", "g"] and app.task("t-0001")["attempts"] == 1
+
+
 def test_what_is_left_on_somebodys_branch_is_committed_on_none(app):
     git(app.repo, "branch", "theirs")
     drain(app, "git switch -q theirs; echo x >f")
