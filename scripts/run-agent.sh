@@ -86,8 +86,8 @@ has_no_task() {
   [[ $text == *'"tasks": []'* ]]
 }
 
-# What another task has left in TMPDIR is not this one's business, and would fill the disk in time; a
-# conversation that goes on may still need it.
+# What another task has left in TMPDIR is not this one's business, and would fill the disk in time.
+# A conversation that goes on may still need it.
 clear_temp() {
   if [ -n "${FARM_RESUME:-}" ] || [ -z "${FARM_WORKTREES:-}" ] || [ -L "$TMPDIR" ]; then return; fi
   rm -rf "$TMPDIR" 2>/dev/null ||
