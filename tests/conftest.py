@@ -50,7 +50,9 @@ def base_of_temp_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def sandbox(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
     """The test's private environment; afterwards whatever still runs in it is ended, and fails the test."""
-    root = Path(tempfile.mkdtemp(prefix="f-", dir="/tmp")).resolve()
+    # where /tmp is root's alone, another user of a test reaches nothing in it
+    place = "/tmp" if os.stat("/tmp").st_mode & 1 else "/var/tmp"
+    root = Path(tempfile.mkdtemp(prefix="f-", dir=place)).resolve()
     box = Sandbox(root, root / "home", root / "work", root / "tmux", secrets.token_hex(8))
     for folder in (box.home, box.work, box.tmux, root / "tmp"):
         folder.mkdir()
