@@ -18,8 +18,9 @@ main() {
     'git-upload-pack '* | 'git upload-pack '*)
       exec git -c uploadpack.allowFilter=true upload-pack --strict "$(git_dir "$1")" ;;
     'git-receive-pack '* | 'git receive-pack '*)
-      # what is pushed outlives a power cut, and starts no housekeeping in the user's repo
-      exec git -c core.hooksPath="$here" -c core.fsync=committed -c receive.autogc=false \
+      # what is pushed outlives a power cut, and starts no housekeeping in the user's repo; what git
+      # says to it is read by carry.sh
+      LC_ALL=C exec git -c core.hooksPath="$here" -c core.fsync=committed -c receive.autogc=false \
         -c receive.fsckObjects=true receive-pack "$(git_dir "$1")" ;;
     *)
       die 4 "this key is the farm's for $2: it can serve, fetch, and push to refs/farm/in/$2/" \
