@@ -20,9 +20,10 @@ count_at_work() {
   fi
 }
 
-# Wait until enough agents are at work, with a deadline; once a session.
+# Wait until enough agents are at work, with a deadline; once a worktree (TMPDIR is empty at each task).
 wait_for_others() {
-  local deadline=$((SECONDS + 30)) seen=${TMPDIR:-/tmp}/all-at-work
+  local deadline=$((SECONDS + 30)) seen
+  seen=$(git rev-parse --absolute-git-dir)/all-at-work
   while [ ! -e "$seen" ] && [ "$SECONDS" -lt "$deadline" ]; do
     if [ "$(count_at_work)" -ge "$DEMO_AGENTS" ]; then : >"$seen"; else sleep 0.1; fi
   done
