@@ -5308,10 +5308,11 @@ class Landing:
         wait_for_landing(intent["new"])
         found = run_script("merge/land.sh", "recover", *self.arguments(intent), allow=(0, 3))
         ready = self.store.snapshot().ready
-        # another where one was canceled, returned or submitted anew since
+        # another where one was canceled, returned or submitted anew since; the version before has
+        # written none, and is planned anew, too
         now = [getattr(ready.get(task_id), "commit", "") for task_id, _ in intent["entries"]]
         goes_on = found.code == 0 and (
-            found.stdout.startswith("landed") or now == intent.get("works", now)
+            found.stdout.startswith("landed") or now == intent.get("works")
         )
         what = "finished now" if goes_on else "planned anew"
         say(f"a landing that was cut short is {what}: {intent['old'][:10]} -> {intent['new'][:10]}")
